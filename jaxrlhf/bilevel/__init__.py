@@ -1,0 +1,57 @@
+"""First-order bilevel descent. Knows no token and no state; depends on jax and optax alone."""
+
+from jaxrlhf.bilevel.descent import (
+    BilevelAlgorithm,
+    BilevelInfo,
+    BilevelState,
+    bilevel_descent,
+    bilevel_descent_on_losses,
+    deployed,
+)
+from jaxrlhf.bilevel.hypergradient import (
+    Evidence,
+    HypergradientRule,
+    Weights,
+    boltzmann,
+    central,
+    decoupled,
+    five_point,
+    forward,
+    stencil,
+)
+from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient
+from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, drawn
+from jaxrlhf.bilevel.schedules import polynomial_decay
+from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
+
+__all__ = [
+    "CENTRAL",
+    "FIVE_POINT",
+    "FORWARD",
+    "BilevelAlgorithm",
+    "BilevelInfo",
+    "BilevelProblem",
+    "BilevelState",
+    "Evidence",
+    "HypergradientRule",
+    "Labelled",
+    "LowerSolver",
+    "LowerTask",
+    "PairCost",
+    "Sample",
+    "Stencil",
+    "Weights",
+    "bilevel_descent",
+    "bilevel_descent_on_losses",
+    "boltzmann",
+    "central",
+    "closed_form",
+    "decoupled",
+    "deployed",
+    "drawn",
+    "five_point",
+    "forward",
+    "gradient",
+    "polynomial_decay",
+    "stencil",
+]

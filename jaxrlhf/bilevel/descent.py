@@ -1,0 +1,243 @@
+"""Bilevel descent: the algorithm, assembled from a problem, a hypergradient rule and a lower solver.
+
+One outer step:
+
+1. sample pairs from the lower iterate at tilt 0, and have them labelled (`propose`, then the annotator);
+2. move every lower iterate lambda_i towards argmin s_i G - J on that labelled sample (the solver);
+3. weigh the same sample by the rule and take one backward pass through the reward (the hypergradient);
+4. apply the upper optimiser.
+
+The lower iterates are one pytree, stacked on a leading axis S and vmapped. One inner step makes the single-loop method,
+many the double loop; warm starts are the carried state.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.bilevel.hypergradient import HypergradientRule
+from jaxrlhf.bilevel.levels import Levels, loss_levels, over_tilts, sampled_levels
+from jaxrlhf.bilevel.lower import LowerSolver, LowerTask
+from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, Sample
+from jaxrlhf.types import Batch, Key, Params
+
+
+class BilevelState(NamedTuple):
+    """Everything that is carried from one outer step to the next.
+
+    Attributes:
+      step: `[]` int32, outer steps taken.
+      upper: reward parameters phi.
+      lowers: policy parameters lambda_i, leaves `[S, ...]`, tilt 0 first.
+      upper_optimizer: the upper optimiser's state.
+      solver: the lower solvers' states, leaves `[S, ...]`.
+    """
+
+    step: jax.Array
+    upper: Params
+    lowers: Params
+    upper_optimizer: Any
+    solver: Any
+
+
+class BilevelInfo(NamedTuple):
+    """Diagnostics of one outer step, all scalars. What to do about each is in `docs/diagnostics.md`.
+
+    Attributes:
+      upper_loss: G at tilt 0, coupled and uncoupled parts, KL price included.
+      value_gap: smallest J(lambda_0) - J(lambda_i) over the tilted iterates, at least 0 when the inner problems are
+        solved; 0 for one-policy rules.
+      residual_over_sigma: largest norm of the tilted loss's gradient over the iterates, divided by sigma (by beta for
+        one-policy rules).
+      hypergradient_norm: norm of the gradient that the upper optimiser receives.
+      coupling_share: |coupling| / (|coupling| + |rest|) in [0, 1], where the two parts of the hypergradient, with and
+        without the policy's answer, are compared at the reward model's outputs.
+      effective_sample_size: smallest (sum w)^2 / sum w^2 over the iterates, as a share of the sample in (0, 1].
+      kl: KL(tilt 0 || reference) in nats, the estimator of the loss.
+      entropy: - E log pi of tilt 0, in nats a response.
+      collision_rate: share of pairs whose two responses coincide.
+      labels: labels consumed by the step; an enumerated expectation consumes none.
+    """
+
+    upper_loss: jax.Array
+    value_gap: jax.Array
+    residual_over_sigma: jax.Array
+    hypergradient_norm: jax.Array
+    coupling_share: jax.Array
+    effective_sample_size: jax.Array
+    kl: jax.Array
+    entropy: jax.Array
+    collision_rate: jax.Array
+    labels: jax.Array
+
+
+class BilevelAlgorithm(NamedTuple):
+    """Pure functions.
+
+    Attributes:
+      init: `(key, upper, lower) -> BilevelState`. Copies its arguments, so that the state may be donated.
+      step: `(key, state, data, frozen) -> (BilevelState, BilevelInfo)`: propose, annotate, update.
+      propose: `(key, state, data, frozen) -> Sample`, drawn from tilt 0.
+      update: `(key, state, labelled, frozen) -> (BilevelState, BilevelInfo)`, for labels that come from outside.
+    """
+
+    init: Callable[[Key, Params, Params], BilevelState]
+    step: Callable[[Key, BilevelState, Batch, Params], tuple[BilevelState, BilevelInfo]]
+    propose: Callable[[Key, BilevelState, Batch, Params], Sample]
+    update: Callable[[Key, BilevelState, Labelled, Params], tuple[BilevelState, BilevelInfo]]
+
+
+def deployed(state: BilevelState) -> Params:
+    """Returns the policy at tilt 0: the one that samples, is reported and is deployed."""
+    return jax.tree.map(lambda leaf: leaf[0], state.lowers)
+
+
+def bilevel_descent(
+    problem: BilevelProblem,
+    rule: HypergradientRule,
+    solver: LowerSolver,
+    upper_optimizer: optax.GradientTransformation,
+    *,
+    beta: float,
+    annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
+) -> BilevelAlgorithm:
+    """Descends Phi(phi) = G(phi, argmax_lambda J(phi, lambda)) with first-order gradients only.
+
+    Args:
+      problem: the four functions.
+      rule: the hypergradient estimator, such as `central(relative_sigma=0.2)`.
+      solver: the lower solver.
+      upper_optimizer: optimiser of the reward parameters.
+      beta: weight of the lower level's KL, positive.
+      annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
+        remain.
+
+    Raises:
+      ValueError: beta or the KL price is out of range, or sigma is too large: with |s| kappa >= beta a tilted problem
+        pays the policy for leaving the reference and has no minimiser. A schedule is checked at step 0.
+
+    References:
+      arXiv 2410.15610, algorithm 1 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
+      are free, tilts share one sample, and tilt 0 is always kept.
+    """
+    _check_beta(beta)
+    _check_price(problem.kl_price, rule)
+
+    def propose(key, state, data, frozen):
+        return problem.sample(key, deployed(state), data, frozen)
+
+    def label(key, sample, frozen):
+        if annotate is None:
+            raise ValueError("step needs an annotator: give bilevel_descent one, or use propose and update.")
+        return Labelled(sample, annotate(key, sample, frozen))
+
+    def levels(upper, labelled, frozen):
+        return sampled_levels(problem, rule, beta, upper, labelled, frozen)
+
+    return _assemble(levels, rule, solver, upper_optimizer, beta, propose, label)
+
+
+def bilevel_descent_on_losses(
+    upper_loss: Callable[[Params, Params, Batch, Params], jax.Array],
+    lower_loss: Callable[[Params, Params, Batch, Params], jax.Array],
+    rule: HypergradientRule,
+    solver: LowerSolver,
+    upper_optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 1.0,
+) -> BilevelAlgorithm:
+    """As `bilevel_descent`, for a problem without samples: two losses `(upper, lower, data, frozen) -> []`.
+
+    `lower_loss` is minimised in `lower`; `beta` only sets the unit of sigma. `propose` hands `data` through.
+
+    Raises:
+      ValueError: beta is out of range, or the rule is not a stencil (the others are formulas for policies).
+    """
+    _check_beta(beta)
+    if len(rule.stencil.offsets) < 2:
+        raise ValueError("A problem given as two losses needs a stencil rule: forward, central or five_point.")
+
+    def levels(upper, data, frozen):
+        return loss_levels(upper_loss, lower_loss, rule, upper, data, frozen)
+
+    return _assemble(
+        levels,
+        rule,
+        solver,
+        upper_optimizer,
+        beta,
+        propose=lambda key, state, data, frozen: data,
+        label=lambda key, data, frozen: data,
+    )
+
+
+def _assemble(
+    levels: Callable[[Params, Any, Params], Levels],
+    rule: HypergradientRule,
+    solver: LowerSolver,
+    upper_optimizer: optax.GradientTransformation,
+    beta: float,
+    propose: Callable,
+    label: Callable,
+) -> BilevelAlgorithm:
+    offsets = rule.stencil.offsets
+
+    def init(key: Key, upper: Params, lower: Params) -> BilevelState:
+        del key
+        upper = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), upper)
+        lowers = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], len(offsets), axis=0), lower)
+        return BilevelState(
+            step=jnp.zeros((), jnp.int32),
+            upper=upper,
+            lowers=lowers,
+            upper_optimizer=upper_optimizer.init(upper),
+            solver=over_tilts(solver.init)(lowers),
+        )
+
+    def update(key: Key, state: BilevelState, labelled: Any, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
+        sigma = beta * jnp.asarray(rule.relative_sigma(state.step))
+        tilts = sigma * jnp.asarray(offsets)
+        tilted_loss, hypergradient = levels(state.upper, labelled, frozen)
+
+        def solve(lower, solver_state, tilt):
+            task = LowerTask(lambda lower: tilted_loss(lower, tilt), state.upper, tilt, labelled, frozen)
+            return solver.step(key, lower, solver_state, task)
+
+        lowers, solver_state, residuals = over_tilts(solve)(state.lowers, state.solver, tilts)
+        gradient, report = hypergradient(lowers, sigma)
+        updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
+        info = BilevelInfo(
+            residual_over_sigma=jnp.max(residuals) / sigma,
+            hypergradient_norm=optax.tree.norm(gradient),
+            **report,
+        )
+        upper = optax.apply_updates(state.upper, updates)
+        return BilevelState(state.step + 1, upper, lowers, upper_state, solver_state), info
+
+    def step(key: Key, state: BilevelState, data: Batch, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
+        sample_key, label_key, update_key = jax.random.split(key, 3)
+        sample = propose(sample_key, state, data, frozen)
+        return update(update_key, state, label(label_key, sample, frozen), frozen)
+
+    return BilevelAlgorithm(init, step, propose, update)
+
+
+def _check_beta(beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta:g}: it keeps the policy near the reference.")
+
+
+def _check_price(kl_price: float, rule: HypergradientRule) -> None:
+    if kl_price < 0:
+        raise ValueError(f"The KL price must not be negative, got {kl_price:g}.")
+    with jax.ensure_compile_time_eval():
+        relative_sigma = float(rule.relative_sigma(jnp.zeros((), jnp.int32)))
+    reach = max(-offset for offset in rule.stencil.offsets) * relative_sigma
+    if reach * kl_price >= 1:
+        raise ValueError(
+            f"relative_sigma {relative_sigma:g} is too large for an objective with KL price {kl_price:g}: a tilted "
+            f"policy would be paid for leaving the reference. Keep it below {relative_sigma / (reach * kl_price):g}."
+        )

@@ -1,0 +1,148 @@
+"""Importance weights: the one primitive through which policies enter every estimate.
+
+A response y drawn from a behaviour policy mu stands for the policy lambda through its density ratio
+`w = exp(log lambda(y) - log mu(y))`. As a function of lambda this form has the right first and mixed second
+derivatives; a surrogate `stop_gradient(reward) * log_prob` has a cross derivative of zero and would make the coupling
+between the levels silently inert.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.bilevel.problem import PairCost, Sample
+
+
+def expectation(values: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `sum_bm measure[b, m] values[b, m]` for `values` `[B, M]`."""
+    return jnp.sum(sample.measure * values)
+
+
+def policy_share(sample: Sample) -> jax.Array:
+    """Returns `[1, 1, 2, 1]`: how the slots average over the policy's responses, 1/2 each or (1, 0)."""
+    return (sample.by_policy / jnp.sum(sample.by_policy))[None, None, :, None]
+
+
+def step_log_weights(log_prob: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `log w_t = sum_{t' <= t} (log_prob - behaviour_log_prob)`, `[B, M, 2, T]`.
+
+    The ratio of the response up to and including step t. It is 0 in slots that the reference filled: those do not
+    depend on the policy.
+    """
+    by_policy = sample.by_policy[None, None, :, None] > 0
+    difference = jnp.where(by_policy, log_prob - sample.behaviour_log_prob, 0.0)
+    return jnp.cumsum(difference, axis=-1)
+
+
+def pair_log_weights(step_log_weights: jax.Array) -> jax.Array:
+    """Returns `log w(y0) + log w(y1)`, `[..., M]`, from step weights `[..., M, 2, T]`."""
+    return jnp.sum(step_log_weights[..., -1], axis=-1)
+
+
+def others_mean(values: jax.Array, sample: Sample) -> jax.Array:
+    """Returns for each value `[B, M]` the mean of the *other* values of the same prompt: an independent baseline.
+
+    Computed as `value - (value - mean) / (1 - 1 / draws)`; with an enumerated measure the mean itself is exact and is
+    returned. A prompt with a single drawn pair has no others; its baseline is 0.
+    """
+    mean = jnp.sum(_within_prompt(sample) * values, axis=-1, keepdims=True)
+    return _leave_one_out(values, mean, sample.draws)
+
+
+def others_mean_responses(values: jax.Array, sample: Sample) -> jax.Array:
+    """As `others_mean`, for `values` `[B, M, 2, T]` over the policy's responses to the same prompt, step by step."""
+    weights = _within_prompt(sample)[:, :, None, None] * policy_share(sample)
+    mean = jnp.sum(weights * values, axis=(1, 2), keepdims=True)
+    return _leave_one_out(values, mean, sample.draws * jnp.sum(sample.by_policy))
+
+
+def _leave_one_out(values: jax.Array, mean: jax.Array, draws: jax.Array) -> jax.Array:
+    without = values - (values - mean) / (1.0 - 1.0 / jnp.maximum(draws, 2.0))
+    return jnp.where(draws > 1, without, 0.0)
+
+
+def _within_prompt(sample: Sample) -> jax.Array:
+    return sample.measure / jnp.sum(sample.measure, axis=-1, keepdims=True)
+
+
+class Values(NamedTuple):
+    """The two levels at one policy, estimated from one sample; scalars.
+
+    Attributes:
+      upper: G = E[coupled cost] + kappa KL.
+      lower: J = E[discounted reward] - beta KL.
+      kl: KL(policy || reference) in nats, discounted over steps.
+    """
+
+    upper: jax.Array
+    lower: jax.Array
+    kl: jax.Array
+
+
+def evaluate(
+    log_prob: jax.Array,
+    reward: jax.Array,
+    cost: PairCost,
+    sample: Sample,
+    *,
+    beta: float | jax.Array,
+    kl_price: float | jax.Array = 0.0,
+) -> Values:
+    """Estimates G and J at the policy behind `log_prob`, differentiable in it.
+
+    With w the density ratio to the behaviour policy, the values are plain importance-weighted means and their
+    gradients are score-function gradients with leave-one-out baselines: each mean carries a control variate
+    `-(w - 1) b` whose expectation is 0. The KL term is `w_t l_t - (w_t - w_{t-1})` with `l = log(policy / reference)`:
+    the same value as `w_t l_t` in expectation, without the noise of its `+ 1` in the gradient. Loss and report use
+    this one estimator.
+
+    Args:
+      log_prob: `[B, M, 2, T]`, of the policy to evaluate.
+      reward: `[B, M, 2, T]`.
+      cost: costs `[B, M]`; only the coupled part depends on the policy.
+      sample: the pairs.
+      beta: weight of the lower level's KL.
+      kl_price: weight of the upper level's KL.
+
+    Returns:
+      The values. `tilted_loss` combines them.
+    """
+    log_weights = step_log_weights(log_prob, sample)
+    weights = jnp.exp(log_weights)
+    before = jnp.concatenate([jnp.ones_like(weights[..., :1]), weights[..., :-1]], axis=-1)
+    log_ratio = jnp.where(sample.by_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0)
+    joint = jnp.exp(pair_log_weights(log_weights))
+
+    def over_responses(values):
+        return expectation(jnp.sum(policy_share(sample) * sample.discount * values, axis=(-2, -1)), sample)
+
+    def controlled(ratio, values, baseline):
+        return ratio * values - (ratio - 1.0) * jax.lax.stop_gradient(baseline)
+
+    # E[w_t - w_{t-1}] = 0: taking it off leaves the KL's value and removes its gradient's noise.
+    divergence = controlled(weights, log_ratio, others_mean_responses(log_ratio, sample)) - (weights - before)
+    kl = over_responses(divergence)
+    returned = over_responses(controlled(weights, reward, others_mean_responses(reward, sample)))
+    coupled = expectation(controlled(joint, cost.coupled, others_mean(cost.coupled, sample)), sample)
+    return Values(upper=coupled + kl_price * kl, lower=returned - beta * kl, kl=kl)
+
+
+def tilted_loss(values: Values, tilt: jax.Array) -> jax.Array:
+    """Returns h = tilt G - J, what the lower iterate at this tilt minimises."""
+    return tilt * values.upper - values.lower
+
+
+def effective_share(log_weights: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `(sum m w)^2 / sum m w^2` in (0, 1], the share of the sample that pair weights `[B, M]` leave in use."""
+    weights = jnp.exp(log_weights - jnp.max(log_weights))
+    return jnp.square(expectation(weights, sample)) / expectation(jnp.square(weights), sample)
+
+
+def entropy(log_prob: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `- E sum_t discount_t log pi(step t)` in nats, from `log_prob` `[B, M, 2, T]` of the policy."""
+    weights = jnp.exp(step_log_weights(log_prob, sample))
+    masked = jnp.where(sample.by_policy[None, None, :, None] > 0, log_prob, 0.0)
+    return -expectation(
+        jnp.sum(policy_share(sample) * sample.discount * weights * masked, axis=(-2, -1)), sample
+    )

@@ -1,0 +1,43 @@
+"""Schedules for sigma, as functions of the outer step.
+
+Any `step -> value` works, optax schedules included; these are the shapes that the theory asks for. All values are
+`relative_sigma = sigma / beta`, without unit.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SigmaSchedule = Callable[[jax.Array], jax.Array]
+
+
+def as_schedule(relative_sigma: float | SigmaSchedule) -> SigmaSchedule:
+    """Returns a schedule; a number becomes a constant one.
+
+    Raises:
+      ValueError: a number, or the schedule's first value, is not positive.
+    """
+    if not callable(relative_sigma):
+        schedule = optax.constant_schedule(float(relative_sigma))
+    else:
+        schedule = relative_sigma
+    with jax.ensure_compile_time_eval():
+        first = float(schedule(jnp.zeros((), jnp.int32)))
+    if not first > 0:
+        raise ValueError(f"relative_sigma must be positive, got {first:g}: it is the size of the perturbation.")
+    return schedule
+
+
+def polynomial_decay(initial: float, *, power: float, offset: float = 1.0, floor: float = 0.0) -> SigmaSchedule:
+    """Returns `max(floor, initial (1 + step / offset)^(-power))`.
+
+    The decreasing perturbation of the single-loop analysis (arXiv 2309.01753, theorem 3). A floor keeps sigma above
+    the level at which inner error dominates; see `BilevelInfo.residual_over_sigma`.
+    """
+
+    def schedule(step):
+        return jnp.maximum(floor, initial * (1.0 + step / offset) ** (-power))
+
+    return schedule
