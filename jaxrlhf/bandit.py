@@ -20,9 +20,9 @@ class Bandit(NamedTuple):
     """The `frozen` argument of a bandit problem.
 
     Attributes:
-      features: `[C, K, F]`, what the learner's reward sees of an arm.
-      gold: `[C, K]`, the annotator's hidden reward.
-      reference: `[C, K]`, log-probabilities of the reference policy.
+        features: `[C, K, F]`, what the learner's reward sees of an arm.
+        gold: `[C, K]`, the annotator's hidden reward.
+        reference: `[C, K]`, log-probabilities of the reference policy.
     """
 
     features: jax.Array
@@ -40,13 +40,13 @@ def bandit_problem(
     """Returns the bandit as a bilevel problem. Its policy is a table of logits `[C, K]`, its `data` is ignored.
 
     Args:
-      reward: `(upper, features [C, K, F]) -> [C, K]`.
-      objective: the upper objective.
-      against_reference: whether the second response of a pair comes from the reference.
-      pairs: pairs drawn a context and step; None enumerates all K^2.
+        reward: `(upper, features [C, K, F]) -> [C, K]`.
+        objective: the upper objective.
+        against_reference: whether the second response of a pair comes from the reference.
+        pairs: pairs drawn a context and step; None enumerates all K^2.
 
     Raises:
-      ValueError: the objective needs pairs against the reference and would not get them.
+        ValueError: the objective needs pairs against the reference and would not get them.
     """
     if objective.against_reference and not against_reference:
         raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
@@ -114,13 +114,11 @@ def best_response(
     contraction while |s| times the range of the cost is below beta.
     """
 
-    def solution(task: LowerTask) -> Params:
+    def solution(task: LowerTask, tilt: jax.Array) -> Params:
         frozen: Bandit = task.frozen
         rewards = reward(task.upper, frozen.features)
         gold = jax.nn.sigmoid(frozen.gold[:, :, None] - frozen.gold[:, None, :])
-        returns = jnp.stack(
-            jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :]), axis=-1
-        )
+        returns = jnp.stack(jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :]), axis=-1)
         costs = objective.pair_cost(returns, jnp.repeat(gold[..., None], objective.labels, axis=-1)).coupled
 
         def improve(_, logits):
@@ -129,8 +127,8 @@ def best_response(
                 slope = jnp.einsum("cij,cj->ci", costs, jnp.exp(frozen.reference))
             else:
                 slope = jnp.einsum("cij,cj->ci", costs + costs.swapaxes(1, 2), own)
-            price = beta + task.tilt * objective.kl_price
-            return frozen.reference + (rewards - task.tilt * slope) / price
+            price = beta + tilt * objective.kl_price
+            return frozen.reference + (rewards - tilt * slope) / price
 
         start = frozen.reference + rewards / beta
         return jax.lax.fori_loop(0, 1 if against_reference else iterations, improve, start)

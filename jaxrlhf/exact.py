@@ -18,11 +18,11 @@ class Verdict(NamedTuple):
     """What a policy is worth; scalars, means over prompts.
 
     Attributes:
-      true_return: E gold.
-      win_rate: P(its response is preferred to a reference response) under Bradley-Terry on gold.
-      kl: KL(policy || reference) in nats.
-      entropy: in nats a response.
-      gap: J*_gold - J_gold >= 0, with J_gold = E gold - beta KL: what is missing to the best policy at this beta.
+        true_return: E gold.
+        win_rate: P(its response is preferred to a reference response) under Bradley-Terry on gold.
+        kl: KL(policy || reference) in nats.
+        entropy: in nats a response.
+        gap: J*_gold - J_gold >= 0, with J_gold = E gold - beta KL: what is missing to the best policy at this beta.
     """
 
     true_return: jax.Array
@@ -66,9 +66,9 @@ def row_mean(function, second: jax.Array, *tables: jax.Array) -> jax.Array:
     """Returns `[B, N]`: for each first response the mean of `function` over second responses drawn from `second`.
 
     Args:
-      function: elementwise, called as `function(first_0, second_0, first_1, second_1, ...)` with broadcast tables.
-      second: log-probabilities `[B, N]` of the second response.
-      *tables: `[B, N]` each.
+        function: elementwise, called as `function(first_0, second_0, first_1, second_1, ...)` with broadcast tables.
+        second: log-probabilities `[B, N]` of the second response.
+        *tables: `[B, N]` each.
     """
 
     def one_prompt(arguments):

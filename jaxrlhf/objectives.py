@@ -27,10 +27,10 @@ class Objective(NamedTuple):
     """An upper objective.
 
     Attributes:
-      pair_cost: `(returns [B, M, 2], labels [B, M, L]) -> PairCost`.
-      kl_price: kappa, adds kappa KL(policy || reference) to the coupled part.
-      labels: labels a pair that it needs.
-      against_reference: whether response 1 must come from the reference.
+        pair_cost: `(returns [B, M, 2], labels [B, M, L]) -> PairCost`.
+        kl_price: kappa, adds kappa KL(policy || reference) to the coupled part.
+        labels: labels a pair that it needs.
+        against_reference: whether response 1 must come from the reference.
     """
 
     pair_cost: Callable[[jax.Array, jax.Array], PairCost]
@@ -42,7 +42,7 @@ class Objective(NamedTuple):
         """The `cost` of a `BilevelProblem`: the objective at the discounted returns of each pair.
 
         Raises:
-          ValueError: at trace time, when a pair carries fewer labels than the objective needs.
+            ValueError: at trace time, when a pair carries fewer labels than the objective needs.
         """
         del upper, frozen
         if labelled.labels.shape[-1] < self.labels:

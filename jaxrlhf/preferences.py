@@ -32,8 +32,8 @@ def gold_annotator(score: Callable[[Sample, Params], jax.Array], *, labels: int 
     """Returns an annotator whose labels follow Bradley-Terry on a gold score.
 
     Args:
-      score: `(sample, frozen) -> [B, M, 2]`, traceable; it may be a reward model whose weights are in `frozen`.
-      labels: labels a pair.
+        score: `(sample, frozen) -> [B, M, 2]`, traceable; it may be a reward model whose weights are in `frozen`.
+        labels: labels a pair.
     """
 
     def annotate(key, sample, frozen):

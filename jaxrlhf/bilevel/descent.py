@@ -8,7 +8,7 @@ One outer step:
 4. apply the upper optimiser.
 
 The lower iterates are one pytree, stacked on a leading axis S and vmapped. One inner step makes the single-loop method,
-many the double loop; warm starts are the carried state.
+many the double loop; the carried state is the warm start.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.bilevel.hypergradient import HypergradientRule
-from jaxrlhf.bilevel.levels import Levels, loss_levels, over_tilts, sampled_levels
+from jaxrlhf.bilevel.levels import Levels, loss_levels, sampled_levels
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask
 from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, Sample
 from jaxrlhf.types import Batch, Key, Params
@@ -29,11 +29,11 @@ class BilevelState(NamedTuple):
     """Everything that is carried from one outer step to the next.
 
     Attributes:
-      step: `[]` int32, outer steps taken.
-      upper: reward parameters phi.
-      lowers: policy parameters lambda_i, leaves `[S, ...]`, tilt 0 first.
-      upper_optimizer: the upper optimiser's state.
-      solver: the lower solvers' states, leaves `[S, ...]`.
+        step: `[]` int32, outer steps taken.
+        upper: reward parameters phi.
+        lowers: policy parameters lambda_i, leaves `[S, ...]`, tilt 0 first.
+        upper_optimizer: the upper optimiser's state.
+        solver: the lower solver's state.
     """
 
     step: jax.Array
@@ -47,19 +47,19 @@ class BilevelInfo(NamedTuple):
     """Diagnostics of one outer step, all scalars. What to do about each is in `docs/diagnostics.md`.
 
     Attributes:
-      upper_loss: G at tilt 0, coupled and uncoupled parts, KL price included.
-      value_gap: smallest J(lambda_0) - J(lambda_i) over the tilted iterates, at least 0 when the inner problems are
-        solved; 0 for one-policy rules.
-      residual_over_sigma: largest norm of the tilted loss's gradient over the iterates, divided by sigma (by beta for
-        one-policy rules).
-      hypergradient_norm: norm of the gradient that the upper optimiser receives.
-      coupling_share: |coupling| / (|coupling| + |rest|) in [0, 1], where the two parts of the hypergradient, with and
-        without the policy's answer, are compared at the reward model's outputs.
-      effective_sample_size: smallest (sum w)^2 / sum w^2 over the iterates, as a share of the sample in (0, 1].
-      kl: KL(tilt 0 || reference) in nats, the estimator of the loss.
-      entropy: - E log pi of tilt 0, in nats a response.
-      collision_rate: share of pairs whose two responses coincide.
-      labels: labels consumed by the step; an enumerated expectation consumes none.
+        upper_loss: G at tilt 0, coupled and uncoupled parts, KL price included.
+        value_gap: smallest J(lambda_0) - J(lambda_i) over the tilted iterates, at least 0 when the inner problems are
+            solved; 0 for one-policy rules.
+        residual_over_sigma: largest norm of the tilted loss's gradient over the iterates, divided by sigma (by beta for
+            one-policy rules).
+        hypergradient_norm: norm of the gradient that the upper optimiser receives.
+        coupling_share: |coupling| / (|coupling| + |rest|) in [0, 1], where the two parts of the hypergradient, with and
+            without the policy's answer, are compared at the reward model's outputs.
+        effective_sample_size: smallest (sum w)^2 / sum w^2 over the iterates, as a share of the sample in (0, 1].
+        kl: KL(tilt 0 || reference) in nats, the estimator of the loss.
+        entropy: - E log pi of tilt 0, in nats a response.
+        collision_rate: share of pairs whose two responses coincide.
+        labels: labels consumed by the step; an enumerated expectation consumes none.
     """
 
     upper_loss: jax.Array
@@ -78,10 +78,10 @@ class BilevelAlgorithm(NamedTuple):
     """Pure functions.
 
     Attributes:
-      init: `(key, upper, lower) -> BilevelState`. Copies its arguments, so that the state may be donated.
-      step: `(key, state, data, frozen) -> (BilevelState, BilevelInfo)`: propose, annotate, update.
-      propose: `(key, state, data, frozen) -> Sample`, drawn from tilt 0.
-      update: `(key, state, labelled, frozen) -> (BilevelState, BilevelInfo)`, for labels that come from outside.
+        init: `(key, upper, lower) -> BilevelState`. Copies its arguments, so that the state may be donated.
+        step: `(key, state, data, frozen) -> (BilevelState, BilevelInfo)`: propose, annotate, update.
+        propose: `(key, state, data, frozen) -> Sample`, drawn from tilt 0.
+        update: `(key, state, labelled, frozen) -> (BilevelState, BilevelInfo)`, for labels that come from outside.
     """
 
     init: Callable[[Key, Params, Params], BilevelState]
@@ -107,21 +107,21 @@ def bilevel_descent(
     """Descends Phi(phi) = G(phi, argmax_lambda J(phi, lambda)) with first-order gradients only.
 
     Args:
-      problem: the four functions.
-      rule: the hypergradient estimator, such as `central(relative_sigma=0.2)`.
-      solver: the lower solver.
-      upper_optimizer: optimiser of the reward parameters.
-      beta: weight of the lower level's KL, positive.
-      annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
-        remain.
+        problem: the four functions.
+        rule: the hypergradient estimator, such as `central(relative_sigma=0.2)`.
+        solver: the lower solver.
+        upper_optimizer: optimiser of the reward parameters.
+        beta: weight of the lower level's KL, positive.
+        annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
+            remain.
 
     Raises:
-      ValueError: beta or the KL price is out of range, or sigma is too large: with |s| kappa >= beta a tilted problem
-        pays the policy for leaving the reference and has no minimiser. A schedule is checked at step 0.
+        ValueError: beta or the KL price is out of range, or sigma is too large: with |s| kappa >= beta a tilted problem
+            pays the policy for leaving the reference and has no minimiser. A schedule is checked at step 0.
 
     References:
-      arXiv 2410.15610, algorithm 1 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
-      are free, tilts share one sample, and tilt 0 is always kept.
+        arXiv 2410.15610, algorithm 1 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
+        are free, tilts share one sample, and tilt 0 is always kept.
     """
     _check_beta(beta)
     _check_price(problem.kl_price, rule)
@@ -154,7 +154,7 @@ def bilevel_descent_on_losses(
     `lower_loss` is minimised in `lower`; `beta` only sets the unit of sigma. `propose` hands `data` through.
 
     Raises:
-      ValueError: beta is out of range, or the rule is not a stencil (the others are formulas for policies).
+        ValueError: beta is out of range, or the rule is not a stencil (the others are formulas for policies).
     """
     _check_beta(beta)
     if len(rule.stencil.offsets) < 2:
@@ -194,7 +194,7 @@ def _assemble(
             upper=upper,
             lowers=lowers,
             upper_optimizer=upper_optimizer.init(upper),
-            solver=over_tilts(solver.init)(lowers),
+            solver=solver.init(lowers),
         )
 
     def update(key: Key, state: BilevelState, labelled: Any, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
@@ -202,11 +202,8 @@ def _assemble(
         tilts = sigma * jnp.asarray(offsets)
         tilted_loss, hypergradient = levels(state.upper, labelled, frozen)
 
-        def solve(lower, solver_state, tilt):
-            task = LowerTask(lambda lower: tilted_loss(lower, tilt), state.upper, tilt, labelled, frozen)
-            return solver.step(key, lower, solver_state, task)
-
-        lowers, solver_state, residuals = over_tilts(solve)(state.lowers, state.solver, tilts)
+        task = LowerTask(tilted_loss, tilts, state.upper, labelled, frozen)
+        lowers, solver_state, residuals = solver.step(key, state.lowers, state.solver, task)
         gradient, report = hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
         info = BilevelInfo(

@@ -33,13 +33,13 @@ class Evidence(NamedTuple):
     """What a rule sees.
 
     Attributes:
-      sample: the pairs.
-      log_weights: `[S, B, M, 2, T]`, cumulative log density ratios of the S lower iterates, tilt 0 first.
-      log_ratio: `[B, M, 2, T]`, log(policy / reference) of tilt 0, step by step.
-      coupled_cost: `[B, M]` at the present reward.
-      sigma: `[]`, the perturbation, relative_sigma * beta.
-      beta: weight of the lower level's KL.
-      kl_price: weight of the upper level's KL.
+        sample: the pairs.
+        log_weights: `[S, B, M, 2, T]`, cumulative log density ratios of the S lower iterates, tilt 0 first.
+        log_ratio: `[B, M, 2, T]`, log(policy / reference) of tilt 0, step by step.
+        coupled_cost: `[B, M]` at the present reward.
+        sigma: `[]`, the perturbation, relative_sigma * beta.
+        beta: weight of the lower level's KL.
+        kl_price: weight of the upper level's KL.
     """
 
     sample: Sample
@@ -55,8 +55,8 @@ class Weights(NamedTuple):
     """What a rule returns.
 
     Attributes:
-      coupled: `[B, M]`, multiplies the coupled cost.
-      reward: `[B, M, 2, T]`, multiplies the discounted reward.
+        coupled: `[B, M]`, multiplies the coupled cost.
+        reward: `[B, M, 2, T]`, multiplies the discounted reward.
     """
 
     coupled: jax.Array
@@ -67,9 +67,9 @@ class HypergradientRule(NamedTuple):
     """A way to estimate grad Phi.
 
     Attributes:
-      stencil: the tilts that lower iterates are kept at, in units of sigma.
-      relative_sigma: schedule of sigma / beta.
-      weights: `Evidence -> Weights`.
+        stencil: the tilts that lower iterates are kept at, in units of sigma.
+        relative_sigma: schedule of sigma / beta.
+        weights: `Evidence -> Weights`.
     """
 
     stencil: Stencil
@@ -85,12 +85,12 @@ def stencil(points: Stencil, relative_sigma: float | SigmaSchedule) -> Hypergrad
     exact where the weights themselves agree to the last digit. Departure from the paper: all tilts share one sample.
 
     Args:
-      points: the stencil.
-      relative_sigma: sigma / beta, or a schedule of it; positive. It is a Taylor step in the tilt, so its useful
-        range does not depend on beta: the error is about 0.1 relative_sigma forward, 0.03 relative_sigma^2 central.
+        points: the stencil.
+        relative_sigma: sigma / beta, or a schedule of it; positive. It is a Taylor step in the tilt, so its useful
+            range does not depend on beta: the error is about 0.1 relative_sigma forward, 0.03 relative_sigma^2 central.
 
     Raises:
-      ValueError: relative_sigma is not positive.
+        ValueError: relative_sigma is not positive.
     """
     offsets, coefficients = jnp.asarray(points.offsets), jnp.asarray(points.coefficients)
 
@@ -138,8 +138,8 @@ def boltzmann() -> HypergradientRule:
     cost; this rule is the one-step form and refuses T > 1.
 
     Raises:
-      ValueError: at trace time, when responses have more than one step, or when prompts have a single drawn pair
-        (nothing to centre the cost against).
+        ValueError: at trace time, when responses have more than one step, or when prompts have a single drawn pair
+            (nothing to centre the cost against).
     """
     points = Stencil((0.0,), (0.0,), order=0)
 

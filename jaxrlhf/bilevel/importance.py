@@ -70,9 +70,9 @@ class Values(NamedTuple):
     """The two levels at one policy, estimated from one sample; scalars.
 
     Attributes:
-      upper: G = E[coupled cost] + kappa KL.
-      lower: J = E[discounted reward] - beta KL.
-      kl: KL(policy || reference) in nats, discounted over steps.
+        upper: G = E[coupled cost] + kappa KL.
+        lower: J = E[discounted reward] - beta KL.
+        kl: KL(policy || reference) in nats, discounted over steps.
     """
 
     upper: jax.Array
@@ -98,15 +98,15 @@ def evaluate(
     this one estimator.
 
     Args:
-      log_prob: `[B, M, 2, T]`, of the policy to evaluate.
-      reward: `[B, M, 2, T]`.
-      cost: costs `[B, M]`; only the coupled part depends on the policy.
-      sample: the pairs.
-      beta: weight of the lower level's KL.
-      kl_price: weight of the upper level's KL.
+        log_prob: `[B, M, 2, T]`, of the policy to evaluate.
+        reward: `[B, M, 2, T]`.
+        cost: costs `[B, M]`; only the coupled part depends on the policy.
+        sample: the pairs.
+        beta: weight of the lower level's KL.
+        kl_price: weight of the upper level's KL.
 
     Returns:
-      The values. `tilted_loss` combines them.
+        The values. `tilted_loss` combines them.
     """
     log_weights = step_log_weights(log_prob, sample)
     weights = jnp.exp(log_weights)
@@ -143,6 +143,4 @@ def entropy(log_prob: jax.Array, sample: Sample) -> jax.Array:
     """Returns `- E sum_t discount_t log pi(step t)` in nats, from `log_prob` `[B, M, 2, T]` of the policy."""
     weights = jnp.exp(step_log_weights(log_prob, sample))
     masked = jnp.where(sample.by_policy[None, None, :, None] > 0, log_prob, 0.0)
-    return -expectation(
-        jnp.sum(policy_share(sample) * sample.discount * weights * masked, axis=(-2, -1)), sample
-    )
+    return -expectation(jnp.sum(policy_share(sample) * sample.discount * weights * masked, axis=(-2, -1)), sample)

@@ -17,9 +17,9 @@ class Levels(NamedTuple):
     """Both levels at one reward phi and one batch; lives inside a trace.
 
     Attributes:
-      tilted_loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J.
-      hypergradient: `(lowers, sigma) -> (gradient, report)`, from iterates stacked `[S, ...]`, tilt 0 first; the report
-        holds the fields of `BilevelInfo` that both levels determine.
+        tilted_loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J.
+        hypergradient: `(lowers, sigma) -> (gradient, report)`, from iterates stacked `[S, ...]`, tilt 0 first; the report
+            holds the fields of `BilevelInfo` that both levels determine.
     """
 
     tilted_loss: Callable[[Params, jax.Array], jax.Array]
@@ -111,8 +111,10 @@ def loss_levels(
 
         of_upper, of_lower = over_tilts(gradients)(lowers)
         whole = jax.tree.map(
-            lambda upper, lower: jnp.tensordot((coefficients * offsets).astype(upper.dtype), upper, axes=1)
-            + jnp.tensordot(coefficients.astype(lower.dtype) / sigma, lower, axes=1),
+            lambda upper, lower: (
+                jnp.tensordot((coefficients * offsets).astype(upper.dtype), upper, axes=1)
+                + jnp.tensordot(coefficients.astype(lower.dtype) / sigma, lower, axes=1)
+            ),
             of_upper,
             of_lower,
         )

@@ -1,45 +1,50 @@
-"""Lower solvers: what moves a policy towards the minimiser of its tilted loss.
+"""Lower solvers: what moves the policies towards the minimisers of their tilted losses.
 
 A solver is a pair of pure functions with a state of its own (optimiser moments, a critic), so that nothing leaks into
-the policy's parameters. It is written for one tilt; `bilevel_descent` maps it over the stacked iterates, with the same
-sample and the same key for all of them: error that all tilts share cancels in a stencil, error that differs is divided
-by sigma.
+the policies' parameters. It moves the whole stack of iterates, on the same sample and with the same key, because what
+the upper level reads is their differences: an error that all tilts share cancels in a stencil, one that differs is
+divided by sigma.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrlhf.types import Key, Params
 
 
 class LowerTask(NamedTuple):
-    """One tilt's problem, given to a solver inside a trace.
+    """The lower problems of one outer step, given to a solver inside a trace.
 
     Attributes:
-      loss: `lower -> []`, h(phi, lower; s) = s G - J on the step's labelled sample.
-      upper: the reward parameters.
-      tilt: `[]`, s, in the units of beta.
-      labelled: the step's labelled sample, or its data.
-      frozen: what no gradient touches.
+        loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J on the step's labelled sample.
+        tilts: `[S]`, in the units of beta, 0 first.
+        upper: the reward parameters.
+        labelled: the step's labelled sample, or its data.
+        frozen: what no gradient touches.
     """
 
-    loss: Callable[[Params], jax.Array]
+    loss: Callable[[Params, jax.Array], jax.Array]
+    tilts: jax.Array
     upper: Params
-    tilt: jax.Array
     labelled: Any
     frozen: Params
 
+    def gradients(self, lowers: Params) -> Params:
+        """Returns each iterate's gradient of its tilted loss, leaves `[S, ...]`."""
+        return jax.vmap(jax.grad(self.loss))(lowers, self.tilts)
+
 
 class LowerSolver(NamedTuple):
-    """A pair of pure functions.
+    """A pair of pure functions on the stacked iterates, leaves `[S, ...]`, tilt 0 first.
 
     Attributes:
-      init: `(lower) -> solver_state`.
-      step: `(key, lower, solver_state, task) -> (lower, solver_state, residual)`, where the residual `[]` is the norm
-        of the tilted loss's gradient. Consumes the key.
+        init: `(lowers) -> solver_state`.
+        step: `(key, lowers, solver_state, task) -> (lowers, solver_state, residuals)`, where the residuals `[S]` are the
+            norms of the tilted losses' gradients. Consumes the key.
     """
 
     init: Callable[[Params], Any]
@@ -50,35 +55,85 @@ def gradient(optimizer: optax.GradientTransformation, *, steps: int = 1) -> Lowe
     """Returns a solver that takes `steps` optimiser steps from the warm start.
 
     One step is the single-loop method; many, the double loop. Inner steps reuse the outer step's sample through
-    importance weights. The residual is the gradient norm before the last step.
+    importance weights. The residuals are the gradient norms before the last step.
+
+    Args:
+        optimizer: acts on the whole stack, so that what it computes from all gradients (a clipping factor, the scale of
+            `shared_adam`) is common to all tilts. An optimiser that rescales every tilt by its own history, such as
+            `optax.adam`, makes errors that differ between tilts and can drive the upper level away.
+        steps: inner steps.
 
     Raises:
-      ValueError: steps < 1.
+        ValueError: steps < 1.
     """
     if steps < 1:
         raise ValueError(f"The lower solver needs at least 1 step, got {steps}.")
 
-    def step(key, lower, solver_state, task):
+    def step(key, lowers, solver_state, task):
         del key
 
         def one(carry, _):
-            lower, solver_state = carry
-            gradients = jax.grad(task.loss)(lower)
-            updates, solver_state = optimizer.update(gradients, solver_state, lower)
-            return (optax.apply_updates(lower, updates), solver_state), optax.tree.norm(gradients)
+            lowers, solver_state = carry
+            gradients = task.gradients(lowers)
+            updates, solver_state = optimizer.update(gradients, solver_state, lowers)
+            return (optax.apply_updates(lowers, updates), solver_state), jax.vmap(optax.tree.norm)(gradients)
 
-        (lower, solver_state), residuals = jax.lax.scan(one, (lower, solver_state), None, length=steps)
-        return lower, solver_state, residuals[-1]
+        (lowers, solver_state), residuals = jax.lax.scan(one, (lowers, solver_state), None, length=steps)
+        return lowers, solver_state, residuals[-1]
 
     return LowerSolver(optimizer.init, step)
 
 
-def closed_form(solution: Callable[[LowerTask], Params]) -> LowerSolver:
-    """Returns a solver that jumps to `solution(task)`; the residual is measured there, not assumed to be 0."""
+def closed_form(solution: Callable[[LowerTask, jax.Array], Params]) -> LowerSolver:
+    """Returns a solver that jumps to `solution(task, tilt)`; the residuals are measured there, not assumed to be 0."""
 
-    def step(key, lower, solver_state, task):
-        del key, lower
-        solved = solution(task)
-        return solved, solver_state, optax.tree.norm(jax.grad(task.loss)(solved))
+    def step(key, lowers, solver_state, task):
+        del key, lowers
+        solved = jax.vmap(lambda tilt: solution(task, tilt))(task.tilts)
+        return solved, solver_state, jax.vmap(optax.tree.norm)(task.gradients(solved))
 
-    return LowerSolver(lambda lower: (), step)
+    return LowerSolver(lambda lowers: (), step)
+
+
+class SharedAdamState(NamedTuple):
+    """Steps taken, the first moment of every tilt `[S, ...]`, and the second moment that they share `[...]`."""
+
+    count: jax.Array
+    first: Params
+    second: Params
+
+
+def shared_adam(
+    learning_rate: float | optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Returns Adam with one second moment for all tilts, the mean of their squared gradients.
+
+    Each tilt keeps its own first moment, and all are divided by the same scale: the stack moves by one linear map, so
+    differences between tilts obey the same preconditioned descent as the policies themselves. With a second moment a
+    tilt, Adam turns a difference of gradients of order sigma into one of order 1 near the solution, and the single-loop
+    method diverges (`tests/bilevel/descent_test.py` holds both). On one tilt it is Adam (arXiv 1412.6980).
+    """
+
+    def init(lowers):
+        return SharedAdamState(
+            count=jnp.zeros((), jnp.int32),
+            first=jax.tree.map(jnp.zeros_like, lowers),
+            second=jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), lowers),
+        )
+
+    def update(gradients, state, lowers=None):
+        del lowers
+        count = optax.safe_increment(state.count)
+        first = jax.tree.map(lambda old, new: b1 * old + (1 - b1) * new, state.first, gradients)
+        second = jax.tree.map(
+            lambda old, new: b2 * old + (1 - b2) * jnp.mean(jnp.square(new), axis=0), state.second, gradients
+        )
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def move(first, second):
+            scale = jnp.sqrt(second / (1 - b2**count)) + eps
+            return -rate * first / (1 - b1**count) / scale[None]
+
+        return jax.tree.map(move, first, second), SharedAdamState(count, first, second)
+
+    return optax.GradientTransformation(init, update)

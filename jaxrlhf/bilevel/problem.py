@@ -21,15 +21,15 @@ class Sample(NamedTuple):
     exact.
 
     Attributes:
-      prompts: pytree, leaves `[B, ...]`.
-      responses: pytree, leaves `[B, M, 2, ...]`; padding must be canonical, so that equal responses are equal arrays.
-      behaviour_log_prob: `[B, M, 2, T]`, log-probability in nats of each step under the policy that gave it.
-      reference_log_prob: `[B, M, 2, T]`, the same under the reference policy.
-      discount: `[B, M, 2, T]`, gamma^t on the steps taken, 0 after the end.
-      measure: `[B, M]`, non-negative, sums to 1.
-      by_policy: `[2]`, 1 where a slot is filled by the policy, 0 where by the reference. Slot 0 is the policy's.
-      draws: `[]`, independent pairs behind each prompt's measure: M when drawn, infinity when enumerated. It sets the
-        leave-one-out correction of `importance.centre`.
+        prompts: pytree, leaves `[B, ...]`.
+        responses: pytree, leaves `[B, M, 2, ...]`; padding must be canonical, so that equal responses are equal arrays.
+        behaviour_log_prob: `[B, M, 2, T]`, log-probability in nats of each step under the policy that gave it.
+        reference_log_prob: `[B, M, 2, T]`, the same under the reference policy.
+        discount: `[B, M, 2, T]`, gamma^t on the steps taken, 0 after the end.
+        measure: `[B, M]`, non-negative, sums to 1.
+        by_policy: `[2]`, 1 where a slot is filled by the policy, 0 where by the reference. Slot 0 is the policy's.
+        draws: `[]`, independent pairs behind each prompt's measure: M when drawn, infinity when enumerated. It sets the
+            leave-one-out correction of `importance.centre`.
     """
 
     prompts: Batch
@@ -46,9 +46,9 @@ class Labelled(NamedTuple):
     """A sample with the annotator's answers.
 
     Attributes:
-      sample: the pairs.
-      labels: `[B, M, L]` in [0, 1]; 1 says that response 0 was preferred. An enumerated problem may put the
-        probability of that answer in place of a drawn one.
+        sample: the pairs.
+        labels: `[B, M, L]` in [0, 1]; 1 says that response 0 was preferred. An enumerated problem may put the
+            probability of that answer in place of a drawn one.
     """
 
     sample: Sample
@@ -59,8 +59,8 @@ class PairCost(NamedTuple):
     """The upper objective, a cost per pair, split by whether the policy is held responsible for it.
 
     Attributes:
-      coupled: `[B, M]`, its expectation is followed through the lower level.
-      uncoupled: `[B, M]`, fitted on the pairs as they came, the policy held fixed.
+        coupled: `[B, M]`, its expectation is followed through the lower level.
+        uncoupled: `[B, M]`, fitted on the pairs as they came, the policy held fixed.
     """
 
     coupled: jax.Array
@@ -74,13 +74,13 @@ class BilevelProblem(NamedTuple):
     of every function and never a closure: captured arrays become constants of the compiled program.
 
     Attributes:
-      sample: `(key, lower, data, frozen) -> Sample`. Consumes the key.
-      log_prob: `(lower, sample, frozen) -> [B, M, 2, T]`, differentiable in `lower`, 0 on steps not taken. Slots
-        that the reference filled may hold anything.
-      reward: `(upper, sample, frozen) -> [B, M, 2, T]`, differentiable in `upper`.
-      cost: `(upper, reward, labelled, frozen) -> PairCost`, where `reward` is what `reward` returned for this
-        `upper`, so that no model runs twice.
-      kl_price: kappa >= 0; adds `kappa KL(policy || reference)` to the coupled upper objective.
+        sample: `(key, lower, data, frozen) -> Sample`. Consumes the key.
+        log_prob: `(lower, sample, frozen) -> [B, M, 2, T]`, differentiable in `lower`, 0 on steps not taken. Slots
+            that the reference filled may hold anything.
+        reward: `(upper, sample, frozen) -> [B, M, 2, T]`, differentiable in `upper`.
+        cost: `(upper, reward, labelled, frozen) -> PairCost`, where `reward` is what `reward` returned for this
+            `upper`, so that no model runs twice.
+        kl_price: kappa >= 0; adds `kappa KL(policy || reference)` to the coupled upper objective.
     """
 
     sample: Callable[[Key, Params, Batch, Params], Sample]

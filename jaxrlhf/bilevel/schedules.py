@@ -17,7 +17,7 @@ def as_schedule(relative_sigma: float | SigmaSchedule) -> SigmaSchedule:
     """Returns a schedule; a number becomes a constant one.
 
     Raises:
-      ValueError: a number, or the schedule's first value, is not positive.
+        ValueError: a number, or the schedule's first value, is not positive.
     """
     if not callable(relative_sigma):
         schedule = optax.constant_schedule(float(relative_sigma))

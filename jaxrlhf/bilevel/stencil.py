@@ -13,9 +13,9 @@ class Stencil(NamedTuple):
     """Where the perturbed value is looked at, and how the looks are combined.
 
     Attributes:
-      offsets: tilts in units of sigma; the first is 0.
-      coefficients: in units of 1 / sigma; they sum to 0, and `sum_i coefficients[i] offsets[i] = 1`.
-      order: the error in Phi and in its gradient is O(sigma^order).
+        offsets: tilts in units of sigma; the first is 0.
+        coefficients: in units of 1 / sigma; they sum to 0, and `sum_i coefficients[i] offsets[i] = 1`.
+        order: the error in Phi and in its gradient is O(sigma^order).
     """
 
     offsets: tuple[float, ...]
