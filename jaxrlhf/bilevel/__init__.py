@@ -19,7 +19,7 @@ from jaxrlhf.bilevel.hypergradient import (
     forward,
     stencil,
 )
-from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient, shared_adam
+from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient, shared_adam, tangent
 from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, drawn
 from jaxrlhf.bilevel.schedules import polynomial_decay
 from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
@@ -55,4 +55,5 @@ __all__ = [
     "polynomial_decay",
     "shared_adam",
     "stencil",
+    "tangent",
 ]

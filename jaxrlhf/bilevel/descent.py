@@ -200,11 +200,11 @@ def _assemble(
     def update(key: Key, state: BilevelState, labelled: Any, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
         sigma = beta * jnp.asarray(rule.relative_sigma(state.step))
         tilts = sigma * jnp.asarray(offsets)
-        tilted_loss, hypergradient = levels(state.upper, labelled, frozen)
+        both = levels(state.upper, labelled, frozen)
 
-        task = LowerTask(tilted_loss, tilts, state.upper, labelled, frozen)
+        task = LowerTask(both.tilted_loss, both.proximal_loss, tilts, state.upper, labelled, frozen)
         lowers, solver_state, residuals = solver.step(key, state.lowers, state.solver, task)
-        gradient, report = hypergradient(lowers, sigma)
+        gradient, report = both.hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
         info = BilevelInfo(
             residual_over_sigma=jnp.max(residuals) / sigma,

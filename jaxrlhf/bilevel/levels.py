@@ -18,11 +18,14 @@ class Levels(NamedTuple):
 
     Attributes:
         tilted_loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J.
+        proximal_loss: `(lower, tilt) -> []`, tilt G + beta KL(lower || the policy that sampled), up to a constant; None
+            where no policy sampled.
         hypergradient: `(lowers, sigma) -> (gradient, report)`, from iterates stacked `[S, ...]`, tilt 0 first; the report
             holds the fields of `BilevelInfo` that both levels determine.
     """
 
     tilted_loss: Callable[[Params, jax.Array], jax.Array]
+    proximal_loss: Callable[[Params, jax.Array], jax.Array] | None
     hypergradient: Callable[[Params, jax.Array], tuple[Params, dict[str, jax.Array]]]
 
 
@@ -47,11 +50,17 @@ def sampled_levels(
     reward, pull_back = jax.vjp(lambda upper: problem.reward(upper, sample, frozen), upper)
     cost = problem.cost(upper, reward, labelled, frozen)
 
-    def values_of(log_prob):
+    # The reward that the sampling policy is optimal for: -J with it in place of R is beta KL(. || that policy).
+    implied_reward = beta * (sample.behaviour_log_prob - sample.reference_log_prob)
+
+    def values_of(log_prob, reward=reward):
         return importance.evaluate(log_prob, reward, cost, sample, beta=beta, kl_price=kl_price)
 
     def tilted_loss(lower, tilt):
         return importance.tilted_loss(values_of(problem.log_prob(lower, sample, frozen)), tilt)
+
+    def proximal_loss(lower, tilt):
+        return importance.tilted_loss(values_of(problem.log_prob(lower, sample, frozen), implied_reward), tilt)
 
     def weighted_cost(reward, upper, pair_weights):
         cost = problem.cost(upper, reward, labelled, frozen)
@@ -85,7 +94,7 @@ def sampled_levels(
         }
         return gradient, report
 
-    return Levels(tilted_loss, hypergradient)
+    return Levels(tilted_loss, proximal_loss, hypergradient)
 
 
 def loss_levels(
@@ -134,7 +143,7 @@ def loss_levels(
         }
         return whole, report
 
-    return Levels(tilted_loss, hypergradient)
+    return Levels(tilted_loss, None, hypergradient)
 
 
 def _smallest_gap(values: jax.Array) -> jax.Array:

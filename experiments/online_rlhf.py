@@ -1,0 +1,231 @@
+"""Online RLHF as one bilevel problem, against iterated RLHF, at equal labels and equal samples.
+
+    python experiments/online_rlhf.py                    # an enumerable language: every figure exact
+    python experiments/online_rlhf.py --policy DIR       # a pretrained model in a Hugging Face directory
+
+Three methods differ in one line: `bilevel` follows the hypergradient through a central stencil, `boltzmann` through the
+closed form of a KL-regularised policy's answer, `decoupled` ignores the answer (iterated RLHF).
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import tyro
+from online_rlhf_tasks import Task, enumerable_task, pretrained_task
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxrlhf import bilevel, objectives
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step
+
+METHODS = ("bilevel", "boltzmann", "decoupled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to run. A value left out takes the default of its task, shown in `config.json` of the run's folder."""
+
+    policy: pathlib.Path | None = None
+    """Hugging Face directory of a Llama-layout model; without it, the enumerable language."""
+    methods: tuple[str, ...] = METHODS
+    """Which to compare."""
+    seed: int = 0
+    steps: int | None = None
+    """Outer steps a method."""
+    batch: int | None = None
+    """Prompts a step (the enumerable language has 4, all used)."""
+    pairs: int | None = None
+    """Pairs a prompt and step; each costs one label."""
+    max_new_tokens: int | None = None
+    beta: float | None = None
+    """Weight of the KL to the reference."""
+    relative_sigma: float = 0.2
+    """Perturbation of the stencil, sigma / beta."""
+    utility_weight: float = 1.0
+    """Weight of the coupled utility beside the uncoupled likelihood."""
+    inner_steps: int = 1
+    """Lower steps an outer step: 1 is the single loop."""
+    policy_rate: float | None = None
+    tangent_rate: float | None = None
+    reward_rate: float | None = None
+    evaluations: int = 12
+    """Evaluations a method, evenly spaced."""
+    output: pathlib.Path = pathlib.Path("runs")
+    """Where the run's own folder is made."""
+
+
+ENUMERABLE = {
+    "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "beta": 0.3,
+    "policy_rate": 3e-3, "tangent_rate": 3e-4, "reward_rate": 1e-3,
+}  # fmt: skip
+PRETRAINED = {
+    "steps": 60, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.15,
+    "policy_rate": 1e-3, "tangent_rate": 3e-4, "reward_rate": 1e-3,
+}  # fmt: skip
+
+
+def resolved(config: Config) -> Config:
+    """Returns the configuration with the task's defaults in place of what was left out."""
+    defaults = ENUMERABLE if config.policy is None else PRETRAINED
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **missing)
+    for method in config.methods:
+        if method not in METHODS:
+            raise ValueError(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
+    for name in ("steps", "batch", "pairs", "max_new_tokens", "inner_steps", "evaluations"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+    if config.policy is None and (config.batch, config.max_new_tokens) != (4, 4):
+        raise ValueError("The enumerable language has 4 prompts and 4 tokens; leave out --batch and --max-new-tokens.")
+    return config
+
+
+def objective_of(config: Config) -> objectives.Objective:
+    """Returns the default upper objective: fit the reward to the labels as they come, answer for the win rate."""
+    return objectives.add(
+        objectives.likelihood(coupled=False),
+        objectives.utility(kl_price=config.beta / 4, weight=config.utility_weight),
+    )
+
+
+def algorithm_of(method: str, config: Config, task: Task) -> bilevel.BilevelAlgorithm:
+    """Returns one method: the rule is all that differs."""
+    rule = {
+        "bilevel": lambda: bilevel.central(config.relative_sigma),
+        "boltzmann": bilevel.boltzmann,
+        "decoupled": bilevel.decoupled,
+    }[method]()
+
+    def adam(rate):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, config.steps)))
+
+    solver = bilevel.tangent(adam(config.policy_rate), adam(config.tangent_rate), steps=config.inner_steps)
+    return bilevel.bilevel_descent(
+        task.problem(objective_of(config)),
+        rule,
+        solver,
+        adam(config.reward_rate),
+        beta=config.beta,
+        annotate=task.traced_annotator,
+    )
+
+
+def run(method: str, algorithm, config: Config, task: Task, mesh, folder: RunFolder, progress: Progress):
+    """Trains one method; returns its evaluations and the policy reached."""
+    key = jax.random.key(config.seed)
+    step = outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
+    state = algorithm.init(key, task.upper, task.frozen.reference)
+    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    every = -(-config.steps // config.evaluations)
+    history, labels, recent = [], 0, []
+    bar = progress.add_task(method, total=config.steps, gold=float("nan"), kl=float("nan"))
+
+    def measure(number, state):
+        row = {"step": number, "labels": labels} | task.evaluate(state)
+        row.setdefault("upper_loss", float(np.mean(recent[-every:])) if recent else None)
+        history.append(row)
+        folder.append_metrics(method=method, kind="evaluation", **row)
+        progress.update(bar, gold=row["true_return"], kl=row["kl"])
+
+    measure(0, state)
+    batches = (batch for batch, _ in zip(task.batches, range(config.steps), strict=False))
+    for number, state, info in outer_steps(step, state, batches, task.frozen, key=key):
+        if info is not None:
+            labels += int(info.labels)
+            recent.append(float(info.upper_loss))
+            folder.append_metrics(method=method, kind="step", step=len(recent), **info._asdict())
+        progress.update(bar, completed=number)
+        if number % every == 0 and number < config.steps:
+            measure(number, state)
+    measure(config.steps, state)
+    return history, bilevel.deployed(state)
+
+
+def report(folder: RunFolder, config: Config, task: Task, histories, samples, seconds, console: Console):
+    """Writes results, samples and figures, and prints the table."""
+    optimum = max([task.optimum, *(row["value"] for rows in histories.values() for row in rows)])
+    names = ("true_return", "win_rate", "kl", "upper_loss", "gap", "labels")
+    table = Table(title="exact" if config.policy is None else "estimated", title_justify="left")
+    for column in ("method", *names):
+        table.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
+    methods = {}
+    for method, rows in histories.items():
+        for row in rows:
+            row["gap"] = optimum - row["value"]
+        methods[method] = dict(rows[-1])
+        shown = [f"{rows[-1][name]:,}" if name == "labels" else f"{rows[-1][name]:.3f}" for name in names]
+        table.add_row(method, *shown)
+    first = next(iter(histories.values()))[0]
+    table.add_row("reference", *(f"{first[name]:.3f}" for name in ("true_return", "win_rate", "kl")), "", f"{first['gap']:.3f}", "0")
+    reference = {"true_return": first["true_return"], "gold_standard_deviation": task.spread, "optimum": optimum}
+    results = {"methods": methods, "reference": reference, "seconds": seconds, "seed": config.seed, "config": config}
+    folder.write_json("results.json", results)
+    panels = {
+        title: (x_label, y_label, {m: ([row[x] for row in rows], [row[y] for row in rows]) for m, rows in histories.items()})
+        for title, x_label, y_label, x, y in (
+            ("return", "labels", "true return", "labels", "true_return"),
+            ("KL", "labels", "KL to the reference (nats)", "labels", "kl"),
+            ("gap", "labels", "gap to the optimum", "labels", "gap"),
+            ("gold reward against KL", "KL to the reference (nats)", "true return", "kl", "true_return"),
+        )
+    }
+    draw_curves(folder.path / "curves.png", panels)
+    for title, panel in panels.items():
+        draw_curves(folder.path / f"{title.lower().replace(' ', '_')}.png", {title: panel}, columns=1)
+    text = "\n".join(
+        f"## {method}\n" + "\n".join(f"[{prompt}] {completion}" for prompt, completion in rows)
+        for method, rows in samples.items()
+    )
+    folder.write_text("samples.txt", text + "\n")
+    console.print(table)
+    console.print(
+        f"Reference: gold reward {first['true_return']:.3f}, standard deviation {task.spread:.3f}. "
+        f"{seconds:.0f} s. Config, metrics, results, samples and figures: {folder.path}"
+    )
+
+
+def main(config: Config) -> None:
+    """Runs every method in turn and reports."""
+    console, began = Console(), time.monotonic()
+    try:
+        config = resolved(config)
+        mesh = data_mesh()
+        check_batch(config.batch, mesh)
+        objective = objective_of(config)
+        if config.policy is None:
+            task = enumerable_task(config.seed, objective, beta=config.beta, pairs=config.pairs)
+        else:
+            shape = {"batch": config.batch, "pairs": config.pairs, "max_new_tokens": config.max_new_tokens}
+            task = pretrained_task(config.policy, config.seed, objective, beta=config.beta, **shape)
+        algorithms = {method: algorithm_of(method, config, task) for method in config.methods}
+        folder = RunFolder(config.output, "online_rlhf")
+    except ValueError as error:
+        print(f"online_rlhf: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    folder.write_json("config.json", config)
+    histories, samples = {}, {"before": task.write(task.frozen.reference)}
+    columns = (
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("gold {task.fields[gold]:6.3f}  KL {task.fields[kl]:5.2f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for method, algorithm in algorithms.items():
+            histories[method], policy = run(method, algorithm, config, task, mesh, folder, progress)
+            samples[method] = task.write(policy)
+    report(folder, config, task, histories, samples, time.monotonic() - began, console)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
