@@ -1,0 +1,99 @@
+"""The arithmetic of a Llama-layout layer as pure functions: norm, rotary positions, grouped-query attention.
+
+Products, norms and softmax are computed in float32 at least, whatever the parameters' dtype.
+
+Shapes: N rows, T query columns, S key columns, K key/value heads, G query heads a key/value head,
+H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a query with no key to look at gives a finite (and unused) average instead of NaN, in
+# gradients too.
+MASKED_SCORE = -1e30
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype that norms, softmax and logits are computed in: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, given back in x's dtype.
+
+    Args:
+        x: `[..., D]`.
+        scale: `[D]`.
+        epsilon: added to the mean square.
+
+    Returns:
+        `[..., D]` (Zhang and Sennrich, arXiv 1910.07467).
+    """
+    precise = x.astype(wide(x.dtype))
+    precise = precise * jax.lax.rsqrt(jnp.mean(precise * precise, axis=-1, keepdims=True) + epsilon)
+    return jnp.reshape(scale, (1,) * (x.ndim - 1) + scale.shape) * precise.astype(x.dtype)
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Number of real tokens before each column: `[N, T]` int32 from `mask [N, T]`; 0 on leading padding."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def rotary(positions: jax.Array, head_size: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of `position / base^(2 i / H)`.
+
+    Args:
+        positions: `[...]` int32.
+        head_size: H, even.
+        base: the slowest pair turns once in about `2 pi base` positions.
+
+    Returns:
+        Two float32 arrays `[..., H / 2]` (RoFormer, arXiv 2104.09864, section 3.2.2).
+    """
+    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angle = positions[..., None].astype(jnp.float32) * jnp.reshape(frequency, (1,) * positions.ndim + (-1,))
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the feature pairs (i, i + H / 2) of every head by the same angles.
+
+    Args:
+        x: `[..., heads, H]`.
+        rotation: cosines and sines, `[..., H / 2]` each.
+
+    Returns:
+        `[..., heads, H]` in x's dtype.
+    """
+    cosine, sine = (part[..., None, :] for part in rotation)
+    first, second = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def attend(query: jax.Array, keys: jax.Array, values: jax.Array, allowed: jax.Array) -> jax.Array:
+    """`softmax(q k / sqrt(H)) v` with grouped queries.
+
+    Args:
+        query: `[N, T, K, G, H]`.
+        keys: `[N, K, S, H]`.
+        values: `[N, K, S, H]`.
+        allowed: `[N, T, S]`, True where a query may look.
+
+    Returns:
+        `[N, T, K * G * H]` in the values' dtype (grouped queries: arXiv 2305.13245).
+    """
+    rows, length, heads, group, size = query.shape
+    # The queries of a group share their keys: as rows of one matrix they make one product a key/value head.
+    query = jnp.transpose(query * size**-0.5, (0, 2, 3, 1, 4)).reshape(rows, heads, group * length, size)
+    scores = jnp.einsum("nkth,nksh->nkts", query, keys, preferred_element_type=wide(keys.dtype))
+    scores = scores.reshape(rows, heads, group, length, -1)
+    scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    # Divided after the product with the values: H numbers a query instead of S.
+    total = jnp.sum(weights, axis=-1).reshape(rows, heads, group * length, 1)
+    weights = weights.reshape(rows, heads, group * length, -1).astype(values.dtype)
+    out = jnp.einsum("nkts,nksh->nkth", weights, values, preferred_element_type=wide(values.dtype)) / total
+    out = jnp.transpose(out.reshape(rows, heads, group, length, size), (0, 3, 1, 2, 4))
+    return out.reshape(rows, length, -1).astype(values.dtype)

@@ -1,0 +1,109 @@
+"""Log-probabilities of given completions, as the sampler saw them, and differentiable."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.lm.model import LanguageModel, pad_left
+
+# Logits that may exist at once when no chunk size is given: 128 MiB of float32.
+MAX_LOGITS = 2**25
+
+
+def completion_log_probs(
+    model: LanguageModel,
+    params: Any,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    completions: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """`log softmax(logits / temperature)[y_t]` of every completion token.
+
+    Logits are computed only where a completion token is predicted, a chunk of columns at a time, and once
+    more in the backward pass, so that `[N, L, V]` never exists for a large vocabulary. Chunks cut columns, not
+    rows: a batch that is sharded over rows stays so.
+
+    Args:
+        model: the language model.
+        params: its parameters; gradients flow to them.
+        prompts: `[N, P]` int32, padded on either side, at least one real token a row.
+        prompt_mask: `[N, P]`, True on real tokens.
+        completions: `[N, L]` int32, padded on the right.
+        completion_mask: `[N, L]`, True on real tokens, the stop token included.
+        temperature: the sampler's, so that both mean the same distribution.
+        chunk_size: columns whose logits exist at once; None takes all of them if they are few, else a bounded
+            number.
+
+    Returns:
+        `[N, L]` float32, nats, never positive; 0 where `completion_mask` is False.
+
+    Raises:
+        ValueError: `temperature` or `chunk_size` is not positive, or the rows exceed the model's context.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive to have log-probabilities, got {temperature}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    rows, length = completions.shape
+    prompt_length = prompts.shape[1]
+    if prompt_length + length > model.context_length:
+        raise ValueError(
+            f"{prompt_length} prompt columns and {length} completion columns exceed the model's context of "
+            f"{model.context_length}."
+        )
+    prompts, prompt_mask = pad_left(prompts, prompt_mask)
+    completion_mask = completion_mask.astype(bool)
+    # The last completion token predicts nothing that is asked for.
+    tokens = jnp.concatenate([prompts, completions[:, :-1]], axis=1)
+    mask = jnp.concatenate([prompt_mask, completion_mask[:, :-1]], axis=1)
+    hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
+    if chunk_size is None:
+        chunk_size = max(1, MAX_LOGITS // (rows * model.vocabulary_size))
+    log_prob = token_log_probs(model, params, hidden, completions, temperature, chunk_size)
+    return jnp.where(completion_mask, log_prob, 0.0)
+
+
+def token_log_probs(
+    model: LanguageModel,
+    params: Any,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    temperature: float,
+    chunk_size: int,
+) -> jax.Array:
+    """`log softmax(logits(hidden) / temperature)[tokens]`, at most `chunk_size` columns at a time.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        hidden: `[N, L, D]`, the states that predict `tokens`.
+        tokens: `[N, L]` int32.
+        temperature: divides the logits.
+        chunk_size: columns whose logits exist at once.
+
+    Returns:
+        `[N, L]` float32, nats.
+    """
+    rows, length = tokens.shape
+
+    def log_prob(hidden, tokens):
+        logits = model.logits(params, hidden) / temperature
+        # A masked sum instead of a gather: its gradient is elementwise, not a scatter.
+        vocabulary = jnp.arange(model.vocabulary_size, dtype=tokens.dtype)[None, None, :]
+        chosen = jnp.sum(jnp.where(tokens[..., None] == vocabulary, logits, 0.0), axis=-1)
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    if chunk_size >= length:
+        return log_prob(hidden, tokens)
+    chunks = -(-length // chunk_size)
+    padding = chunks * chunk_size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk_size, -1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
+    by_chunk = (jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(tokens, 0, 1))
+    parts = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
+    return jnp.swapaxes(parts, 0, 1).reshape(rows, -1)[:, :length]

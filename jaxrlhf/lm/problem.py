@@ -1,0 +1,161 @@
+"""Online RLHF of a language model as a `BilevelProblem`.
+
+A completion is one step: its log-probability is the sum over its tokens, stop token included, and the reward judges it
+whole. The policy answers each prompt M times; each answer is paired with one from the reference policy, or with a second
+of its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.bilevel.problem import BilevelProblem, Sample, drawn
+from jaxrlhf.lm.generate import Completions, generate
+from jaxrlhf.lm.log_probs import completion_log_probs
+from jaxrlhf.lm.model import LanguageModel
+from jaxrlhf.lm.reward import RewardModel
+from jaxrlhf.objectives import Objective
+from jaxrlhf.types import Key, Params
+
+
+class Prompts(NamedTuple):
+    """The `data` of a step.
+
+    Attributes:
+        tokens: `[B, P]` int32, padded on either side.
+        mask: `[B, P]`, True on real tokens.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+
+
+class Responses(NamedTuple):
+    """The `responses` of a sample: tokens `[B, M, 2, L]` and their mask, stop token included."""
+
+    tokens: jax.Array
+    mask: jax.Array
+
+
+class LanguageFrozen(NamedTuple):
+    """The `frozen` argument.
+
+    Attributes:
+        reference: parameters of the reference policy, of the same model as the policy.
+        annotator: whatever a traceable annotator needs, such as a gold reward model's parameters.
+    """
+
+    reference: Params
+    annotator: Params = ()
+
+
+def language_problem(
+    policy: LanguageModel,
+    reward: RewardModel,
+    objective: Objective,
+    *,
+    pairs: int,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    temperature: float = 1.0,
+    against_reference: bool = True,
+    pad_id: int = 0,
+) -> BilevelProblem:
+    """Returns the problem; its `data` are `Prompts`, its `frozen` is `LanguageFrozen`.
+
+    Args:
+        policy: the model behind the lower iterates and the reference.
+        reward: the model behind the upper parameters.
+        objective: the upper objective.
+        pairs: M, pairs a prompt and step. At least 2 give every response a baseline of its own prompt.
+        max_new_tokens: longest completion.
+        stop_ids: tokens that end a completion.
+        temperature: of the policy: it samples and is trained at this temperature, and so is the reference. Top-p sampling
+            is not offered: it changes the support, and no density ratio exists outside the nucleus.
+        against_reference: whether the second response of a pair comes from the reference.
+        pad_id: written after the end of a completion.
+
+    Raises:
+        ValueError: the objective needs pairs against the reference and would not get them, pairs < 1, or temperature is
+            not positive.
+    """
+    if objective.against_reference and not against_reference:
+        raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
+    if pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}.")
+    if not temperature > 0:
+        raise ValueError(f"The policy's temperature must be positive, got {temperature}.")
+
+    def write(key: Key, params: Params, prompts: Prompts) -> Completions:
+        return generate(
+            policy,
+            params,
+            key,
+            *prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            temperature=temperature,
+            pad_id=pad_id,
+        )
+
+    def total_log_prob(params: Params, prompts: Prompts, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        steps = completion_log_probs(policy, params, *prompts, tokens, mask, temperature=temperature)
+        return jnp.sum(steps, axis=-1)
+
+    def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
+        batch = data.tokens.shape[0]
+        rows = Prompts(*(jnp.repeat(part, pairs, axis=0) for part in data))
+        first_key, second_key = jax.random.split(key)
+        first = write(first_key, lower, rows)
+        second = write(second_key, frozen.reference if against_reference else lower, rows)
+
+        def pair(*parts):
+            return jnp.stack([part.reshape(batch, pairs, *part.shape[1:]) for part in parts], axis=2)
+
+        behaviour = pair(*(jnp.sum(written.log_prob, axis=-1, keepdims=True) for written in (first, second)))
+        reference = total_log_prob(frozen.reference, rows, first.tokens, first.mask)[:, None]
+        if against_reference:
+            other_reference = jnp.sum(second.log_prob, axis=-1, keepdims=True)
+        else:
+            other_reference = total_log_prob(frozen.reference, rows, second.tokens, second.mask)[:, None]
+        measure, draws = drawn(batch, pairs, dtype=behaviour.dtype)
+        return Sample(
+            prompts=data,
+            responses=Responses(pair(first.tokens, second.tokens), pair(first.mask, second.mask)),
+            behaviour_log_prob=behaviour,
+            reference_log_prob=pair(reference, other_reference),
+            discount=jnp.ones_like(behaviour),
+            measure=measure,
+            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
+            draws=draws,
+        )
+
+    def log_prob(lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
+        del frozen
+        slots = 1 if against_reference else 2  # the reference's responses do not depend on the policy
+        responses = Responses(*(part[:, :, :slots] for part in sample.responses))
+        prompts, (tokens, mask) = flat(sample.prompts, responses)
+        own = total_log_prob(lower, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], 1)
+        return jnp.pad(own, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
+
+    def score(upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
+        del frozen
+        return reward_of(reward, upper, sample.prompts, sample.responses)[..., None]
+
+    return BilevelProblem(sample, log_prob, score, objective.cost, objective.kl_price)
+
+
+def flat(prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
+    """Returns one row a response: prompts `[B * M * K, P]` and responses `[B * M * K, L]` from `[B, M, K, L]`."""
+    count = responses.tokens.shape[1] * responses.tokens.shape[2]
+    rows = Prompts(*(jnp.repeat(part, count, axis=0) for part in prompts))
+    return rows, Responses(*(part.reshape(-1, part.shape[-1]) for part in responses))
+
+
+def reward_of(reward: RewardModel, params: Params, prompts: Prompts, responses: Responses) -> jax.Array:
+    """Returns the reward model's score of each response with its prompt, `[B, M, K]`."""
+    rows, (tokens, mask) = flat(prompts, responses)
+    whole = jnp.concatenate([rows.tokens, tokens], axis=1)
+    seen = jnp.concatenate([rows.mask, mask], axis=1)
+    return reward.score(params, whole, seen).reshape(responses.tokens.shape[:3])

@@ -1,0 +1,182 @@
+"""The decoder against transformers, against itself with a cache, and under the transformations JAX users apply."""
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.lm.model import DecoderConfig, decoder, pad_left
+from jaxrlhf.lm.weights import load_decoder
+
+
+def padded(tokens, left, right):
+    """The rows `tokens` between columns of padding, and their mask."""
+    rows = tokens.shape[0]
+    whole = jnp.concatenate([jnp.full((rows, left), 3), tokens, jnp.full((rows, right), 5)], axis=1)
+    columns = jnp.arange(whole.shape[1])[None, :]
+    real = (columns >= left) & (columns < left + tokens.shape[1])
+    return whole, jnp.broadcast_to(real, whole.shape)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 6, "head_dim": 10},
+        {"num_key_value_heads": 1, "rope_theta": 500.0, "rms_norm_eps": 0.1},
+    ],
+    ids=["grouped", "tied", "ungrouped-wide-heads", "one-key-head"],
+)
+def test_logits_equal_those_of_transformers(make_llama, tmp_path, settings):
+    torch = pytest.importorskip("torch")
+    llama = make_llama(**settings)
+    llama.save_pretrained(tmp_path)
+    config, params = load_decoder(tmp_path)
+    model = decoder(config)
+    tokens = np.random.default_rng(0).integers(1, 31, (5, 12))
+    mask = np.arange(12)[None, :] >= np.array([0, 1, 4, 7, 11])[:, None]
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        expected = llama(
+            torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions)
+        ).logits.numpy()
+    logits = jax.jit(lambda *rows: model.logits(params, model.hidden(params, *rows)))(tokens, mask)
+    logits = np.asarray(logits)
+    assert np.std(expected) > 0.5, "the comparison would mean nothing"
+    np.testing.assert_allclose(logits[mask], expected[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 4), (2, 5), (17, 0)])
+def test_padding_changes_no_state(tiny, left, right):
+    model, params = tiny
+    tokens = jax.random.randint(jax.random.key(2), (3, 9), 0, 23)
+    plain = model.hidden(params, tokens, jnp.ones(tokens.shape, bool))
+    whole, mask = padded(tokens, left, right)
+    within = model.hidden(params, whole, mask)[:, left : left + 9]
+    np.testing.assert_allclose(within, plain, atol=1e-5)
+
+
+def test_a_gap_in_the_middle_is_padding_too(tiny):
+    model, params = tiny
+    tokens = jax.random.randint(jax.random.key(2), (3, 8), 0, 23)
+    plain = model.hidden(params, tokens, jnp.ones(tokens.shape, bool))
+    gap = jnp.zeros((3, 4), jnp.int32)
+    whole = jnp.concatenate([tokens[:, :5], gap, tokens[:, 5:]], axis=1)
+    mask = jnp.concatenate([jnp.ones((3, 5), bool), gap > 0, jnp.ones((3, 3), bool)], axis=1)
+    within = model.hidden(params, whole, mask)
+    np.testing.assert_allclose(within[:, 9:], plain[:, 5:], atol=1e-5)
+
+
+def test_a_state_depends_on_earlier_tokens_only(tiny):
+    model, params = tiny
+    tokens = jax.random.randint(jax.random.key(3), (2, 10), 0, 23)
+    mask = jnp.ones(tokens.shape, bool)
+    changed = tokens.at[:, 6].set((tokens[:, 6] + 1) % 23)
+    before, after = model.hidden(params, tokens, mask), model.hidden(params, changed, mask)
+    np.testing.assert_allclose(before[:, :6], after[:, :6], atol=1e-6)
+    assert float(jnp.min(jnp.max(jnp.abs(before[:, 6:] - after[:, 6:]), axis=-1))) > 1e-3
+
+
+def test_cache_gives_the_states_of_whole_rows(tiny):
+    model, params = tiny
+    tokens = jax.random.randint(jax.random.key(4), (4, 11), 0, 23)
+    mask = jnp.arange(11)[None, :] >= jnp.array([0, 1, 3, 4])[:, None]
+    expected = model.hidden(params, tokens, mask)
+    state, cache = model.prefill(params, tokens[:, :5], mask[:, :5], 14)
+    np.testing.assert_allclose(state, expected[:, 4], atol=1e-5)
+    for column in range(5, 11):
+        state, cache = model.decode(params, tokens[:, column], cache)
+        np.testing.assert_allclose(state, expected[:, column], atol=1e-5)
+
+
+def test_stacked_parameters_under_vmap_equal_a_loop(tiny):
+    model, params = tiny
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.9 * leaf, 1.2 * leaf]), params)
+    tokens = jax.random.randint(jax.random.key(5), (2, 7), 0, 23)
+    mask = jnp.ones(tokens.shape, bool)
+
+    def loss(params):
+        return jnp.sum(model.logits(params, model.hidden(params, tokens, mask)) ** 2)
+
+    together = jax.jit(jax.vmap(jax.grad(loss)))(stacked)
+    gradient = jax.jit(jax.grad(loss))
+    for index in range(3):
+        one = jax.tree.map(operator.itemgetter(index), together)
+        alone = gradient(jax.tree.map(operator.itemgetter(index), stacked))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), one, alone)
+
+
+def test_bfloat16_parameters_give_float32_logits_near_the_exact_ones(tiny):
+    model, params = tiny
+    tokens = jax.random.randint(jax.random.key(6), (3, 9), 0, 23)
+    mask = jnp.arange(9)[None, :] >= jnp.array([0, 2, 5])[:, None]
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    hidden = model.hidden(half, tokens, mask)
+    logits = model.logits(half, hidden)
+    assert hidden.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    exact = model.logits(params, model.hidden(params, tokens, mask))
+    error = jnp.where(mask[..., None], logits - exact, 0.0)
+    assert 0 < float(jnp.sqrt(jnp.mean(error**2))) < 0.03 * float(jnp.std(exact))
+
+
+def test_an_empty_row_has_finite_gradients(tiny):
+    model, params = tiny
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    mask = jnp.array([[True] * 5, [False] * 5])
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.hidden(params, tokens, mask))))(params)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
+
+
+def test_only_logits_need_the_output_head(tiny_config):
+    model = decoder(dataclasses.replace(tiny_config, tied_embeddings=False))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    trunk = {name: part for name, part in params.items() if name != "output_head"}
+    tokens, mask = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+    hidden = jax.eval_shape(model.hidden, trunk, tokens, mask)
+    assert params["output_head"].shape == (16, 23)
+    assert jax.eval_shape(model.logits, params, hidden).shape == (1, 4, 23)
+
+
+def test_init_follows_the_key_and_is_float32(tiny_config):
+    init = jax.jit(decoder(tiny_config).init)
+    one, same, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(one))
+    assert bool(jnp.all(one["embedding"] == same["embedding"]))
+    assert not bool(jnp.any(one["embedding"] == other["embedding"]))
+
+
+def test_parameters_of_another_structure_are_refused(tiny):
+    model, params = tiny
+    renamed = {"embeddings" if name == "embedding" else name: part for name, part in params.items()}
+    with pytest.raises(ValueError, match="not the parameters of a decoder of 2 layers"):
+        model.hidden(renamed, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+
+
+def test_pad_left_keeps_the_order_of_real_tokens():
+    tokens = jnp.array([[1, 2, 3, 0, 0], [0, 4, 0, 5, 0], [6, 7, 8, 9, 10]])
+    mask = jnp.array([[1, 1, 1, 0, 0], [0, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
+    moved, moved_mask = pad_left(tokens, mask)
+    np.testing.assert_array_equal(
+        jnp.where(moved_mask, moved, -1), [[-1, -1, 1, 2, 3], [-1, -1, -1, 4, 5], [6, 7, 8, 9, 10]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "DecoderConfig.width must be positive, got 0"),
+        ({"layers": -1}, "DecoderConfig.layers must be positive, got -1"),
+        ({"norm_epsilon": float("nan")}, "DecoderConfig.norm_epsilon must be positive, got nan"),
+        ({"query_heads": 5}, r"query_heads \(5\) must be a multiple of key_value_heads \(2\)"),
+        ({"head_size": 7}, "head_size must be even for rotary positions, got 7"),
+    ],
+)
+def test_impossible_configurations_are_refused(tiny_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**(dataclasses.asdict(tiny_config) | change))
