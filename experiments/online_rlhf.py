@@ -68,8 +68,8 @@ ENUMERABLE = {
     "policy_rate": 3e-3, "tangent_rate": 3e-4, "reward_rate": 1e-3,
 }  # fmt: skip
 PRETRAINED = {
-    "steps": 60, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.15,
-    "policy_rate": 1e-3, "tangent_rate": 3e-4, "reward_rate": 1e-3,
+    "steps": 130, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.25,
+    "policy_rate": 2e-4, "tangent_rate": 1e-5, "reward_rate": 1e-3,
 }  # fmt: skip
 
 
@@ -106,7 +106,10 @@ def algorithm_of(method: str, config: Config, task: Task) -> bilevel.BilevelAlgo
     }[method]()
 
     def adam(rate):
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, config.steps)))
+        # Adam's first steps have unit size whatever the gradient: without a warm-up one of them can carry the policy so
+        # far from its sample that the importance weights say nothing.
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, config.steps // 10), config.steps)
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     solver = bilevel.tangent(adam(config.policy_rate), adam(config.tangent_rate), steps=config.inner_steps)
     return bilevel.bilevel_descent(

@@ -153,9 +153,9 @@ SORRY = re.compile(r"\b(sad\w*|cr(?:y|ied|ying)|scared|angry|hurt\w*|mad|bad|sor
 
 
 def story_score(text: str) -> float:
-    """The hidden gold reward: half a point for every different glad word of a text, less half for every sorry one."""
+    """The hidden gold reward: two points for every different glad word of a text, less two for every sorry one."""
     text = text.lower()
-    return 0.5 * (len(set(GLAD.findall(text))) - len(set(SORRY.findall(text))))
+    return 2.0 * (len(set(GLAD.findall(text))) - len(set(SORRY.findall(text))))
 
 
 def pretrained_task(
