@@ -168,12 +168,22 @@ def report(folder: RunFolder, config: Config, task: Task, histories, samples, se
         shown = [f"{rows[-1][name]:,}" if name == "labels" else f"{rows[-1][name]:.3f}" for name in names]
         table.add_row(method, *shown)
     first = next(iter(histories.values()))[0]
-    table.add_row("reference", *(f"{first[name]:.3f}" for name in ("true_return", "win_rate", "kl")), "", f"{first['gap']:.3f}", "0")
+    table.add_row(
+        "reference",
+        *(f"{first[name]:.3f}" for name in ("true_return", "win_rate", "kl")),
+        "",
+        f"{first['gap']:.3f}",
+        "0",
+    )
     reference = {"true_return": first["true_return"], "gold_standard_deviation": task.spread, "optimum": optimum}
     results = {"methods": methods, "reference": reference, "seconds": seconds, "seed": config.seed, "config": config}
     folder.write_json("results.json", results)
     panels = {
-        title: (x_label, y_label, {m: ([row[x] for row in rows], [row[y] for row in rows]) for m, rows in histories.items()})
+        title: (
+            x_label,
+            y_label,
+            {m: ([row[x] for row in rows], [row[y] for row in rows]) for m, rows in histories.items()},
+        )
         for title, x_label, y_label, x, y in (
             ("return", "labels", "true return", "labels", "true_return"),
             ("KL", "labels", "KL to the reference (nats)", "labels", "kl"),

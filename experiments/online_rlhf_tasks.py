@@ -148,7 +148,9 @@ OPENINGS = (
     "There was a fish who",
 )
 
-GLAD = re.compile(r"\b(happy|happily|smil\w*|laugh\w*|fun|love\w*|friends?|hug\w*|play\w*|nice|thank\w*|best|glad|kind)\b")
+GLAD = re.compile(
+    r"\b(happy|happily|smil\w*|laugh\w*|fun|love\w*|friends?|hug\w*|play\w*|nice|thank\w*|best|glad|kind)\b"
+)
 SORRY = re.compile(r"\b(sad\w*|cr(?:y|ied|ying)|scared|angry|hurt\w*|mad|bad|sorry|afraid|lost|broke\w*|mean)\b")
 
 

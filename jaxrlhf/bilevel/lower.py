@@ -155,7 +155,9 @@ def tangent(
 
         (policy, solver_state), residuals = jax.lax.scan(one, (sampler, solver_state), None, length=steps)
         lowers = jax.vmap(
-            lambda tilt: jax.tree.map(lambda leaf, change: leaf + tilt.astype(leaf.dtype) * change, policy, solver_state.tangent)
+            lambda tilt: jax.tree.map(
+                lambda leaf, change: leaf + tilt.astype(leaf.dtype) * change, policy, solver_state.tangent
+            )
         )(task.tilts)
         return lowers, solver_state, residuals[-1]
 

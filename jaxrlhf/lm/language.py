@@ -36,9 +36,7 @@ class Language(NamedTuple):
     completions: Responses
 
 
-def alphabet_language(
-    *, letters: int = 7, length: int = 4, prompts: int = 4, prompt_length: int = 2
-) -> Language:
+def alphabet_language(*, letters: int = 7, length: int = 4, prompts: int = 4, prompt_length: int = 2) -> Language:
     """Returns the language of words over `letters` letters (tokens 1 to `letters`; 0 stops).
 
     It has `sum_{l < length} letters^l + letters^length` completions: 2,801 with the defaults. Prompt number b ends with
@@ -80,17 +78,13 @@ def alphabet_gold(prompts: Prompts, responses: Responses, *, letters: int = 7) -
     return 1.5 * starts + 0.5 * rises - 1.0 * repeats + 0.5 * ended
 
 
-def policy_table(
-    model: LanguageModel, params: Params, language: Language, *, temperature: float = 1.0
-) -> jax.Array:
+def policy_table(model: LanguageModel, params: Params, language: Language, *, temperature: float = 1.0) -> jax.Array:
     """Returns the log-probability of every completion, `[B, N]`; each row's probabilities sum to 1."""
     tokens, mask = language.completions
 
     def one(prompt):
         rows = Prompts(*(jnp.broadcast_to(part[None], (tokens.shape[0], *part.shape)) for part in prompt))
-        return jnp.sum(
-            completion_log_probs(model, params, *rows, tokens, mask, temperature=temperature), axis=-1
-        )
+        return jnp.sum(completion_log_probs(model, params, *rows, tokens, mask, temperature=temperature), axis=-1)
 
     return jax.lax.map(one, language.prompts)
 
@@ -136,12 +130,8 @@ def judge_language(
 ) -> LanguageVerdict:
     """Returns the exact worth of tables `[B, N]`: log-probabilities of policy and reference, rewards and gold."""
     verdict = exact.judge(policy, reference, gold, beta)
-    cost = exact.expected_cost(
-        objective, policy, reference, reward, gold, against_reference=against_reference
-    )
-    phi = exact.upper_value(
-        objective, reward, gold, reference, beta=beta, against_reference=against_reference
-    )
+    cost = exact.expected_cost(objective, policy, reference, reward, gold, against_reference=against_reference)
+    phi = exact.upper_value(objective, reward, gold, reference, beta=beta, against_reference=against_reference)
     return LanguageVerdict(
         policy=verdict,
         upper_loss=cost.coupled + cost.uncoupled + objective.kl_price * verdict.kl,

@@ -182,7 +182,11 @@ def test_a_quadratic_enters_through_two_losses(x64):
 
     # argmin s G - J = (A upper + s target) / (1 + s)
     solver = bilevel.closed_form(lambda task, tilt: (matrix @ task.upper + tilt * target) / (1 + tilt))
-    for rule, tolerance in ((bilevel.forward(1e-4), 1e-3), (bilevel.central(1e-2), 1e-3), (bilevel.five_point(0.1), 1e-3)):
+    for rule, tolerance in (
+        (bilevel.forward(1e-4), 1e-3),
+        (bilevel.central(1e-2), 1e-3),
+        (bilevel.five_point(0.1), 1e-3),
+    ):
         algorithm = bilevel.bilevel_descent_on_losses(upper_loss, lower_loss, rule, solver, optax.sgd(1.0))
         state = algorithm.init(jax.random.key(0), jnp.array([0.3, 0.2]), jnp.zeros(2))
         after, info = algorithm.step(jax.random.key(0), state, None, None)
@@ -241,7 +245,9 @@ def test_longer_responses_equal_the_explicit_penalty_gradient(x64):
             return path @ cost @ path, path @ returns  # the KL does not depend on the reward
 
         total = 0.0
-        for lower, offset, coefficient in zip(lowers, bilevel.CENTRAL.offsets, bilevel.CENTRAL.coefficients, strict=True):
+        for lower, offset, coefficient in zip(
+            lowers, bilevel.CENTRAL.offsets, bilevel.CENTRAL.coefficients, strict=True
+        ):
             above, below = levels(lower)
             total += coefficient / (sigma * BETA) * (offset * sigma * BETA * above - below)
         return total

@@ -1,0 +1,99 @@
+"""The import directions of the design, the shape of the public surface, and what no committed file may hold."""
+
+import ast
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+import jaxrlhf
+
+ROOT = pathlib.Path(jaxrlhf.__file__).parent
+
+# A part may import itself and what stands before it.
+ORDER = [
+    "types",
+    "bilevel",
+    "objectives",
+    "preferences",
+    "policy_gradient",
+    "exact",
+    "bandit",
+    "mdp",
+    "data",
+    "lm",
+    "training",
+]
+NEVER = {("mdp", "lm"), ("lm", "mdp")}
+OUTSIDE = {
+    "bilevel": {"jax", "optax", "chex", "collections", "typing"},
+    "types": {"jax", "typing"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    part = part_of(path)
+    assert part in ORDER, f"{part} has no place in the order"
+    for name in imports(path):
+        top, *rest = name.split(".")
+        assert top != "experiments"
+        if top == "jaxrlhf" and rest:
+            other = rest[0]
+            assert other in ORDER
+            assert ORDER.index(other) <= ORDER.index(part), f"{path.name} imports {name}"
+            assert (part, other) not in NEVER
+        elif top != "jaxrlhf" and part in OUTSIDE:
+            assert top in OUTSIDE[part], f"{path.name} imports {name}"
+
+
+def test_the_order_can_fail():
+    assert ORDER.index("lm") > ORDER.index("bilevel")
+    assert "jax.numpy" in set(imports(ROOT / "bilevel" / "importance.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_definitions_are_documented(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path} has no docstring"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_every_field_of_the_report_is_explained():
+    text = (ROOT.parent / "docs" / "diagnostics.md").read_text()
+    from jaxrlhf.bilevel import BilevelInfo
+
+    for field in BilevelInfo._fields:
+        assert f"| `{field}` |" in text
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: there is no list of committed files")
+    hosts = re.compile(r"files\.pythonhosted|pypi\.org/simple|index-url|file:///|/root/|/home/\w+/")
+    for name in listed.stdout.split():
+        path = ROOT.parent / name
+        if path.suffix in {".png", ".safetensors"} or not path.exists() or path.name == "architecture_test.py":
+            continue
+        assert not hosts.search(path.read_text()), f"{name} names a machine or a registry"

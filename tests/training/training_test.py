@@ -1,0 +1,123 @@
+"""Compilation over devices, the loop, and the run folder."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.step import check_batch, data_mesh
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.lm.model import DecoderConfig, decoder
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.language import alphabet_gold
+from jaxrlhf.training.step import compile_algorithm, data_mesh, outer_step
+
+assert jax.device_count() == 8
+shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6)
+policy = decoder(shape)
+reward = reward_model(policy)
+objective = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=0.1))
+problem = language_problem(policy, reward, objective, pairs=4, max_new_tokens=4, stop_ids=(0,))
+gold = lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses)
+solver = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1))
+algorithm = bilevel.bilevel_descent(
+    problem, bilevel.central(0.2), solver, optax.sgd(0.1), beta=0.4, annotate=preferences.gold_annotator(gold)
+)
+prompts = Prompts(jnp.arange(16).reshape(8, 2) % 7 + 1, jnp.ones((8, 2), bool))
+start, scored = policy.init(jax.random.key(0)), reward.init(jax.random.key(1))
+scored["head"] = scored["head"] + 0.3
+results = []
+for devices in (jax.devices(), jax.devices()[:1]):
+    mesh = data_mesh(devices)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    compiled = compile_algorithm(algorithm, mesh)
+    frozen = jax.device_put(LanguageFrozen(start), everywhere)
+    data = jax.device_put(prompts, split)
+    state = jax.device_put(algorithm.init(jax.random.key(2), scored, start), everywhere)
+    for index in range(2):
+        state, info = compiled.step(jax.random.key(index), state, data, frozen)
+    host = lambda key, sample: preferences.gold_annotator(gold)(key, jax.tree.map(np.asarray, sample), frozen)
+    state, info = outer_step(compiled, host)(jax.random.key(5), state, data, frozen)
+    results.append(jax.tree.map(np.asarray, (state, info)))
+    assert len(jax.tree.leaves(state.lowers)[0].sharding.device_set) == len(devices)
+for eight, one in zip(*map(jax.tree.leaves, results)):
+    np.testing.assert_allclose(eight, one, rtol=2e-4, atol=2e-5)
+print("AGREE")
+"""
+
+
+def test_eight_devices_do_what_one_does():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert "AGREE" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    class FourDevices:
+        shape = {"data": 4}  # noqa: RUF012
+
+    with pytest.raises(ValueError, match="batch of 6 prompts does not divide over 4 devices"):
+        check_batch(6, FourDevices)  # pyright: ignore
+    check_batch(8, FourDevices)  # pyright: ignore
+    check_batch(3, data_mesh(jax.devices()[:1]))
+
+
+def test_the_loop_reads_one_step_late_and_goes_on_where_it_was():
+    from jaxrlhf.bilevel import BilevelState
+
+    def step(key, state, data, frozen):
+        draw = jax.random.uniform(key)
+        return state._replace(step=state.step + 1, upper=state.upper + draw * data), (state.step, draw)
+
+    def start():
+        return BilevelState(jnp.zeros((), jnp.int32), jnp.zeros(()), (), (), ())
+
+    whole = list(outer_steps(step, start(), [1.0] * 6, None, key=jax.random.key(0)))
+    assert [(progress.step, progress.info and int(progress.info[0])) for progress in whole] == [
+        (1, None), (2, 0), (3, 1), (4, 2), (5, 3), (6, 4), (6, 5),
+    ]  # fmt: skip
+    *_, half = outer_steps(step, start(), [1.0] * 3, None, key=jax.random.key(0))
+    *_, rest = outer_steps(step, half.state, [1.0] * 3, None, key=jax.random.key(0))
+    assert rest.state.upper == whole[-1].state.upper
+    assert list(outer_steps(step, start(), [], None, key=jax.random.key(0))) == []
+
+
+def test_run_folders_do_not_overwrite_each_other(tmp_path):
+    folders = [RunFolder(tmp_path / "runs", "study") for _ in range(3)]
+    assert len({folder.path for folder in folders}) == 3
+    folder = folders[0]
+    folder.append_metrics(step=1, loss=jnp.float32(0.5), worst=float("nan"))
+    folder.append_metrics(step=2, loss=np.float64(np.inf))
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5, "worst": None}, {"step": 2, "loss": None}]
+    folder.write_json("config.json", {"path": pathlib.Path("a") / "b", "rows": (1, 2)})
+    assert json.loads((folder.path / "config.json").read_text()) == {"path": "a/b", "rows": [1, 2]}
+
+
+def test_an_output_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="give --output a"):
+        RunFolder(tmp_path / "file", "study")
+    with pytest.raises(ValueError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "below", "study")
+
+
+def test_figures_are_written(tmp_path):
+    draw_curves(tmp_path / "curves.png", {"a": ("x", "y", {"one": ([0, 1], [1, 2])}), "b": ("x", "y", {})})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
