@@ -65,7 +65,7 @@ class Config:
 
 ENUMERABLE = {
     "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "beta": 0.3,
-    "policy_rate": 3e-3, "tangent_rate": 3e-4, "reward_rate": 1e-3,
+    "policy_rate": 3e-3, "tangent_rate": 1e-4, "reward_rate": 1e-3,
 }  # fmt: skip
 PRETRAINED = {
     "steps": 130, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.25,
@@ -81,9 +81,15 @@ def resolved(config: Config) -> Config:
     for method in config.methods:
         if method not in METHODS:
             raise ValueError(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
-    for name in ("steps", "batch", "pairs", "max_new_tokens", "inner_steps", "evaluations"):
+    if not config.methods:
+        raise ValueError(f"--methods needs at least one method of {', '.join(METHODS)}.")
+    for name in ("steps", "batch", "max_new_tokens", "inner_steps", "evaluations"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+    if config.pairs < 2:
+        raise ValueError(f"--pairs {config.pairs}: every prompt needs at least 2 pairs, to compare one with the other.")
+    if not config.beta > 0:
+        raise ValueError(f"--beta must be positive, got {config.beta:g}: it keeps the policy near the reference.")
     if config.policy is None and (config.batch, config.max_new_tokens) != (4, 4):
         raise ValueError("The enumerable language has 4 prompts and 4 tokens; leave out --batch and --max-new-tokens.")
     return config
@@ -141,69 +147,79 @@ def run(method: str, algorithm, config: Config, task: Task, mesh, folder: RunFol
 
     measure(0, state)
     batches = (batch for batch, _ in zip(task.batches, range(config.steps), strict=False))
-    for number, state, info in outer_steps(step, state, batches, task.frozen, key=key):
-        if info is not None:
-            labels += int(info.labels)
-            recent.append(float(info.upper_loss))
-            folder.append_metrics(method=method, kind="step", step=len(recent), **info._asdict())
-        progress.update(bar, completed=number)
-        if number % every == 0 and number < config.steps:
-            measure(number, state)
-    measure(config.steps, state)
-    return history, bilevel.deployed(state)
+    for taken in outer_steps(step, state, batches, task.frozen, key=key):
+        if taken.info is not None:
+            labels += int(taken.info.labels)
+            recent.append(float(taken.info.upper_loss))
+            folder.append_metrics(method=method, kind="step", step=len(recent), **taken.info._asdict())
+        progress.update(bar, completed=taken.step)
+        if taken.step % every == 0 and taken.step < config.steps:
+            measure(taken.step, taken.state)
+    measure(config.steps, taken.state)
+    return history, bilevel.deployed(taken.state)
+
+
+NAMES = ("true_return", "win_rate", "kl", "upper_loss", "gap", "labels")
+PANELS = {
+    "return": ("labels", "labels", "true_return", "true return"),
+    "KL": ("labels", "labels", "kl", "KL to the reference (nats)"),
+    "gap": ("labels", "labels", "gap", "gap to the optimum"),
+    "gold reward against KL": ("kl", "KL to the reference (nats)", "true_return", "true return"),
+}
+
+
+def draw(folder: RunFolder, histories: dict[str, list[dict]]) -> None:
+    """Draws every panel into a file of its own, and all into curves.png."""
+    panels = {}
+    for title, (x, x_label, y, y_label) in PANELS.items():
+        lines = {method: ([row[x] for row in rows], [row[y] for row in rows]) for method, rows in histories.items()}
+        panels[title] = (x_label, y_label, lines)
+        draw_curves(folder.path / f"{title.lower().replace(' ', '_')}.png", {title: panels[title]}, columns=1)
+    draw_curves(folder.path / "curves.png", panels)
+
+
+def tabulate(config: Config, histories: dict[str, list[dict]]) -> Table:
+    """Returns the table of the last evaluations, and of the reference."""
+    table = Table(title="exact" if config.policy is None else "estimated from samples", title_justify="left")
+    table.add_column("method")
+    for name in NAMES:
+        table.add_column(name.replace("_", " "), justify="right")
+    first = next(iter(histories.values()))[0] | {"labels": 0}
+    for method, row in {"reference": first, **{method: rows[-1] for method, rows in histories.items()}}.items():
+        cells = (row["labels"] if name == "labels" else row[name] for name in NAMES)
+        table.add_row(method, *("" if c is None else f"{c:,}" if isinstance(c, int) else f"{c:.3f}" for c in cells))
+    return table
 
 
 def report(folder: RunFolder, config: Config, task: Task, histories, samples, seconds, console: Console):
     """Writes results, samples and figures, and prints the table."""
+    # Where the optimum is only bounded from below, the best value seen may be the better bound.
     optimum = max([task.optimum, *(row["value"] for rows in histories.values() for row in rows)])
-    names = ("true_return", "win_rate", "kl", "upper_loss", "gap", "labels")
-    table = Table(title="exact" if config.policy is None else "estimated", title_justify="left")
-    for column in ("method", *names):
-        table.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
-    methods = {}
-    for method, rows in histories.items():
+    for rows in histories.values():
         for row in rows:
             row["gap"] = optimum - row["value"]
-        methods[method] = dict(rows[-1])
-        shown = [f"{rows[-1][name]:,}" if name == "labels" else f"{rows[-1][name]:.3f}" for name in names]
-        table.add_row(method, *shown)
     first = next(iter(histories.values()))[0]
-    table.add_row(
-        "reference",
-        *(f"{first[name]:.3f}" for name in ("true_return", "win_rate", "kl")),
-        "",
-        f"{first['gap']:.3f}",
-        "0",
+    folder.write_json(
+        "results.json",
+        {
+            "methods": {method: rows[-1] for method, rows in histories.items()},
+            "reference": {**first, "gold_standard_deviation": task.spread, "optimum": optimum},
+            "seconds": seconds,
+            "seed": config.seed,
+            "config": config,
+        },
     )
-    reference = {"true_return": first["true_return"], "gold_standard_deviation": task.spread, "optimum": optimum}
-    results = {"methods": methods, "reference": reference, "seconds": seconds, "seed": config.seed, "config": config}
-    folder.write_json("results.json", results)
-    panels = {
-        title: (
-            x_label,
-            y_label,
-            {m: ([row[x] for row in rows], [row[y] for row in rows]) for m, rows in histories.items()},
-        )
-        for title, x_label, y_label, x, y in (
-            ("return", "labels", "true return", "labels", "true_return"),
-            ("KL", "labels", "KL to the reference (nats)", "labels", "kl"),
-            ("gap", "labels", "gap to the optimum", "labels", "gap"),
-            ("gold reward against KL", "KL to the reference (nats)", "true return", "kl", "true_return"),
-        )
-    }
-    draw_curves(folder.path / "curves.png", panels)
-    for title, panel in panels.items():
-        draw_curves(folder.path / f"{title.lower().replace(' ', '_')}.png", {title: panel}, columns=1)
-    text = "\n".join(
-        f"## {method}\n" + "\n".join(f"[{prompt}] {completion}" for prompt, completion in rows)
-        for method, rows in samples.items()
-    )
-    folder.write_text("samples.txt", text + "\n")
-    console.print(table)
+    lines = []
+    for method, rows in samples.items():
+        lines += [f"## {method}", *(f"[{prompt}] {text}" for prompt, text in rows), ""]
+    folder.write_text("samples.txt", "\n".join(lines))
+    draw(folder, histories)
+    console.print(tabulate(config, histories))
     console.print(
-        f"Reference: gold reward {first['true_return']:.3f}, standard deviation {task.spread:.3f}. "
-        f"{seconds:.0f} s. Config, metrics, results, samples and figures: {folder.path}"
+        f"Gold reward of the reference: {first['true_return']:.3f}, standard deviation {task.spread:.3f}. "
+        f"{seconds:.0f} s. Config, metrics, results, samples and figures are in:"
     )
+    console.print(str(folder.path), soft_wrap=True)
 
 
 def main(config: Config) -> None:

@@ -238,7 +238,8 @@ def pretrained_task(
         few = Prompts(*(part[:: max(1, repeats)] for part in asked))
         written = generate(policy, params, jax.random.key(0), *few, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         tokens, mask = np.asarray(written.tokens), np.asarray(written.mask)
-        return list(zip(OPENINGS, texts(few, tokens, mask), strict=False))
+        whole_texts = texts(few, tokens, mask)
+        return [(first, text.removeprefix(first)) for first, text in zip(OPENINGS, whole_texts, strict=False)]
 
     return Task(
         problem=lambda objective: language_problem(policy, reward, objective, **problem_shape),

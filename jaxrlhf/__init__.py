@@ -1,3 +1,45 @@
-"""Online RLHF as one bilevel problem, in JAX, with first-order gradients only."""
+"""Online RLHF as one bilevel problem, in JAX, with first-order gradients only.
+
+The core is `jaxrlhf.bilevel`; `jaxrlhf.objectives` and `jaxrlhf.preferences` say what is minimised and who labels;
+`jaxrlhf.bandit`, `jaxrlhf.exact` and `jaxrlhf.lm` are its instances; `jaxrlhf.training` runs it.
+"""
 
 __version__ = "0.1.0"
+
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.bilevel import (
+    BilevelAlgorithm,
+    BilevelInfo,
+    BilevelProblem,
+    BilevelState,
+    Labelled,
+    Sample,
+    bilevel_descent,
+    boltzmann,
+    central,
+    decoupled,
+    deployed,
+    five_point,
+    forward,
+    tangent,
+)
+
+__all__ = [
+    "BilevelAlgorithm",
+    "BilevelInfo",
+    "BilevelProblem",
+    "BilevelState",
+    "Labelled",
+    "Sample",
+    "bilevel",
+    "bilevel_descent",
+    "boltzmann",
+    "central",
+    "decoupled",
+    "deployed",
+    "five_point",
+    "forward",
+    "objectives",
+    "preferences",
+    "tangent",
+]

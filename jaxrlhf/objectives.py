@@ -56,7 +56,7 @@ class Objective(NamedTuple):
 def likelihood(*, coupled: bool = True, weight: float = 1.0) -> Objective:
     """Returns the Bradley-Terry negative log-likelihood, `-z log p - (1 - z) log(1 - p)` in nats, mean over labels.
 
-    Coupled and on policy-policy pairs it is the upper objective of arXiv 2410.15610 (equation 2).
+    Coupled and on policy-policy pairs it is the upper objective of arXiv 2410.15610.
     """
 
     def pair_cost(returns, labels):

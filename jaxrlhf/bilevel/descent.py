@@ -120,7 +120,7 @@ def bilevel_descent(
             pays the policy for leaving the reference and has no minimiser. A schedule is checked at step 0.
 
     References:
-        arXiv 2410.15610, algorithm 1 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
+        arXiv 2410.15610 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
         are free, tilts share one sample, and tilt 0 is always kept.
     """
     _check_beta(beta)

@@ -19,10 +19,7 @@ def as_schedule(relative_sigma: float | SigmaSchedule) -> SigmaSchedule:
     Raises:
         ValueError: a number, or the schedule's first value, is not positive.
     """
-    if not callable(relative_sigma):
-        schedule = optax.constant_schedule(float(relative_sigma))
-    else:
-        schedule = relative_sigma
+    schedule = relative_sigma if callable(relative_sigma) else optax.constant_schedule(float(relative_sigma))
     with jax.ensure_compile_time_eval():
         first = float(schedule(jnp.zeros((), jnp.int32)))
     if not first > 0:
@@ -33,7 +30,7 @@ def as_schedule(relative_sigma: float | SigmaSchedule) -> SigmaSchedule:
 def polynomial_decay(initial: float, *, power: float, offset: float = 1.0, floor: float = 0.0) -> SigmaSchedule:
     """Returns `max(floor, initial (1 + step / offset)^(-power))`.
 
-    The decreasing perturbation of the single-loop analysis (arXiv 2309.01753, theorem 3). A floor keeps sigma above
+    The decreasing perturbation of single-loop analyses (arXiv 2309.01753). A floor keeps sigma above
     the level at which inner error dominates; see `BilevelInfo.residual_over_sigma`.
     """
 

@@ -1,7 +1,7 @@
 """Finite-difference stencils for a derivative at zero.
 
 The upper objective is a derivative, Phi(phi) = dv/ds at s = 0, of the perturbed value
-v(phi, s) = min_lambda [s G(phi, lambda) - J(phi, lambda)] (Danskin; arXiv 2309.01753, section 3). A stencil estimates it
+v(phi, s) = min_lambda [s G(phi, lambda) - J(phi, lambda)] (Danskin; arXiv 2309.01753). A stencil estimates it
 by `sum_i c_i v(phi, s_i)` with `s_i = offsets[i] sigma` and `c_i = coefficients[i] / sigma`. The tilt 0 is always the
 first: it is the policy that samples, is reported and is deployed, even where its coefficient is 0.
 """
