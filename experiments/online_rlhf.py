@@ -8,6 +8,8 @@ closed form of a KL-regularised policy's answer, `decoupled` ignores the answer 
 """
 
 import dataclasses
+import itertools
+import math
 import pathlib
 import sys
 import time
@@ -25,7 +27,7 @@ from jaxrlhf import bilevel, objectives
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.loop import outer_steps
 from jaxrlhf.training.run_folder import RunFolder
-from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step
+from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step, replicate
 
 METHODS = ("bilevel", "boltzmann", "decoupled")
 
@@ -68,7 +70,7 @@ ENUMERABLE = {
     "policy_rate": 3e-3, "tangent_rate": 1e-4, "reward_rate": 1e-3,
 }  # fmt: skip
 PRETRAINED = {
-    "steps": 130, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.25,
+    "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.27,
     "policy_rate": 2e-4, "tangent_rate": 1e-5, "reward_rate": 1e-3,
 }  # fmt: skip
 
@@ -88,6 +90,11 @@ def resolved(config: Config) -> Config:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
     if config.pairs < 2:
         raise ValueError(f"--pairs {config.pairs}: every prompt needs at least 2 pairs, to compare one with the other.")
+    for name in ("policy_rate", "tangent_rate", "reward_rate"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(config, name)}.")
+    if not 0 <= config.utility_weight < float("inf"):
+        raise ValueError(f"--utility-weight must be a number of at least 0, got {config.utility_weight}.")
     if not config.beta > 0:
         raise ValueError(f"--beta must be positive, got {config.beta:g}: it keeps the policy near the reference.")
     if config.policy is None and (config.batch, config.max_new_tokens) != (4, 4):
@@ -114,7 +121,8 @@ def algorithm_of(method: str, config: Config, task: Task) -> bilevel.BilevelAlgo
     def adam(rate):
         # Adam's first steps have unit size whatever the gradient: without a warm-up one of them can carry the policy so
         # far from its sample that the importance weights say nothing.
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, config.steps // 10), config.steps)
+        warm_up = max(1, config.steps // 10)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, max(warm_up + 1, config.steps))
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     solver = bilevel.tangent(adam(config.policy_rate), adam(config.tangent_rate), steps=config.inner_steps)
@@ -133,29 +141,29 @@ def run(method: str, algorithm, config: Config, task: Task, mesh, folder: RunFol
     key = jax.random.key(config.seed)
     step = outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
     state = algorithm.init(key, task.upper, task.frozen.reference)
-    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    state, frozen = replicate((state, task.frozen), mesh)
     every = -(-config.steps // config.evaluations)
     history, labels, recent = [], 0, []
     bar = progress.add_task(method, total=config.steps, gold=float("nan"), kl=float("nan"))
 
-    def measure(number, state):
+    def measure(number, state, labels):
         row = {"step": number, "labels": labels} | task.evaluate(state)
         row.setdefault("upper_loss", float(np.mean(recent[-every:])) if recent else None)
         history.append(row)
         folder.append_metrics(method=method, kind="evaluation", **row)
         progress.update(bar, gold=row["true_return"], kl=row["kl"])
 
-    measure(0, state)
-    batches = (batch for batch, _ in zip(task.batches, range(config.steps), strict=False))
-    for taken in outer_steps(step, state, batches, task.frozen, key=key):
+    measure(0, state, 0)
+    batches = itertools.islice(task.batches(), config.steps)
+    for taken in outer_steps(step, state, batches, frozen, key=key):
         if taken.info is not None:
             labels += int(taken.info.labels)
             recent.append(float(taken.info.upper_loss))
             folder.append_metrics(method=method, kind="step", step=len(recent), **taken.info._asdict())
         progress.update(bar, completed=taken.step)
-        if taken.step % every == 0 and taken.step < config.steps:
-            measure(taken.step, taken.state)
-    measure(config.steps, taken.state)
+        if taken.latest is not None and taken.step % every == 0 and taken.step < config.steps:
+            measure(taken.step, taken.state, labels + int(taken.latest.labels))
+    measure(config.steps, taken.state, labels)
     return history, bilevel.deployed(taken.state)
 
 
@@ -227,7 +235,9 @@ def main(config: Config) -> None:
     console, began = Console(), time.monotonic()
     try:
         config = resolved(config)
-        mesh = data_mesh()
+        # Four prompts do not fill a large host: the enumerable language uses as many devices as divide them.
+        devices = jax.devices()[: math.gcd(config.batch, jax.device_count())] if config.policy is None else None
+        mesh = data_mesh(devices)
         check_batch(config.batch, mesh)
         objective = objective_of(config)
         if config.policy is None:

@@ -41,11 +41,12 @@ class Task(NamedTuple):
         problem: the bilevel problem of an objective.
         upper: the reward model's initial parameters.
         frozen: the reference policy, which is also where the policy starts.
-        batches: endless batches of prompts.
+        batches: `() -> ` endless batches of prompts, the same at every call.
         traced_annotator: for tasks whose gold reward JAX can trace, else None.
         host_annotator: `(key, sample) -> labels` in plain Python, else None.
         evaluate: `(state) -> measurements` at tilt 0: true_return, win_rate, kl, value and, where exact, more.
-        optimum: best value E gold - beta KL, exact or estimated from below; a measured value may raise it.
+        optimum: best value E gold - beta KL; exact, or estimated from the reference's completions, too low in expectation
+            (Jensen), so that a measured value may exceed it.
         spread: standard deviation of the reference's gold rewards.
         write: `(policy) -> [(prompt, completion)]`.
     """
@@ -53,7 +54,7 @@ class Task(NamedTuple):
     problem: Callable[[Objective], BilevelProblem]
     upper: Any
     frozen: LanguageFrozen
-    batches: Iterator[Prompts]
+    batches: Callable[[], Iterator[Prompts]]
     traced_annotator: preferences.Annotator | None
     host_annotator: Callable | None
     evaluate: Callable[[BilevelState], dict[str, float]]
@@ -112,7 +113,7 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
         ),
         upper=reward.init(reward_key),
         frozen=LanguageFrozen(start),
-        batches=itertools.repeat(language.prompts),
+        batches=lambda: itertools.repeat(language.prompts),
         traced_annotator=preferences.gold_annotator(
             lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses), labels=objective.labels
         ),
@@ -206,7 +207,7 @@ def pretrained_task(
         return preferences.bradley_terry(key, jnp.asarray(flat.reshape(tokens.shape[:3])), labels=objective.labels)
 
     repeats = -(-judged // len(opening))
-    asked = Prompts(*(np.repeat(part, repeats, axis=0)[:judged] for part in whole))
+    asked = Prompts(*(np.repeat(part, repeats, axis=0) for part in whole))
 
     @jax.jit
     def write_and_weigh(params, reference, key):
@@ -219,6 +220,7 @@ def pretrained_task(
         return scores(asked, np.asarray(written.tokens), np.asarray(written.mask)), np.asarray(log_ratio)
 
     base, _ = judged_completions(start, 1_000_001)
+    by_prompt = base.reshape(len(opening), repeats)
 
     def evaluate(state):
         own, log_ratio = judged_completions(deployed(state), 1_000_000)
@@ -235,7 +237,7 @@ def pretrained_task(
         }
 
     def write(params):
-        few = Prompts(*(part[:: max(1, repeats)] for part in asked))
+        few = Prompts(*(part[::repeats] for part in asked))
         written = generate(policy, params, jax.random.key(0), *few, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         tokens, mask = np.asarray(written.tokens), np.asarray(written.mask)
         whole_texts = texts(few, tokens, mask)
@@ -245,11 +247,11 @@ def pretrained_task(
         problem=lambda objective: language_problem(policy, reward, objective, **problem_shape),
         upper=reward.from_trunk(start),
         frozen=LanguageFrozen(start),
-        batches=batches(),
+        batches=batches,
         traced_annotator=None,
         host_annotator=annotate,
         evaluate=evaluate,
-        optimum=float(beta * (jax.nn.logsumexp(jnp.asarray(base) / beta) - np.log(len(base)))),
+        optimum=float(np.mean(beta * (np.asarray(jax.nn.logsumexp(by_prompt / beta, axis=1)) - np.log(repeats)))),
         spread=float(base.std()),
         write=write,
     )

@@ -50,6 +50,8 @@ def bandit_problem(
     """
     if objective.against_reference and not against_reference:
         raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
+    if pairs is not None and pairs < 1:
+        raise ValueError(f"pairs must be at least 1, or None to enumerate, got {pairs}.")
 
     def sample(key: Key, lower: Params, data, frozen: Bandit) -> Sample:
         del data

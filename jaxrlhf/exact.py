@@ -40,7 +40,8 @@ def soft_policy(reward: jax.Array, reference: jax.Array, beta: float | jax.Array
 def mean_under(policy: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `[B]`, the mean of `values` `[B, N]` under log-probabilities `policy`; 0 weighs 0 even at -infinity."""
     probability = jnp.exp(policy)
-    return jnp.sum(jnp.where(probability > 0, probability * values, 0.0), axis=-1)
+    # Zeroed before the product too, so that no gradient meets 0 * infinity.
+    return jnp.sum(probability * jnp.where(probability > 0, values, 0.0), axis=-1)
 
 
 def soft_value(reward: jax.Array, reference: jax.Array, beta: float | jax.Array) -> jax.Array:

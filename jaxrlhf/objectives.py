@@ -92,6 +92,8 @@ def utility(*, kl_price: float, weight: float = 1.0) -> Objective:
 
 def add(*objectives: Objective) -> Objective:
     """Returns the sum: costs and KL prices add, the strictest need wins."""
+    if not objectives:
+        raise ValueError("add needs at least one objective.")
 
     def pair_cost(returns, labels):
         costs = [objective.pair_cost(returns, labels) for objective in objectives]

@@ -12,6 +12,3 @@ Params = Any
 
 Batch = Any
 """A pytree of arrays whose leaves lead with the prompts of a step, `[B, ...]`."""
-
-Metrics = dict[str, jax.Array]
-"""Scalars by name."""

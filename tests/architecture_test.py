@@ -27,7 +27,7 @@ ORDER = [
 ]
 NEVER = {("mdp", "lm"), ("lm", "mdp")}
 OUTSIDE = {
-    "bilevel": {"jax", "optax", "chex", "collections", "typing"},
+    "bilevel": {"jax", "numpy", "optax", "chex", "collections", "typing"},
     "types": {"jax", "typing"},
 }
 

@@ -135,7 +135,9 @@ def refuse(capsys, **options):
         ({"steps": 0}, "--steps must be at least 1"),
         ({"pairs": 1}, "at least 2 pairs"),
         ({"batch": 3}, "leave out --batch"),
-        ({"utility_weight": -1.0}, "must not be negative"),
+        ({"utility_weight": -1.0}, "--utility-weight must be"),
+        ({"utility_weight": float("nan")}, "--utility-weight must be"),
+        ({"reward_rate": -1.0}, "--reward-rate must be"),
     ],
 )
 def test_bad_values_get_one_sentence_and_leave_nothing(options, words, capsys, tmp_path):
@@ -145,7 +147,7 @@ def test_bad_values_get_one_sentence_and_leave_nothing(options, words, capsys, t
 
 def test_bad_directories_get_one_sentence(model_directory, capsys, tmp_path):
     options = {"output": tmp_path / "runs", "steps": 1}
-    assert "no such directory" in refuse(capsys, policy=tmp_path / "absent", **options).lower()
+    assert "absent is not a directory" in refuse(capsys, policy=tmp_path / "absent", **options)
 
     def copy(name):
         directory = tmp_path / name
@@ -157,7 +159,7 @@ def test_bad_directories_get_one_sentence(model_directory, capsys, tmp_path):
     corrupt = copy("corrupt")
     weights = corrupt / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors" in refuse(capsys, policy=corrupt, **options)
+    assert "cut short" in refuse(capsys, policy=corrupt, **options)
     larger = copy("larger")
     tokenizer = words()
     tokenizer.add_tokens(["extra", "words"])
@@ -173,7 +175,7 @@ def test_a_batch_that_does_not_divide_over_the_devices(model_directory, capsys, 
     class FourDevices:
         shape = {"data": 4}  # noqa: RUF012
 
-    monkeypatch.setattr(online_rlhf, "data_mesh", lambda: FourDevices)
+    monkeypatch.setattr(online_rlhf, "data_mesh", lambda devices=None: FourDevices)
     message = refuse(capsys, policy=model_directory, batch=6, output=tmp_path / "runs")
     assert "does not divide over 4 devices" in message
 

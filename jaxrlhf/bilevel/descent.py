@@ -50,8 +50,8 @@ class BilevelInfo(NamedTuple):
         upper_loss: G at tilt 0, coupled and uncoupled parts, KL price included.
         value_gap: smallest J(lambda_0) - J(lambda_i) over the tilted iterates, at least 0 when the inner problems are
             solved; 0 for one-policy rules.
-        residual_over_sigma: largest norm of the tilted loss's gradient over the iterates, divided by sigma (by beta for
-            one-policy rules).
+        residual_over_sigma: largest residual of the lower solver over the iterates, divided by sigma (by beta for
+            one-policy rules). On drawn samples it contains the gradients' noise.
         hypergradient_norm: norm of the gradient that the upper optimiser receives.
         coupling_share: |coupling| / (|coupling| + |rest|) in [0, 1], where the two parts of the hypergradient, with and
             without the policy's answer, are compared at the reward model's outputs.
@@ -78,7 +78,8 @@ class BilevelAlgorithm(NamedTuple):
     """Pure functions.
 
     Attributes:
-        init: `(key, upper, lower) -> BilevelState`. Copies its arguments, so that the state may be donated.
+        init: `(key, upper, lower) -> BilevelState`. Copies its arguments, so that the state may be donated. Raises
+            ValueError for policies in half precision.
         step: `(key, state, data, frozen) -> (BilevelState, BilevelInfo)`: propose, annotate, update.
         propose: `(key, state, data, frozen) -> Sample`, drawn from tilt 0.
         update: `(key, state, labelled, frozen) -> (BilevelState, BilevelInfo)`, for labels that come from outside.
@@ -187,8 +188,11 @@ def _assemble(
 
     def init(key: Key, upper: Params, lower: Params) -> BilevelState:
         del key
-        upper = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), upper)
-        lowers = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], len(offsets), axis=0), lower)
+        _check_precision(lower)
+        # The dtype is said, so that a weakly typed leaf becomes a strong one and the step is not compiled twice.
+        upper = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), upper)
+        lower = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype), lower)
+        lowers = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(offsets), axis=0), lower)
         return BilevelState(
             step=jnp.zeros((), jnp.int32),
             upper=upper,
@@ -202,7 +206,9 @@ def _assemble(
         tilts = sigma * jnp.asarray(offsets)
         both = levels(state.upper, labelled, frozen)
 
-        task = LowerTask(both.tilted_loss, both.proximal_loss, tilts, state.upper, labelled, frozen)
+        task = LowerTask(
+            both.tilted_loss, both.proximal_loss, rule.stencil, sigma, tilts, state.upper, labelled, frozen
+        )
         lowers, solver_state, residuals = solver.step(key, state.lowers, state.solver, task)
         gradient, report = both.hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
@@ -220,6 +226,16 @@ def _assemble(
         return update(update_key, state, label(label_key, sample, frozen), frozen)
 
     return BilevelAlgorithm(init, step, propose, update)
+
+
+def _check_precision(lower: Params) -> None:
+    for leaf in jax.tree.leaves(lower):
+        dtype = jnp.asarray(leaf).dtype
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"The policy's parameters are {dtype}, in which a tilt rounds to nothing; keep them in float32 and cast "
+                "inside log_prob."
+            )
 
 
 def _check_beta(beta: float) -> None:

@@ -115,15 +115,19 @@ def evaluate(
     joint = jnp.exp(pair_log_weights(log_weights))
 
     def over_responses(values):
-        return expectation(jnp.sum(policy_share(sample) * sample.discount * values, axis=(-2, -1)), sample)
+        return expectation(jnp.sum(policy_share(sample) * values, axis=(-2, -1)), sample)
 
     def controlled(ratio, values, baseline):
         return ratio * values - (ratio - 1.0) * jax.lax.stop_gradient(baseline)
 
-    # E[w_t - w_{t-1}] = 0: taking it off leaves the KL's value and removes its gradient's noise.
-    divergence = controlled(weights, log_ratio, others_mean_responses(log_ratio, sample)) - (weights - before)
-    kl = over_responses(divergence)
-    returned = over_responses(controlled(weights, reward, others_mean_responses(reward, sample)))
+    # The discount belongs to the values: E[w_t - 1] = 0 over all trajectories, not over those still alive at t.
+    discounted, divergence = sample.discount * reward, sample.discount * log_ratio
+    returned = over_responses(controlled(weights, discounted, others_mean_responses(discounted, sample)))
+    # E[w_t - w_{t-1}] = 0 given the past: taking it off leaves the KL's value and removes its gradient's noise.
+    kl = over_responses(
+        controlled(weights, divergence, others_mean_responses(divergence, sample))
+        - sample.discount * (weights - before)
+    )
     coupled = expectation(controlled(joint, cost.coupled, others_mean(cost.coupled, sample)), sample)
     return Values(upper=coupled + kl_price * kl, lower=returned - beta * kl, kl=kl)
 

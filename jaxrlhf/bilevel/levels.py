@@ -70,7 +70,8 @@ def sampled_levels(
         log_probs = over_tilts(lambda lower: problem.log_prob(lower, sample, frozen))(lowers)
         log_weights = over_tilts(lambda log_prob: importance.step_log_weights(log_prob, sample))(log_probs)
         pair_log_weights = importance.pair_log_weights(log_weights)
-        log_ratio = log_probs[0] - sample.reference_log_prob
+        by_policy = sample.by_policy[None, None, :, None] > 0
+        log_ratio = jnp.where(by_policy, log_probs[0] - sample.reference_log_prob, 0.0)
         weights = rule.weights(Evidence(sample, log_weights, log_ratio, cost.coupled, sigma, beta, kl_price))
 
         # The gradient at the reward model's outputs, with and without the policy's answer.
@@ -107,7 +108,7 @@ def loss_levels(
 ) -> Levels:
     """Returns the levels of a problem without samples, given as `(upper, lower, data, frozen) -> []` losses.
 
-    `lower_loss` is - J. Fields of the report that need a sample are nan.
+    `lower_loss` is - J. Fields of the report that need a policy are nan; there is no sample to lose and no label.
     """
     coefficients, offsets = jnp.asarray(rule.stencil.coefficients), jnp.asarray(rule.stencil.offsets)
 

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxrlhf.bilevel.stencil import Stencil
 from jaxrlhf.types import Key, Params
 
 
@@ -23,7 +25,9 @@ class LowerTask(NamedTuple):
         loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J on the step's labelled sample.
         proximal_loss: `(lower, tilt) -> []`, tilt G + beta KL(lower || mu), mu the policy that sampled; None for problems
             given as two losses.
-        tilts: `[S]`, in the units of beta, 0 first.
+        stencil: the tilts' offsets and coefficients, static.
+        sigma: `[]`, the perturbation, in the units of beta.
+        tilts: `[S]`, offsets times sigma, 0 first.
         upper: the reward parameters.
         labelled: the step's labelled sample, or its data.
         frozen: what no gradient touches.
@@ -31,6 +35,8 @@ class LowerTask(NamedTuple):
 
     loss: Callable[[Params, jax.Array], jax.Array]
     proximal_loss: Callable[[Params, jax.Array], jax.Array] | None
+    stencil: Stencil
+    sigma: jax.Array
     tilts: jax.Array
     upper: Params
     labelled: Any
@@ -47,7 +53,7 @@ class LowerSolver(NamedTuple):
     Attributes:
         init: `(lowers) -> solver_state`.
         step: `(key, lowers, solver_state, task) -> (lowers, solver_state, residuals)`, where the residuals `[S]` are the
-            norms of the tilted losses' gradients. Consumes the key.
+            norms of the gradients that the solver drives to 0, before its last step. Consumes the key.
     """
 
     init: Callable[[Params], Any]
@@ -105,13 +111,13 @@ def tangent(
 
     Tilt 0 descends -J. The tangent, a set of parameters like the policy's, descends
 
-        mean over tilts i != 0 of  (1 / tilt_i) grad [tilt_i G + beta KL(. || mu)] at mu + tilt_i tangent,
+        sum_i c_i grad [s_i G + beta KL(. || mu)] at mu + s_i tangent,      c_i, s_i the stencil's,
 
-    whose zero is the policy's answer d lambda / ds to first order. Where tilt 0 is optimal this proximal problem has the
-    same minimiser as s G - J, because then J(lambda_0) - J(lambda) = beta KL(lambda || lambda_0); where it is not yet,
-    the tilts share its error instead of each adding its own divided by sigma. The tangent's equation is linear and free
-    of sigma, so the result does not depend on sigma until rounding does, and the tangent averages label noise over
-    steps: it wants a smaller rate than the policy.
+    whose zero is the policy's answer d lambda / ds to the stencil's order. Where tilt 0 is optimal this proximal problem
+    has the same minimiser as s G - J, because then J(lambda_0) - J(lambda) = beta KL(lambda || lambda_0); where it is not yet,
+    the tilts share its error instead of each adding its own divided by sigma. To leading order the tangent's equation is
+    linear and free of sigma, so sigma may be small, and the tangent averages label noise over steps: it wants a smaller
+    rate than the policy. The iterates lie on a line, so `five_point` gains accuracy here but not its full order.
 
     Departure from arXiv 2410.15610, which trains a second policy of its own; `gradient` does that.
 
@@ -133,7 +139,11 @@ def tangent(
 
     def step(key, lowers, solver_state, task):
         del key
-        proximal_loss, tilts = task.proximal_loss, task.tilts[1:]
+        proximal_loss = task.proximal_loss
+        # Tilts of coefficient 0 say nothing about the tangent: tilt 0 of a central stencil, or of a one-policy rule.
+        used = [index for index, coefficient in enumerate(task.stencil.coefficients) if coefficient]
+        tilts = task.tilts[np.array(used, int)]
+        scale = jnp.asarray([task.stencil.coefficients[index] for index in used]) / task.sigma
         if proximal_loss is None:
             raise ValueError("tangent needs a problem with policies; use gradient for one given as two losses.")
         sampler = jax.tree.map(lambda leaf: leaf[0], lowers)
@@ -145,13 +155,12 @@ def tangent(
             policy, state = carry
             gradient = jax.grad(task.loss)(policy, jnp.zeros_like(task.tilts[0]))
             answers = jax.vmap(lambda tilt: jax.grad(proximal_loss)(along(state.tangent, tilt), tilt))(tilts)
-            scale = 1 / (tilts * max(len(tilts), 1))
             slope = jax.tree.map(lambda leaf: jnp.tensordot(scale.astype(leaf.dtype), leaf, axes=1), answers)
             move, policy_state = policy_optimizer.update(gradient, state.policy_optimizer, policy)
             turn, tangent_state = tangent_optimizer.update(slope, state.tangent_optimizer, state.tangent)
             state = TangentState(policy_state, tangent_state, optax.apply_updates(state.tangent, turn))
-            residuals = jnp.append(jax.vmap(optax.tree.norm)(answers), optax.tree.norm(gradient))
-            return (optax.apply_updates(policy, move), state), jnp.roll(residuals, 1)
+            residuals = jnp.zeros_like(task.tilts).at[np.array(used, int)].set(jax.vmap(optax.tree.norm)(answers))
+            return (optax.apply_updates(policy, move), state), residuals.at[0].set(optax.tree.norm(gradient))
 
         (policy, solver_state), residuals = jax.lax.scan(one, (sampler, solver_state), None, length=steps)
         lowers = jax.vmap(

@@ -38,6 +38,11 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         )
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the arrays of `tree` with a copy on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def compile_algorithm(algorithm: BilevelAlgorithm, mesh: Mesh) -> CompiledAlgorithm:
     """Returns the algorithm's step and its two halves, jitted over the mesh.
 

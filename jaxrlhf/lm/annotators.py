@@ -1,0 +1,40 @@
+"""Annotators that are language models: a reward model from a directory, with Bradley-Terry noise."""
+
+from pathlib import Path
+
+from jaxrlhf import preferences
+from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.problem import reward_of
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.weights import WeightsError, load_reward_model
+from jaxrlhf.types import Params
+
+
+def reward_model_annotator(
+    directory: str | Path, *, vocabulary_size: int, labels: int = 1
+) -> tuple[preferences.Annotator, Params]:
+    """Returns an annotator that prefers by a reward model's score, and the parameters it needs.
+
+    The parameters go into `LanguageFrozen.annotator`: as an argument of the step they are not compiled into it. Labels
+    follow `P(response 0 preferred) = sigmoid(score_0 - score_1)`; their number is in `BilevelInfo.labels`.
+
+    Args:
+        directory: a Hugging Face sequence classifier with one label; see `load_reward_model`.
+        vocabulary_size: the policy's. The annotator reads the policy's tokens as they are.
+        labels: independent labels a pair.
+
+    Raises:
+        WeightsError: the directory cannot be read as such a model, or its vocabulary is not the policy's.
+    """
+    shape, params = load_reward_model(directory)
+    if shape.vocabulary_size != vocabulary_size:
+        raise WeightsError(
+            f"The reward model in {directory} reads {shape.vocabulary_size} tokens and the policy writes "
+            f"{vocabulary_size}; an annotator needs the policy's tokenizer."
+        )
+    model = reward_model(decoder(shape))
+
+    def score(sample, frozen):
+        return reward_of(model, frozen.annotator, sample.prompts, sample.responses)
+
+    return preferences.gold_annotator(score, labels=labels), params

@@ -1,0 +1,121 @@
+"""The notebook runs from a clean kernel, computes what its text says, and is saved without traces of a machine."""
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+import jupyter_client
+import nbclient
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+
+import jaxrlhf
+
+NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "first_steps.ipynb"
+PACKAGE = pathlib.Path(jaxrlhf.__file__).parents[1]
+
+# Runs in the notebook's own kernel after its last cell, on the values that its cells left behind.
+VALUES = """
+for name, order in (("forward", 1), ("central", 2), ("five_point", 4)):
+    assert abs(slopes[name] - order) < 0.05, slopes
+    assert np.all(np.diff(errors[name]) > 0), errors
+assert errors["forward"][0] < 2e-3 and errors["central"][0] < 1e-5 and errors["five_point"][0] < 1e-9, errors
+
+nothing_done = float(before.gap)
+assert 0.5 < nothing_done < 1.0
+assert float(after.gap) < 0.02 * nothing_done and after.win_rate > 0.7 > before.win_rate
+late = {name: float(curve[-100:].mean()) for name, curve in gaps.items()}
+assert all(abs(float(curve[0]) - nothing_done) < 1e-5 for curve in gaps.values())
+assert abs(late["decoupled"]) < 1e-4, late
+optimum = late["central, closed form"]
+assert 0.004 < optimum < 0.008, late
+assert all(abs(late[name] - optimum) < 0.1 * optimum for name in ("central", "boltzmann")), late
+assert step._cache_size() == 1
+
+assert all(0.15 < value.mean() < 0.3 for value in final.values()), final
+assert abs(np.median(difference)) < 5e-3 and abs(difference.mean()) < 4 * error
+"""
+
+
+def read():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def own_kernel(folder):
+    """A manager whose only `python3` is the interpreter of this test, with the package that this test imports."""
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3",
+        "language": "python",
+        "env": {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")])),
+            "IPYTHONDIR": str(folder / "ipython"),
+        },
+    }
+    home = folder / "kernels" / "python3"
+    home.mkdir(parents=True)
+    (home / "kernel.json").write_text(json.dumps(spec))
+    specs = KernelSpecManager(kernel_dirs=[str(home.parent)], ensure_native_kernel=False)
+    return jupyter_client.AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
+
+
+def execute(notebook, folder):
+    work = folder / "work"
+    work.mkdir()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = nbclient.NotebookClient(
+        notebook, km=own_kernel(folder), timeout=300, resources={"metadata": {"path": str(work)}}
+    )
+    client.execute(cleanup_kc=True)  # a kernel manager of ours is otherwise left running
+    assert list(work.iterdir()) == []  # the notebook writes no files
+    return notebook
+
+
+def test_the_notebook_runs_and_its_values_are_right(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    notebook = read()
+    stored = {cell.id: len(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+    where = "import sys; print(sys.executable)"
+    notebook.cells += [nbformat.v4.new_code_cell(VALUES), nbformat.v4.new_code_cell(where)]
+    ran = execute(notebook, tmp_path)
+    assert ran.cells[-1].outputs[0].text.strip() == sys.executable
+    kinds = {output.output_type for cell in ran.cells if cell.cell_type == "code" for output in cell.outputs}
+    assert "error" not in kinds
+    assert {cell.id: bool(cell.outputs) for cell in ran.cells if cell.id in stored} == {
+        name: count > 0 for name, count in stored.items()
+    }
+
+
+def test_a_failing_cell_fails_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 == 2")])
+    with pytest.raises(nbclient.exceptions.CellExecutionError):
+        execute(notebook, tmp_path)
+
+
+def test_the_saved_notebook_is_whole_and_free_of_its_machine():
+    notebook = read()
+    nbformat.validate(notebook)
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    names = [cell.id for cell in notebook.cells]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) for name in names), names
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2 and all(len(picture) < 100_000 for picture in pictures)
+    for output in outputs:
+        assert output.output_type in ("stream", "display_data")
+        assert output.get("name") != "stderr"
+    text = "\n".join([cell.source for cell in notebook.cells] + [output.get("text", "") for output in outputs])
+    assert not re.search(r"/(home|tmp|work|root|usr|Users)/|[A-Z]:\\", text)
