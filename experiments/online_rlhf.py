@@ -65,6 +65,20 @@ class Config:
     """Where the run's own folder is made."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """A configuration in which every value is decided."""
+
+    steps: int = 0
+    batch: int = 0
+    pairs: int = 0
+    max_new_tokens: int = 0
+    beta: float = 0.0
+    policy_rate: float = 0.0
+    tangent_rate: float = 0.0
+    reward_rate: float = 0.0
+
+
 ENUMERABLE = {
     "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "beta": 0.3,
     "policy_rate": 3e-3, "tangent_rate": 1e-4, "reward_rate": 1e-3,
@@ -75,11 +89,18 @@ PRETRAINED = {
 }  # fmt: skip
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config) -> Settings:
     """Returns the configuration with the task's defaults in place of what was left out."""
     defaults = ENUMERABLE if config.policy is None else PRETRAINED
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **missing)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    decided = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(**(defaults | decided))
+    check(settings)
+    return settings
+
+
+def check(config: Settings) -> None:
+    """Raises ValueError for values that no task can use."""
     for method in config.methods:
         if method not in METHODS:
             raise ValueError(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
@@ -99,10 +120,9 @@ def resolved(config: Config) -> Config:
         raise ValueError(f"--beta must be positive, got {config.beta:g}: it keeps the policy near the reference.")
     if config.policy is None and (config.batch, config.max_new_tokens) != (4, 4):
         raise ValueError("The enumerable language has 4 prompts and 4 tokens; leave out --batch and --max-new-tokens.")
-    return config
 
 
-def objective_of(config: Config) -> objectives.Objective:
+def objective_of(config: Settings) -> objectives.Objective:
     """Returns the default upper objective: fit the reward to the labels as they come, answer for the win rate."""
     return objectives.add(
         objectives.likelihood(coupled=False),
@@ -110,7 +130,7 @@ def objective_of(config: Config) -> objectives.Objective:
     )
 
 
-def algorithm_of(method: str, config: Config, task: Task) -> bilevel.BilevelAlgorithm:
+def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.BilevelAlgorithm:
     """Returns one method: the rule is all that differs."""
     rule = {
         "bilevel": lambda: bilevel.central(config.relative_sigma),
@@ -136,7 +156,7 @@ def algorithm_of(method: str, config: Config, task: Task) -> bilevel.BilevelAlgo
     )
 
 
-def run(method: str, algorithm, config: Config, task: Task, mesh, folder: RunFolder, progress: Progress):
+def run(method: str, algorithm, config: Settings, task: Task, mesh, folder: RunFolder, progress: Progress):
     """Trains one method; returns its evaluations and the policy reached."""
     key = jax.random.key(config.seed)
     step = outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
@@ -186,7 +206,7 @@ def draw(folder: RunFolder, histories: dict[str, list[dict]]) -> None:
     draw_curves(folder.path / "curves.png", panels)
 
 
-def tabulate(config: Config, histories: dict[str, list[dict]]) -> Table:
+def tabulate(config: Settings, histories: dict[str, list[dict]]) -> Table:
     """Returns the table of the last evaluations, and of the reference."""
     table = Table(title="exact" if config.policy is None else "estimated from samples", title_justify="left")
     table.add_column("method")
@@ -199,7 +219,7 @@ def tabulate(config: Config, histories: dict[str, list[dict]]) -> Table:
     return table
 
 
-def report(folder: RunFolder, config: Config, task: Task, histories, samples, seconds, console: Console):
+def report(folder: RunFolder, config: Settings, task: Task, histories, samples, seconds, console: Console):
     """Writes results, samples and figures, and prints the table."""
     # Where the optimum is only bounded from below, the best value seen may be the better bound.
     optimum = max([task.optimum, *(row["value"] for rows in histories.values() for row in rows)])
@@ -230,11 +250,11 @@ def report(folder: RunFolder, config: Config, task: Task, histories, samples, se
     console.print(str(folder.path), soft_wrap=True)
 
 
-def main(config: Config) -> None:
+def main(given: Config) -> None:
     """Runs every method in turn and reports."""
     console, began = Console(), time.monotonic()
     try:
-        config = resolved(config)
+        config = resolved(given)
         # Four prompts do not fill a large host: the enumerable language uses as many devices as divide them.
         devices = jax.devices()[: math.gcd(config.batch, jax.device_count())] if config.policy is None else None
         mesh = data_mesh(devices)
@@ -243,8 +263,15 @@ def main(config: Config) -> None:
         if config.policy is None:
             task = enumerable_task(config.seed, objective, beta=config.beta, pairs=config.pairs)
         else:
-            shape = {"batch": config.batch, "pairs": config.pairs, "max_new_tokens": config.max_new_tokens}
-            task = pretrained_task(config.policy, config.seed, objective, beta=config.beta, **shape)
+            task = pretrained_task(
+                config.policy,
+                config.seed,
+                objective,
+                beta=config.beta,
+                batch=config.batch,
+                pairs=config.pairs,
+                max_new_tokens=config.max_new_tokens,
+            )
         algorithms = {method: algorithm_of(method, config, task) for method in config.methods}
         folder = RunFolder(config.output, "online_rlhf")
     except ValueError as error:

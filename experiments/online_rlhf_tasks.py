@@ -181,10 +181,12 @@ def pretrained_task(
     tokenizer, special = load_tokenizer(directory), special_ids(directory)
     policy = decoder(shape)
     reward = reward_model(policy)
-    stop_ids = tuple(sorted({*special.eos, *([] if special.bos is None else [special.bos])}))
+    # A text that starts anew has ended: some models were trained with BOS alone between texts.
+    ends: set[int] = {*special.eos} if special.bos is None else {*special.eos, special.bos}
+    stop_ids = tuple(sorted(ends))
     opening = [encode(tokenizer, special.bos, text) for text in OPENINGS]
     problem_shape: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
-    source = grain.MapDataset.source(np.arange(len(opening))).shuffle(seed=seed).repeat()
+    source = grain.MapDataset.source(range(len(opening))).shuffle(seed=seed).repeat()
     whole = left_padded(opening)
 
     def batches():
@@ -202,21 +204,21 @@ def pretrained_task(
     def annotate(key, sample):
         tokens, mask = (np.asarray(part) for part in sample.responses)
         count = tokens.shape[1] * tokens.shape[2]
-        prompts = Prompts(*(np.repeat(np.asarray(part), count, axis=0) for part in sample.prompts))
+        prompts = Prompts(*(jnp.repeat(part, count, axis=0) for part in sample.prompts))
         flat = scores(prompts, tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
         return preferences.bradley_terry(key, jnp.asarray(flat.reshape(tokens.shape[:3])), labels=objective.labels)
 
     repeats = -(-judged // len(opening))
-    asked = Prompts(*(np.repeat(part, repeats, axis=0) for part in whole))
+    asked = Prompts(*(jnp.repeat(part, repeats, axis=0) for part in whole))
 
     @jax.jit
-    def write_and_weigh(params, reference, key):
+    def write_and_weigh(params, reference, asked: Prompts, key):
         written = generate(policy, params, key, *asked, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         theirs = completion_log_probs(policy, reference, *asked, written.tokens, written.mask)
         return written, jnp.sum(written.log_prob, axis=-1) - jnp.sum(theirs, axis=-1)
 
     def judged_completions(params, key):
-        written, log_ratio = write_and_weigh(params, start, jax.random.key(key))
+        written, log_ratio = write_and_weigh(params, start, asked, jax.random.key(key))
         return scores(asked, np.asarray(written.tokens), np.asarray(written.mask)), np.asarray(log_ratio)
 
     base, _ = judged_completions(start, 1_000_001)
@@ -268,4 +270,4 @@ def left_padded(rows: list[list[int]]) -> Prompts:
     length = max(len(row) for row in rows)
     tokens = np.array([[0] * (length - len(row)) + row for row in rows], np.int32)
     mask = np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
-    return Prompts(tokens, mask)
+    return Prompts(jnp.asarray(tokens), jnp.asarray(mask))

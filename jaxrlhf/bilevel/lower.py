@@ -114,10 +114,11 @@ def tangent(
         sum_i c_i grad [s_i G + beta KL(. || mu)] at mu + s_i tangent,      c_i, s_i the stencil's,
 
     whose zero is the policy's answer d lambda / ds to the stencil's order. Where tilt 0 is optimal this proximal problem
-    has the same minimiser as s G - J, because then J(lambda_0) - J(lambda) = beta KL(lambda || lambda_0); where it is not yet,
-    the tilts share its error instead of each adding its own divided by sigma. To leading order the tangent's equation is
-    linear and free of sigma, so sigma may be small, and the tangent averages label noise over steps: it wants a smaller
-    rate than the policy. The iterates lie on a line, so `five_point` gains accuracy here but not its full order.
+    has the same minimiser as s G - J, because then J(lambda_0) - J(lambda) = beta KL(lambda || lambda_0). Where it is
+    not yet, the tilts share its error instead of each adding its own, divided by sigma. To leading order the tangent's
+    equation is linear and free of sigma, so sigma may be small, and the tangent averages label noise over steps: it
+    wants a smaller rate than the policy. The iterates lie on a line, so `five_point` gains accuracy here but not its full
+    order.
 
     Departure from arXiv 2410.15610, which trains a second policy of its own; `gradient` does that.
 
@@ -203,21 +204,21 @@ def shared_adam(
     method diverges (`tests/bilevel/descent_test.py` holds both). On one tilt it is Adam (arXiv 1412.6980).
     """
 
-    def init(lowers):
+    def init(params):
         return SharedAdamState(
             count=jnp.zeros((), jnp.int32),
-            first=jax.tree.map(jnp.zeros_like, lowers),
-            second=jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), lowers),
+            first=jax.tree.map(jnp.zeros_like, params),
+            second=jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), params),
         )
 
-    def update(gradients, state, lowers=None):
-        del lowers
-        count = optax.safe_increment(state.count)
-        first = jax.tree.map(lambda old, new: b1 * old + (1 - b1) * new, state.first, gradients)
+    def update(updates, state, params=None):
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        first = jax.tree.map(lambda old, new: b1 * old + (1 - b1) * new, state.first, updates)
         second = jax.tree.map(
-            lambda old, new: b2 * old + (1 - b2) * jnp.mean(jnp.square(new), axis=0), state.second, gradients
+            lambda old, new: b2 * old + (1 - b2) * jnp.mean(jnp.square(new), axis=0), state.second, updates
         )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(learning_rate(state.count)) if callable(learning_rate) else learning_rate
 
         def move(first, second):
             scale = jnp.sqrt(second / (1 - b2**count)) + eps

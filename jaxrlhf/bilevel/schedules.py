@@ -24,7 +24,7 @@ def as_schedule(relative_sigma: float | SigmaSchedule) -> SigmaSchedule:
     """
     schedule = relative_sigma if callable(relative_sigma) else optax.constant_schedule(float(relative_sigma))
     with jax.ensure_compile_time_eval():
-        first = float(schedule(jnp.zeros((), jnp.int32)))
+        first = jnp.asarray(schedule(jnp.zeros((), jnp.int32))).item()
     if not first > 0:
         raise ValueError(f"relative_sigma must be positive, got {first:g}: it is the size of the perturbation.")
     return lambda step: jnp.maximum(schedule(step), SMALLEST)

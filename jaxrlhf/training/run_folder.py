@@ -55,8 +55,9 @@ def plain(value: Any) -> Any:
     """Returns `value` in JSON's types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
+    as_dict = getattr(value, "_asdict", None)
+    if as_dict is not None:
+        return plain(as_dict())
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

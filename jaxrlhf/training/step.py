@@ -4,7 +4,7 @@ Where older code wrote `pmap` or `pjit`, this is `jax.jit` with explicit `NamedS
 prompts of a step are split over the mesh's `data` axis, and the compiler inserts the reductions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ class CompiledAlgorithm(NamedTuple):
     update: Callable[[Key, BilevelState, Labelled, Params], tuple[BilevelState, BilevelInfo]]
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a one-axis mesh `data` over the given devices, all by default."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
 
