@@ -84,7 +84,7 @@ ENUMERABLE = {
     "policy_rate": 3e-3, "tangent_rate": 1e-4, "reward_rate": 1e-3,
 }  # fmt: skip
 PRETRAINED = {
-    "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.27,
+    "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.3,
     "policy_rate": 2e-4, "tangent_rate": 1e-5, "reward_rate": 1e-3,
 }  # fmt: skip
 
