@@ -116,9 +116,9 @@ def best_response(
     contraction while |s| times the range of the cost is below beta.
     """
 
-    def solution(task: LowerTask, tilt: jax.Array) -> Params:
+    def solution(task: LowerTask, index: jax.Array) -> Params:
         frozen: Bandit = task.frozen
-        rewards = reward(task.upper, frozen.features)
+        tilt, rewards = task.tilt_of(index), reward(task.upper_of(index), frozen.features)
         gold = jax.nn.sigmoid(frozen.gold[:, :, None] - frozen.gold[:, None, :])
         returns = jnp.stack(jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :]), axis=-1)
         costs = objective.pair_cost(returns, jnp.repeat(gold[..., None], objective.labels, axis=-1)).coupled

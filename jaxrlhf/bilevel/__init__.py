@@ -11,13 +11,16 @@ from jaxrlhf.bilevel.descent import (
 from jaxrlhf.bilevel.hypergradient import (
     Evidence,
     HypergradientRule,
+    Losses,
     Weights,
     boltzmann,
     central,
     decoupled,
     five_point,
     forward,
+    implicit,
     stencil,
+    zero_order,
 )
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient, shared_adam, tangent
 from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, drawn
@@ -35,6 +38,7 @@ __all__ = [
     "Evidence",
     "HypergradientRule",
     "Labelled",
+    "Losses",
     "LowerSolver",
     "LowerTask",
     "PairCost",
@@ -52,8 +56,10 @@ __all__ = [
     "five_point",
     "forward",
     "gradient",
+    "implicit",
     "polynomial_decay",
     "shared_adam",
     "stencil",
     "tangent",
+    "zero_order",
 ]

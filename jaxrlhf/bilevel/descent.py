@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.bilevel.hypergradient import HypergradientRule
-from jaxrlhf.bilevel.levels import Levels, loss_levels, sampled_levels
+from jaxrlhf.bilevel.hypergradient import HypergradientRule, in_reward
+from jaxrlhf.bilevel.levels import Levels, Points, loss_levels, over_tilts, sampled_levels
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask
 from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, Sample
 from jaxrlhf.types import Batch, Key, Params
@@ -49,17 +49,19 @@ class BilevelInfo(NamedTuple):
     Attributes:
         upper_loss: G at tilt 0, coupled and uncoupled parts, KL price included.
         value_gap: smallest J(lambda_0) - J(lambda_i) over the tilted iterates, at least 0 when the inner problems are
-            solved; 0 for one-policy rules.
+            solved; 0 for one-policy rules and for `zero_order`.
         residual_over_sigma: largest residual of the lower solver over the iterates, divided by sigma (by beta for
             one-policy rules). On drawn samples it contains the gradients' noise.
         hypergradient_norm: norm of the gradient that the upper optimiser receives.
         coupling_share: |coupling| / (|coupling| + |rest|) in [0, 1], where the two parts of the hypergradient, with and
-            without the policy's answer, are compared at the reward model's outputs.
+            without the policy's answer, are compared at the reward model's outputs (in its parameters where every tilt
+            has a sample of its own, along the direction under `zero_order`).
         effective_sample_size: smallest (sum w)^2 / sum w^2 over the iterates, as a share of the sample in (0, 1].
         kl: KL(tilt 0 || reference) in nats, the estimator of the loss.
         entropy: - E log pi of tilt 0, in nats a response.
         collision_rate: share of pairs whose two responses coincide.
-        labels: labels consumed by the step; an enumerated expectation consumes none.
+        labels: labels consumed by the step, pairs that the annotator skipped left out; an enumerated expectation
+            consumes none.
     """
 
     upper_loss: jax.Array
@@ -81,7 +83,8 @@ class BilevelAlgorithm(NamedTuple):
         init: `(key, upper, lower) -> BilevelState`. Copies its arguments, so that the state may be donated. Raises
             ValueError for policies in half precision.
         step: `(key, state, data, frozen) -> (BilevelState, BilevelInfo)`: propose, annotate, update.
-        propose: `(key, state, data, frozen) -> Sample`, drawn from tilt 0.
+        propose: `(key, state, data, frozen) -> Sample`, drawn from tilt 0; one sample a tilt, leaves `[S, ...]`, for rules
+            that ask for it.
         update: `(key, state, labelled, frozen) -> (BilevelState, BilevelInfo)`, for labels that come from outside.
     """
 
@@ -104,6 +107,7 @@ def bilevel_descent(
     *,
     beta: float,
     annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
+    largest_weight: float | None = None,
 ) -> BilevelAlgorithm:
     """Descends Phi(phi) = G(phi, argmax_lambda J(phi, lambda)) with first-order gradients only.
 
@@ -115,9 +119,11 @@ def bilevel_descent(
         beta: weight of the lower level's KL, positive.
         annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
             remain.
+        largest_weight: truncates importance weights to this value, at least 1; off by default. It trades variance for
+            bias where an iterate strays from the sample; watch `BilevelInfo.effective_sample_size` first.
 
     Raises:
-        ValueError: beta or the KL price is out of range, or sigma is too large: with |s| kappa >= beta a tilted problem
+        ValueError: beta, the KL price or the largest weight is out of range, or sigma is too large: with |s| kappa >= beta a tilted problem
             pays the policy for leaving the reference and has no minimiser. A schedule is checked at step 0.
 
     References:
@@ -126,17 +132,29 @@ def bilevel_descent(
     """
     _check_beta(beta)
     _check_price(problem.kl_price, rule)
+    if largest_weight is not None and not largest_weight >= 1:
+        raise ValueError(f"largest_weight must be at least 1, got {largest_weight:g}: 1 is the weight on policy.")
+    separate = rule.sampling != "shared"
+
+    def keys_of(key):
+        # The same random numbers for every tilt, or fresh ones.
+        size = len(rule.stencil.offsets)
+        return jnp.broadcast_to(key, (size,)) if rule.sampling == "common" else jax.random.split(key, size)
 
     def propose(key, state, data, frozen):
+        if separate:
+            draw = over_tilts(lambda key, lower: problem.sample(key, lower, data, frozen))
+            return draw(keys_of(key), state.lowers)
         return problem.sample(key, deployed(state), data, frozen)
 
     def label(key, sample, frozen):
         if annotate is None:
             raise ValueError("step needs an annotator: give bilevel_descent one, or use propose and update.")
-        return Labelled(sample, annotate(key, sample, frozen))
+        ask = over_tilts(lambda key, sample: annotate(key, sample, frozen)) if separate else None
+        return Labelled(sample, ask(keys_of(key), sample) if ask else annotate(key, sample, frozen))
 
-    def levels(upper, labelled, frozen):
-        return sampled_levels(problem, rule, beta, upper, labelled, frozen)
+    def levels(points, labelled, frozen):
+        return sampled_levels(problem, rule, beta, points, labelled, frozen, largest_weight=largest_weight)
 
     return _assemble(levels, rule, solver, upper_optimizer, beta, propose, label)
 
@@ -155,14 +173,16 @@ def bilevel_descent_on_losses(
     `lower_loss` is minimised in `lower`; `beta` only sets the unit of sigma. `propose` hands `data` through.
 
     Raises:
-        ValueError: beta is out of range, or the rule is not a stencil (the others are formulas for policies).
+        ValueError: beta is out of range, or the rule is a formula for policies (`boltzmann`) or for samples of their own.
     """
     _check_beta(beta)
-    if len(rule.stencil.offsets) < 2:
-        raise ValueError("A problem given as two losses needs a stencil rule: forward, central or five_point.")
+    if rule.surrogate is None and not in_reward(rule):
+        raise ValueError("A problem given as two losses has no policy for boltzmann; use a stencil rule.")
+    if rule.sampling != "shared":
+        raise ValueError("A problem given as two losses has no samples; leave the rule's sampling shared.")
 
-    def levels(upper, data, frozen):
-        return loss_levels(upper_loss, lower_loss, rule, upper, data, frozen)
+    def levels(points, data, frozen):
+        return loss_levels(upper_loss, lower_loss, rule, points, data, frozen)
 
     return _assemble(
         levels,
@@ -176,7 +196,7 @@ def bilevel_descent_on_losses(
 
 
 def _assemble(
-    levels: Callable[[Params, Any, Params], Levels],
+    levels: Callable[[Points, Any, Params], Levels],
     rule: HypergradientRule,
     solver: LowerSolver,
     upper_optimizer: optax.GradientTransformation,
@@ -202,14 +222,29 @@ def _assemble(
         )
 
     def update(key: Key, state: BilevelState, labelled: Any, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
-        sigma = beta * jnp.asarray(rule.relative_sigma(state.step))
-        tilts = sigma * jnp.asarray(offsets)
-        both = levels(state.upper, labelled, frozen)
+        relative_sigma = jnp.asarray(rule.relative_sigma(state.step))
+        lowers, direction = state.lowers, None
+        # A tilt is measured against beta, a step of zero_order in the reward's own units.
+        sigma = relative_sigma if in_reward(rule) else beta * relative_sigma
+        if in_reward(rule):
+            key, direction_key = jax.random.split(key)
+            direction = optax.tree.random_like(direction_key, state.upper, jax.random.normal)
+            # The direction is new, so what the other iterates knew is not: all start from the policy of phi.
+            lowers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), lowers)
+        points = Points(state.upper, sigma * jnp.asarray(offsets), direction)
+        both = levels(points, labelled, frozen)
 
         task = LowerTask(
-            both.tilted_loss, both.proximal_loss, rule.stencil, sigma, tilts, state.upper, labelled, frozen
+            loss=both.tilted_loss,
+            proximal_loss=both.proximal_loss,
+            upper_of=points.upper_of,
+            tilt_of=points.tilt_of,
+            stencil=rule.stencil,
+            sigma=sigma,
+            labelled=labelled,
+            frozen=frozen,
         )
-        lowers, solver_state, residuals = solver.step(key, state.lowers, state.solver, task)
+        lowers, solver_state, residuals = solver.step(key, lowers, state.solver, task)
         gradient, report = both.hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
         info = BilevelInfo(
@@ -248,6 +283,8 @@ def _check_price(kl_price: float, rule: HypergradientRule) -> None:
         raise ValueError(f"The KL price must not be negative, got {kl_price:g}.")
     with jax.ensure_compile_time_eval():
         relative_sigma = float(rule.relative_sigma(jnp.zeros((), jnp.int32)))
+    if in_reward(rule):
+        return
     reach = max(-offset for offset in rule.stencil.offsets) * relative_sigma
     if reach * kl_price >= 1:
         raise ValueError(

@@ -11,26 +11,34 @@ With w_i the density ratio of the lower iterate at tilt s_i to the behaviour pol
 |---|---|---|
 | stencil | sum_i c_i s_i w_i(y0) w_i(y1) | - sum_i c_i w_i |
 | boltzmann | w_0(y0) w_0(y1) | (1 / beta) (centred dG/dpi) |
+| implicit (for comparison) | w_0(y0) w_0(y1) | d w_0 along H^-1 grad_lambda G, H the Hessian of -J |
 | decoupled | w_0(y0) w_0(y1) | 0 |
 
 Reward weights are centred over the responses to the same prompt (leave one out): their expectation is 0, so this
 changes no expectation, and a reward that is constant over a prompt's responses gets no gradient.
+
+`zero_order`, for comparison too, is the one rule that is no reweighting: it differentiates Phi along a random direction
+of the reward's parameters.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxrlhf.bilevel import importance
 from jaxrlhf.bilevel.problem import Sample
 from jaxrlhf.bilevel.schedules import SigmaSchedule, as_schedule
-from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
+from jaxrlhf.bilevel.stencil import ALONE, CENTRAL, FIVE_POINT, FORWARD, Stencil
+from jaxrlhf.types import Params
+
+Sampling = Literal["shared", "common", "independent"]
 
 
 class Evidence(NamedTuple):
-    """What a rule sees.
+    """What a rule sees of a labelled sample.
 
     Attributes:
         sample: the pairs.
@@ -40,6 +48,10 @@ class Evidence(NamedTuple):
         sigma: `[]`, the perturbation, relative_sigma * beta.
         beta: weight of the lower level's KL.
         kl_price: weight of the upper level's KL.
+        tilt: `[]`, the only tilt that this sample stands for, where every tilt has its own; None for a shared sample.
+        lower: the iterate at tilt 0.
+        levels: `lower -> importance.Values` on this sample, differentiable (also twice).
+        log_weights_of: `lower -> [B, M, 2, T]`, differentiable.
     """
 
     sample: Sample
@@ -49,6 +61,10 @@ class Evidence(NamedTuple):
     sigma: jax.Array
     beta: float
     kl_price: float
+    tilt: jax.Array | None
+    lower: Params
+    levels: Callable[[Params], importance.Values]
+    log_weights_of: Callable[[Params], jax.Array]
 
 
 class Weights(NamedTuple):
@@ -63,65 +79,99 @@ class Weights(NamedTuple):
     reward: jax.Array
 
 
+class Losses(NamedTuple):
+    """The two levels of a problem without samples, on one batch: `(upper, lower) -> []`, the lower one being -J."""
+
+    upper: Callable[[Params, Params], jax.Array]
+    lower: Callable[[Params, Params], jax.Array]
+
+
 class HypergradientRule(NamedTuple):
     """A way to estimate grad Phi.
 
     Attributes:
-        stencil: the tilts that lower iterates are kept at, in units of sigma.
+        stencil: the points that lower iterates are kept at, in units of sigma.
         relative_sigma: schedule of sigma / beta.
-        weights: `Evidence -> Weights`.
+        weights: `Evidence -> Weights`; None for `zero_order`, whose stencil lies in the reward's parameters and not in
+            the tilt.
+        surrogate: `(Losses, lowers, sigma) -> (upper -> [])`, a function whose gradient is the hypergradient of a problem
+            given as two losses; None for a rule that is a formula for policies.
+        sampling: "shared", one sample from tilt 0 serves every iterate; "independent", each iterate draws its own;
+            "common", each draws its own from the same random numbers.
     """
 
     stencil: Stencil
     relative_sigma: SigmaSchedule
-    weights: Callable[[Evidence], Weights]
+    weights: Callable[[Evidence], Weights] | None
+    surrogate: Callable[[Losses, Params, jax.Array], Callable[[Params], jax.Array]] | None
+    sampling: Sampling = "shared"
 
 
-def stencil(points: Stencil, relative_sigma: float | SigmaSchedule) -> HypergradientRule:
+def stencil(
+    points: Stencil, relative_sigma: float | SigmaSchedule, *, sampling: Sampling = "shared"
+) -> HypergradientRule:
     """Returns the penalty gradient over a stencil, `sum_i c_i grad_phi [s_i G - J](phi, lambda_i)`.
 
     For `FORWARD` it is grad G(lambda_sigma) + [grad J(lambda_0) - grad J(lambda_sigma)] / sigma of arXiv 2410.15610.
-    Its error is O(sigma^order). Differences of weights are taken through expm1 of log-ratio differences, which stays
-    exact where the weights themselves agree to the last digit. Departure from the paper: all tilts share one sample.
+    Its error is O(sigma^order). With a shared sample, differences of weights are taken through expm1 of log-ratio
+    differences, which stays exact where the weights themselves agree to the last digit, and the variance does not depend
+    on sigma. With a sample per tilt, as in the paper, it grows like sigma^-2 (independent) or sigma^-1 (common).
 
     Args:
         points: the stencil.
         relative_sigma: sigma / beta, or a schedule of it; positive. It is a Taylor step in the tilt, so its useful
             range does not depend on beta: the error is about 0.1 relative_sigma forward, 0.03 relative_sigma^2 central.
+        sampling: who draws the pairs, see `HypergradientRule`. Departure from the paper: shared by default.
 
     Raises:
-        ValueError: relative_sigma is not positive.
+        ValueError: relative_sigma is not positive, or the sampling is unknown.
     """
+    if sampling not in ("shared", "common", "independent"):
+        raise ValueError(f"sampling is shared, common or independent, got {sampling!r}.")
     offsets, coefficients = jnp.asarray(points.offsets), jnp.asarray(points.coefficients)
+    # c_i s_i = coefficient_i offset_i: sigma cancels.
+    products = coefficients * offsets
 
     def weights(evidence: Evidence) -> Weights:
         log_weights, sample = evidence.log_weights, evidence.sample
         pair_weights = jnp.exp(importance.pair_log_weights(log_weights))
-        # c_i s_i = coefficient_i offset_i: sigma cancels.
-        coupled = jnp.tensordot((coefficients * offsets).astype(pair_weights.dtype), pair_weights, axes=1)
+        dtype = pair_weights.dtype
+        scale = coefficients.astype(dtype) / evidence.sigma
+        if evidence.tilt is not None:
+            # Only this tilt's term; the others come from their own samples, so there is nothing to subtract it from.
+            tilt = evidence.tilt
+            reward = -scale[tilt] * jnp.exp(log_weights[tilt])
+            return Weights(products.astype(dtype)[tilt] * pair_weights[tilt], _share(sample) * reward)
+        coupled = jnp.tensordot(products.astype(dtype), pair_weights, axes=1)
         # The coefficients sum to 0, so sum_i c_i w_i = w_0 sum_i c_i (w_i / w_0 - 1).
         excess = jnp.expm1(log_weights - log_weights[:1])
-        scale = (coefficients.astype(excess.dtype)) / evidence.sigma
         reward = -jnp.exp(log_weights[0]) * jnp.tensordot(scale, excess, axes=1)
-        centred = reward - importance.others_mean_responses(reward, sample)
-        return Weights(coupled, importance.policy_share(sample) * centred)
+        return Weights(coupled, _share(sample) * _centred(reward, sample))
 
-    return HypergradientRule(points, as_schedule(relative_sigma), weights)
+    def surrogate(losses: Losses, lowers: Params, sigma: jax.Array):
+        def penalty(upper):
+            of_upper = jax.vmap(lambda lower: losses.upper(upper, lower))(lowers)
+            of_lower = jax.vmap(lambda lower: losses.lower(upper, lower))(lowers)
+            return products.astype(of_upper.dtype) @ of_upper + coefficients.astype(of_lower.dtype) @ of_lower / sigma
+
+        return penalty
+
+    return HypergradientRule(points, as_schedule(relative_sigma), weights, surrogate, sampling)
 
 
-def forward(relative_sigma: float | SigmaSchedule = 0.05) -> HypergradientRule:
+def forward(relative_sigma: float | SigmaSchedule = 0.05, *, sampling: Sampling = "shared") -> HypergradientRule:
     """Returns the paper's rule: two policies, error O(sigma). See `stencil`."""
-    return stencil(FORWARD, relative_sigma)
+    return stencil(FORWARD, relative_sigma, sampling=sampling)
 
 
-def central(relative_sigma: float | SigmaSchedule = 0.2) -> HypergradientRule:
+def central(relative_sigma: float | SigmaSchedule = 0.2, *, sampling: Sampling = "shared") -> HypergradientRule:
     """Returns the default rule: three policies, error O(sigma^2). See `stencil`."""
-    return stencil(CENTRAL, relative_sigma)
+    return stencil(CENTRAL, relative_sigma, sampling=sampling)
 
 
-def five_point(relative_sigma: float | SigmaSchedule = 0.4) -> HypergradientRule:
+def five_point(relative_sigma: float | SigmaSchedule = 0.4, *, sampling: Sampling = "shared") -> HypergradientRule:
     """Returns the fourth-order rule: five policies, error O(sigma^4). See `stencil`."""
-    return stencil(FIVE_POINT, relative_sigma)
+    return stencil(FIVE_POINT, relative_sigma, sampling=sampling)
 
 
 def boltzmann() -> HypergradientRule:
@@ -141,7 +191,6 @@ def boltzmann() -> HypergradientRule:
         ValueError: at trace time, when responses have more than one step, or when prompts have a single drawn pair
             (nothing to centre the cost against).
     """
-    points = Stencil((0.0,), (0.0,), order=0)
 
     def weights(evidence: Evidence) -> Weights:
         sample, cost = evidence.sample, evidence.coupled_cost
@@ -156,19 +205,119 @@ def boltzmann() -> HypergradientRule:
         through_price = single * (log_ratio - importance.others_mean_responses(single * log_ratio, sample))
         reward = (
             sample.by_policy[None, None, :, None] * through_cost[:, :, None, None]
-            + evidence.kl_price * importance.policy_share(sample) * through_price
+            + evidence.kl_price * _share(sample) * through_price
         )
         return Weights(joint, reward / evidence.beta)
 
-    return HypergradientRule(points, as_schedule(1.0), weights)
+    return HypergradientRule(ALONE, as_schedule(1.0), weights, None)
+
+
+def implicit(
+    *, iterations: int = 10, method: Literal["conjugate_gradient", "neumann"] = "conjugate_gradient",
+    damping: float = 1e-3, neumann_rate: float = 1.0,
+) -> HypergradientRule:  # fmt: skip
+    """Returns the implicit-function rule of PARL (arXiv 2308.02585), for comparison: it needs second derivatives.
+
+        grad Phi = grad_phi G + d/dphi [ d/dlambda J . v ],    (H + damping I) v = grad_lambda G,    H = - d2 J / dlambda2
+
+    by Hessian-vector products only. Exact where lambda maximises J and the linear system is solved; on drawn samples the
+    inverse of a noisy Hessian is biased.
+
+    Args:
+        iterations: of the linear solver.
+        method: "conjugate_gradient", or "neumann" for the truncated series `rate sum_k (I - rate H)^k g`.
+        damping: added to the Hessian, which is singular along directions that do not change the policy (a softmax's
+            constant) and may be indefinite away from the optimum.
+        neumann_rate: below 2 / (largest eigenvalue of H).
+
+    Raises:
+        ValueError: the method is unknown or iterations < 1.
+    """
+    if method not in ("conjugate_gradient", "neumann"):
+        raise ValueError(f"implicit solves by conjugate_gradient or neumann, got {method!r}.")
+    if iterations < 1:
+        raise ValueError(f"implicit needs at least 1 iteration, got {iterations}.")
+
+    def solve(lower_loss: Callable[[Params], jax.Array], lower: Params, slope: Params) -> Params:
+        def curvature(vector):
+            product = jax.jvp(jax.grad(lower_loss), (lower,), (vector,))[1]
+            return optax.tree.add_scale(product, damping, vector)
+
+        if method == "conjugate_gradient":
+            return jax.scipy.sparse.linalg.cg(curvature, slope, maxiter=iterations)[0]
+
+        def term(_, total):
+            residual = optax.tree.sub(slope, curvature(total))
+            return optax.tree.add_scale(total, neumann_rate, residual)
+
+        return jax.lax.fori_loop(0, iterations, term, optax.tree.zeros_like(slope))
+
+    def weights(evidence: Evidence) -> Weights:
+        lower, sample = evidence.lower, evidence.sample
+        slope = jax.grad(lambda lower: evidence.levels(lower).upper)(lower)
+        answer = solve(lambda lower: -evidence.levels(lower).lower, lower, slope)
+        log_weights, change = jax.jvp(evidence.log_weights_of, (lower,), (answer,))
+        reward = jnp.exp(log_weights) * change
+        joint = jnp.exp(importance.pair_log_weights(log_weights))
+        return Weights(joint, _share(sample) * _centred(reward, sample))
+
+    def surrogate(losses: Losses, lowers: Params, sigma: jax.Array):
+        del sigma
+        lower = jax.tree.map(lambda leaf: leaf[0], lowers)
+
+        def of_upper(upper):
+            fixed = jax.lax.stop_gradient(upper)
+            slope = jax.grad(losses.upper, argnums=1)(fixed, lower)
+            answer = jax.lax.stop_gradient(solve(lambda lower: losses.lower(fixed, lower), lower, slope))
+            along = jax.jvp(lambda lower: losses.lower(upper, lower), (lower,), (answer,))[1]
+            return losses.upper(upper, lower) - along
+
+        return of_upper
+
+    return HypergradientRule(ALONE, as_schedule(1.0), weights, surrogate)
 
 
 def decoupled() -> HypergradientRule:
     """Returns the rule of iterated RLHF: grad_phi G with the policy held fixed, the coupling ignored."""
-    points = Stencil((0.0,), (0.0,), order=0)
 
     def weights(evidence: Evidence) -> Weights:
         coupled = jnp.exp(importance.pair_log_weights(evidence.log_weights[0]))
         return Weights(coupled, jnp.zeros_like(evidence.log_weights[0]))
 
-    return HypergradientRule(points, as_schedule(1.0), weights)
+    def surrogate(losses: Losses, lowers: Params, sigma: jax.Array):
+        del sigma
+        lower = jax.tree.map(lambda leaf: leaf[0], lowers)
+        return lambda upper: losses.upper(upper, lower)
+
+    return HypergradientRule(ALONE, as_schedule(1.0), weights, surrogate)
+
+
+def zero_order(radius: float | SigmaSchedule = 0.1, *, sampling: Sampling = "shared") -> HypergradientRule:
+    """Returns the two-point rule, for comparison: `u [Phi(phi + radius u) - Phi(phi - radius u)] / (2 radius)`.
+
+    u is a standard normal direction in the reward's parameters, a fresh one each step. Unbiased for grad Phi up to
+    O(radius^2) where the lower problems at both points are solved; its variance grows with the number of reward
+    parameters. The lower iterates restart from the policy at phi at every step, so a `gradient` solver needs enough
+    steps to answer. The reward model runs at three points.
+
+    Args:
+        radius: length of the step a coordinate, in the units of the reward's parameters, or a schedule of it; positive.
+        sampling: as in `stencil`.
+
+    Raises:
+        ValueError: the radius is not positive.
+    """
+    return HypergradientRule(CENTRAL, as_schedule(radius), None, None, sampling)
+
+
+def in_reward(rule: HypergradientRule) -> bool:
+    """Returns whether the rule's stencil lies in the reward's parameters: `zero_order`."""
+    return rule.weights is None
+
+
+def _share(sample: Sample) -> jax.Array:
+    return importance.policy_share(sample)
+
+
+def _centred(reward: jax.Array, sample: Sample) -> Any:
+    return reward - importance.others_mean_responses(reward, sample)

@@ -24,15 +24,16 @@ def policy_share(sample: Sample) -> jax.Array:
     return (sample.by_policy / jnp.sum(sample.by_policy))[None, None, :, None]
 
 
-def step_log_weights(log_prob: jax.Array, sample: Sample) -> jax.Array:
+def step_log_weights(log_prob: jax.Array, sample: Sample, *, largest: float | None = None) -> jax.Array:
     """Returns `log w_t = sum_{t' <= t} (log_prob - behaviour_log_prob)`, `[B, M, 2, T]`.
 
     The ratio of the response up to and including step t. It is 0 in slots that the reference filled: those do not
-    depend on the policy.
+    depend on the policy. With `largest`, weights are truncated to `min(w, largest)`: less variance, and a bias.
     """
     by_policy = sample.by_policy[None, None, :, None] > 0
     difference = jnp.where(by_policy, log_prob - sample.behaviour_log_prob, 0.0)
-    return jnp.cumsum(difference, axis=-1)
+    log_weights = jnp.cumsum(difference, axis=-1)
+    return log_weights if largest is None else jnp.minimum(log_weights, jnp.log(largest))
 
 
 def pair_log_weights(step_log_weights: jax.Array) -> jax.Array:
@@ -88,6 +89,7 @@ def evaluate(
     *,
     beta: float | jax.Array,
     kl_price: float | jax.Array = 0.0,
+    largest: float | None = None,
 ) -> Values:
     """Estimates G and J at the policy behind `log_prob`, differentiable in it.
 
@@ -104,11 +106,12 @@ def evaluate(
         sample: the pairs.
         beta: weight of the lower level's KL.
         kl_price: weight of the upper level's KL.
+        largest: bound of the weights, see `step_log_weights`.
 
     Returns:
         The values. `tilted_loss` combines them.
     """
-    log_weights = step_log_weights(log_prob, sample)
+    log_weights = step_log_weights(log_prob, sample, largest=largest)
     weights = jnp.exp(log_weights)
     before = jnp.concatenate([jnp.ones_like(weights[..., :1]), weights[..., :-1]], axis=-1)
     log_ratio = jnp.where(sample.by_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0)

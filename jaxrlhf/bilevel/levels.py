@@ -1,4 +1,8 @@
-"""The two levels on one batch: what the inner problem minimises, and the hypergradient at the policies it reached."""
+"""The two levels on one batch: what the inner problem minimises, and the hypergradient at the policies it reached.
+
+Each lower iterate has a problem of its own, named by its index in the stencil: a tilt, and for rules that ask for it
+its own sample (`sampling`) or its own reward parameters (`zero_order`).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.bilevel import importance
-from jaxrlhf.bilevel.hypergradient import Evidence, HypergradientRule
-from jaxrlhf.bilevel.problem import BilevelProblem, Labelled
+from jaxrlhf.bilevel.hypergradient import Evidence, HypergradientRule, Losses, in_reward
+from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample
 from jaxrlhf.types import Params
 
 
@@ -17,9 +21,9 @@ class Levels(NamedTuple):
     """Both levels at one reward phi and one batch; lives inside a trace.
 
     Attributes:
-        tilted_loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J.
-        proximal_loss: `(lower, tilt) -> []`, tilt G + beta KL(lower || the policy that sampled), up to a constant; None
-            where no policy sampled.
+        tilted_loss: `(lower, index) -> []`, h(phi, lower; tilt) = tilt G - J of that iterate's problem.
+        proximal_loss: `(lower, index) -> []`, tilt G + beta KL(lower || the policy that sampled), up to a constant; None
+            where no single policy sampled.
         hypergradient: `(lowers, sigma) -> (gradient, report)`, from iterates stacked `[S, ...]`, tilt 0 first; the report
             holds the fields of `BilevelInfo` that both levels determine.
     """
@@ -27,6 +31,39 @@ class Levels(NamedTuple):
     tilted_loss: Callable[[Params, jax.Array], jax.Array]
     proximal_loss: Callable[[Params, jax.Array], jax.Array] | None
     hypergradient: Callable[[Params, jax.Array], tuple[Params, dict[str, jax.Array]]]
+
+
+class Points(NamedTuple):
+    """Where the iterates' problems lie.
+
+    Attributes:
+        upper: the reward parameters phi.
+        tilts: `[S]`, 0 first.
+        direction: parameters like `upper` for `zero_order`, whose tilts move phi along it instead; else None.
+    """
+
+    upper: Params
+    tilts: jax.Array
+    direction: Params | None
+
+    def upper_of(self, index: jax.Array) -> Params:
+        """Returns the reward parameters of an iterate's problem."""
+        if self.direction is None:
+            return self.upper
+        step = self.tilts[index]
+        return jax.tree.map(lambda leaf, along: leaf + step.astype(leaf.dtype) * along, self.upper, self.direction)
+
+    def tilt_of(self, index: jax.Array) -> jax.Array:
+        """Returns the tilt of an iterate's problem."""
+        return self.tilts[index] if self.direction is None else jnp.zeros_like(self.tilts[0])
+
+
+class View(NamedTuple):
+    """What one iterate's problem looks like: its sample, rewards `[B, M, 2, T]` and costs."""
+
+    sample: Sample
+    reward: jax.Array
+    cost: PairCost
 
 
 def over_tilts(function: Callable, *, in_axes: Any = 0) -> Callable:
@@ -38,71 +75,160 @@ def sampled_levels(
     problem: BilevelProblem,
     rule: HypergradientRule,
     beta: float,
-    upper: Params,
+    points: Points,
     labelled: Labelled,
     frozen: Params,
+    *,
+    largest_weight: float | None = None,
 ) -> Levels:
-    """Returns the levels as importance-weighted means over a labelled sample.
+    """Returns the levels as importance-weighted means over a labelled sample, or over one a tilt (leaves `[S, ...]`).
 
-    The reward model runs forward once and backward once, whatever the number of tilts and inner steps.
+    With a shared sample the reward model runs forward once and backward once, whatever the number of tilts and inner
+    steps.
     """
-    sample, kl_price = labelled.sample, problem.kl_price
-    reward, pull_back = jax.vjp(lambda upper: problem.reward(upper, sample, frozen), upper)
-    cost = problem.cost(upper, reward, labelled, frozen)
+    kl_price, upper = problem.kl_price, points.upper
+    indices = jnp.arange(len(rule.stencil.offsets))
+    separate = rule.sampling != "shared"
 
-    # The reward that the sampling policy is optimal for: -J with it in place of R is beta KL(. || that policy).
-    implied_reward = beta * (sample.behaviour_log_prob - sample.reference_log_prob)
+    def labelled_of(index):
+        return jax.tree.map(lambda leaf: leaf[index], labelled) if separate else labelled
 
-    def values_of(log_prob, reward=reward):
-        return importance.evaluate(log_prob, reward, cost, sample, beta=beta, kl_price=kl_price)
+    def seen(upper, labelled):
+        reward = problem.reward(upper, labelled.sample, frozen)
+        return reward, problem.cost(upper, reward, labelled, frozen)
 
-    def tilted_loss(lower, tilt):
-        return importance.tilted_loss(values_of(problem.log_prob(lower, sample, frozen)), tilt)
+    if separate or in_reward(rule):
+        rewards, costs = over_tilts(lambda index: seen(points.upper_of(index), labelled_of(index)))(indices)
 
-    def proximal_loss(lower, tilt):
-        return importance.tilted_loss(values_of(problem.log_prob(lower, sample, frozen), implied_reward), tilt)
+        def look(index):
+            return View(labelled_of(index).sample, rewards[index], jax.tree.map(lambda leaf: leaf[index], costs))
 
-    def weighted_cost(reward, upper, pair_weights):
+    else:
+        rewards, pull_back = jax.vjp(lambda upper: problem.reward(upper, labelled.sample, frozen), upper)
+        shared = View(labelled.sample, rewards, problem.cost(upper, rewards, labelled, frozen))
+
+        def look(index):
+            return shared
+
+    def log_weights_of(lower, sample):
+        return importance.step_log_weights(problem.log_prob(lower, sample, frozen), sample, largest=largest_weight)
+
+    def values_of(lower, view):
+        log_prob = problem.log_prob(lower, view.sample, frozen)
+        return importance.evaluate(
+            log_prob, view.reward, view.cost, view.sample, beta=beta, kl_price=kl_price, largest=largest_weight
+        )
+
+    def tilted_loss(lower, index):
+        return importance.tilted_loss(values_of(lower, look(index)), points.tilt_of(index))
+
+    def proximal_loss(lower, index):
+        view = look(index)
+        # The reward that the sampling policy is optimal for: -J with it in place of R is beta KL(. || that policy).
+        implied = beta * (view.sample.behaviour_log_prob - view.sample.reference_log_prob)
+        return importance.tilted_loss(values_of(lower, view._replace(reward=implied)), points.tilt_of(index))
+
+    def log_ratio_of(lower, sample):
+        difference = problem.log_prob(lower, sample, frozen) - sample.reference_log_prob
+        return jnp.where(sample.by_policy[None, None, :, None] > 0, difference, 0.0)
+
+    def weights_on(view, lower, log_weights, sigma, tilt=None):
+        return rule.weights(
+            Evidence(
+                sample=view.sample,
+                log_weights=log_weights,
+                log_ratio=log_ratio_of(lower, view.sample),
+                coupled_cost=view.cost.coupled,
+                sigma=sigma,
+                beta=beta,
+                kl_price=kl_price,
+                tilt=tilt,
+                lower=lower,
+                levels=lambda lower: values_of(lower, view),
+                log_weights_of=lambda lower: log_weights_of(lower, view.sample),
+            )
+        )
+
+    def weighted_cost(reward, upper, pair_weights, labelled, share=1.0):
         cost = problem.cost(upper, reward, labelled, frozen)
-        return importance.expectation(pair_weights * cost.coupled + cost.uncoupled, sample)
+        return importance.expectation(pair_weights * cost.coupled + share * cost.uncoupled, labelled.sample)
+
+    def from_shared_sample(lowers, log_weights, sigma):
+        weights = weights_on(shared, _first(lowers), log_weights, sigma)
+        # The gradient at the reward model's outputs, with and without the policy's answer.
+        sides = jax.grad(weighted_cost, argnums=(0, 1))
+        through_cost, direct = sides(rewards, upper, weights.coupled, labelled)
+        whole = through_cost + shared.sample.measure[:, :, None, None] * shared.sample.discount * weights.reward
+        at_hand = jnp.exp(importance.pair_log_weights(log_weights[0]))
+        rest = jax.grad(weighted_cost)(rewards, upper, at_hand, labelled)
+        gradient = jax.tree.map(jnp.add, pull_back(whole)[0], direct)
+        return gradient, _share(jnp.linalg.norm(whole - rest), jnp.linalg.norm(rest))
+
+    def from_own_samples(lowers, log_weights, sigma):
+        def term(index, lower, log_weights):
+            own = labelled_of(index)
+            weights = weights_on(look(index), lower, log_weights[None], sigma, tilt=index)
+
+            def surrogate(upper):
+                reward = problem.reward(upper, own.sample, frozen)
+                scaled = jnp.sum(weights.reward * own.sample.discount * reward, axis=(-2, -1))
+                # The uncoupled part is fitted on tilt 0's pairs, as with a shared sample.
+                cost = weighted_cost(reward, upper, weights.coupled, own, jnp.where(index == 0, 1.0, 0.0))
+                return cost + importance.expectation(scaled, own.sample)
+
+            return jax.grad(surrogate)(upper)
+
+        gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), over_tilts(term)(indices, lowers, log_weights))
+
+        def fixed_policy(upper):
+            own = labelled_of(0)
+            weights = jnp.exp(importance.pair_log_weights(log_weights[0]))
+            return weighted_cost(problem.reward(upper, own.sample, frozen), upper, weights, own)
+
+        rest = jax.grad(fixed_policy)(upper)
+        return gradient, _share(optax.tree.norm(optax.tree.sub(gradient, rest)), optax.tree.norm(rest))
+
+    def from_two_points(lowers, sigma):
+        def value(lower, index):
+            view = look(index)
+            return values_of(lower, view).upper + importance.expectation(view.cost.uncoupled, view.sample)
+
+        return two_point_gradient(value, rule, points.direction, lowers, sigma)
 
     def hypergradient(lowers, sigma):
-        log_probs = over_tilts(lambda lower: problem.log_prob(lower, sample, frozen))(lowers)
-        log_weights = over_tilts(lambda log_prob: importance.step_log_weights(log_prob, sample))(log_probs)
-        pair_log_weights = importance.pair_log_weights(log_weights)
-        by_policy = sample.by_policy[None, None, :, None] > 0
-        log_ratio = jnp.where(by_policy, log_probs[0] - sample.reference_log_prob, 0.0)
-        weights = rule.weights(Evidence(sample, log_weights, log_ratio, cost.coupled, sigma, beta, kl_price))
+        log_weights = over_tilts(lambda lower, index: log_weights_of(lower, look(index).sample))(lowers, indices)
+        if in_reward(rule):
+            gradient, coupling_share = from_two_points(lowers, sigma)
+        else:
+            estimate = from_own_samples if separate else from_shared_sample
+            gradient, coupling_share = estimate(lowers, log_weights, sigma)
 
-        # The gradient at the reward model's outputs, with and without the policy's answer.
-        through_cost, direct = jax.grad(weighted_cost, argnums=(0, 1))(reward, upper, weights.coupled)
-        whole = through_cost + sample.measure[:, :, None, None] * sample.discount * weights.reward
-        rest = jax.grad(weighted_cost)(reward, upper, jnp.exp(pair_log_weights[0]))
-        gradient = jax.tree.map(jnp.add, pull_back(whole)[0], direct)
-
-        values = over_tilts(values_of)(log_probs)
+        values = over_tilts(lambda lower, index: values_of(lower, look(index)))(lowers, indices)
+        effective = over_tilts(
+            lambda logs, index: importance.effective_share(importance.pair_log_weights(logs), look(index).sample)
+        )
+        view, drawn = look(0), labelled.sample.draws
         report = {
-            "upper_loss": values.upper[0] + importance.expectation(cost.uncoupled, sample),
-            "value_gap": _smallest_gap(values.lower),
-            "coupling_share": _share(jnp.linalg.norm(whole - rest), jnp.linalg.norm(rest)),
-            "effective_sample_size": jnp.min(
-                over_tilts(lambda logs: importance.effective_share(logs, sample))(pair_log_weights)
-            ),
+            "upper_loss": values.upper[0] + importance.expectation(view.cost.uncoupled, view.sample),
+            "value_gap": jnp.zeros_like(values.lower[0]) if in_reward(rule) else _smallest_gap(values.lower),
+            "coupling_share": coupling_share,
+            "effective_sample_size": jnp.min(effective(log_weights, indices)),
             "kl": values.kl[0],
-            "entropy": importance.entropy(log_probs[0], sample),
-            "collision_rate": importance.expectation(_coincide(sample.responses), sample),
-            "labels": jnp.where(jnp.isfinite(sample.draws), labelled.labels.size, 0),
+            "entropy": importance.entropy(problem.log_prob(_first(lowers), view.sample, frozen), view.sample),
+            "collision_rate": importance.expectation(_coincide(view.sample.responses), view.sample),
+            "labels": jnp.where(jnp.all(jnp.isfinite(drawn)), _answers(labelled), 0),
         }
         return gradient, report
 
-    return Levels(tilted_loss, proximal_loss, hypergradient)
+    simple = not separate and not in_reward(rule)
+    return Levels(tilted_loss, proximal_loss if simple else None, hypergradient)
 
 
 def loss_levels(
     upper_loss: Callable[[Params, Params, Any, Params], jax.Array],
     lower_loss: Callable[[Params, Params, Any, Params], jax.Array],
     rule: HypergradientRule,
-    upper: Params,
+    points: Points,
     data: Any,
     frozen: Params,
 ) -> Levels:
@@ -110,41 +236,65 @@ def loss_levels(
 
     `lower_loss` is - J. Fields of the report that need a policy are nan; there is no sample to lose and no label.
     """
-    coefficients, offsets = jnp.asarray(rule.stencil.coefficients), jnp.asarray(rule.stencil.offsets)
+    losses = Losses(
+        upper=lambda upper, lower: upper_loss(upper, lower, data, frozen),
+        lower=lambda upper, lower: lower_loss(upper, lower, data, frozen),
+    )
 
-    def tilted_loss(lower, tilt):
-        return tilt * upper_loss(upper, lower, data, frozen) + lower_loss(upper, lower, data, frozen)
+    def tilted_loss(lower, index):
+        upper = points.upper_of(index)
+        return points.tilt_of(index) * losses.upper(upper, lower) + losses.lower(upper, lower)
 
     def hypergradient(lowers, sigma):
-        def gradients(lower):
-            return jax.grad(upper_loss)(upper, lower, data, frozen), jax.grad(lower_loss)(upper, lower, data, frozen)
-
-        of_upper, of_lower = over_tilts(gradients)(lowers)
-        whole = jax.tree.map(
-            lambda upper, lower: (
-                jnp.tensordot((coefficients * offsets).astype(upper.dtype), upper, axes=1)
-                + jnp.tensordot(coefficients.astype(lower.dtype) / sigma, lower, axes=1)
-            ),
-            of_upper,
-            of_lower,
-        )
-        rest = jax.tree.map(lambda leaf: leaf[0], of_upper)
-        coupling = optax.tree.norm(jax.tree.map(jnp.subtract, whole, rest))
-        values = -over_tilts(lambda lower: lower_loss(upper, lower, data, frozen))(lowers)
+        policy = _first(lowers)
+        if in_reward(rule):
+            gradient, coupling_share = two_point_gradient(
+                lambda lower, index: losses.upper(points.upper_of(index), lower), rule, points.direction, lowers, sigma
+            )
+        else:
+            gradient = jax.grad(rule.surrogate(losses, lowers, sigma))(points.upper)
+            rest = jax.grad(losses.upper)(points.upper, policy)
+            coupling_share = _share(optax.tree.norm(optax.tree.sub(gradient, rest)), optax.tree.norm(rest))
+        values = -over_tilts(lambda lower: losses.lower(points.upper, lower))(lowers)
         unknown = jnp.full((), jnp.nan)
         report = {
-            "upper_loss": upper_loss(upper, jax.tree.map(lambda leaf: leaf[0], lowers), data, frozen),
-            "value_gap": _smallest_gap(values),
-            "coupling_share": _share(coupling, optax.tree.norm(rest)),
+            "upper_loss": losses.upper(points.upper, policy),
+            "value_gap": jnp.zeros_like(values[0]) if in_reward(rule) else _smallest_gap(values),
+            "coupling_share": coupling_share,
             "effective_sample_size": jnp.ones(()),
             "kl": unknown,
             "entropy": unknown,
             "collision_rate": unknown,
             "labels": jnp.zeros((), jnp.int32),
         }
-        return whole, report
+        return gradient, report
 
     return Levels(tilted_loss, None, hypergradient)
+
+
+def two_point_gradient(
+    value: Callable[[Params, jax.Array], jax.Array],
+    rule: HypergradientRule,
+    direction: Params,
+    lowers: Params,
+    sigma: jax.Array,
+) -> tuple[Params, jax.Array]:
+    """Returns `direction sum_i c_i value(lambda_i, i)`, c_i the stencil's over sigma, and the coupling's share.
+
+    `value(lower, index)` is G with that index's reward parameters; the share compares it with G at the policy of phi.
+    """
+    indices = jnp.arange(len(rule.stencil.offsets))
+    followed = over_tilts(value)(lowers, indices)
+    fixed = over_tilts(lambda index: value(_first(lowers), index))(indices)
+    scale = jnp.asarray(rule.stencil.coefficients, followed.dtype) / sigma
+    # Each less the value at phi, which the coefficients cancel: smaller numbers, smaller rounding.
+    slope, at_hand = scale @ (followed - followed[0]), scale @ (fixed - fixed[0])
+    gradient = jax.tree.map(lambda along: slope.astype(along.dtype) * along, direction)
+    return gradient, _share(jnp.abs(slope - at_hand), jnp.abs(at_hand))
+
+
+def _first(lowers: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf[0], lowers)
 
 
 def _smallest_gap(values: jax.Array) -> jax.Array:
@@ -153,6 +303,11 @@ def _smallest_gap(values: jax.Array) -> jax.Array:
 
 def _share(part: jax.Array, rest: jax.Array) -> jax.Array:
     return part / jnp.maximum(part + rest, jnp.finfo(part.dtype).tiny)
+
+
+def _answers(labelled: Labelled) -> jax.Array:
+    """Returns the labels that were given: a negative one says that the annotator skipped."""
+    return jnp.sum(labelled.labels >= 0)
 
 
 def _coincide(responses: Any) -> jax.Array:

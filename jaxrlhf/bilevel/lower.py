@@ -19,32 +19,37 @@ from jaxrlhf.types import Key, Params
 
 
 class LowerTask(NamedTuple):
-    """The lower problems of one outer step, given to a solver inside a trace.
+    """The lower problems of one outer step, one an iterate, named by its index; given to a solver inside a trace.
 
     Attributes:
-        loss: `(lower, tilt) -> []`, h(phi, lower; tilt) = tilt G - J on the step's labelled sample.
-        proximal_loss: `(lower, tilt) -> []`, tilt G + beta KL(lower || mu), mu the policy that sampled; None for problems
-            given as two losses.
+        loss: `(lower, index) -> []`, h(phi, lower; tilt) = tilt G - J of that problem.
+        proximal_loss: `(lower, index) -> []`, tilt G + beta KL(lower || mu), mu the policy that sampled; None where no
+            single policy did.
+        upper_of: `index -> ` the reward parameters of that problem; they differ under `zero_order` only.
+        tilt_of: `index -> []`, the tilt of that problem, `offset * sigma`; 0 under `zero_order`.
         stencil: the tilts' offsets and coefficients, static.
         sigma: `[]`, the perturbation, in the units of beta.
-        tilts: `[S]`, offsets times sigma, 0 first.
-        upper: the reward parameters.
-        labelled: the step's labelled sample, or its data.
+        labelled: the step's labelled sample (leaves `[S, ...]` where every tilt has its own), or its data.
         frozen: what no gradient touches.
     """
 
     loss: Callable[[Params, jax.Array], jax.Array]
     proximal_loss: Callable[[Params, jax.Array], jax.Array] | None
+    upper_of: Callable[[jax.Array], Params]
+    tilt_of: Callable[[jax.Array], jax.Array]
     stencil: Stencil
     sigma: jax.Array
-    tilts: jax.Array
-    upper: Params
     labelled: Any
     frozen: Params
 
+    @property
+    def indices(self) -> jax.Array:
+        """`[S]`, the problems' names."""
+        return jnp.arange(len(self.stencil.offsets))
+
     def gradients(self, lowers: Params) -> Params:
         """Returns each iterate's gradient of its tilted loss, leaves `[S, ...]`."""
-        return jax.vmap(jax.grad(self.loss))(lowers, self.tilts)
+        return jax.vmap(jax.grad(self.loss))(lowers, self.indices)
 
 
 class LowerSolver(NamedTuple):
@@ -128,7 +133,8 @@ def tangent(
         steps: inner steps.
 
     Raises:
-        ValueError: steps < 1; or at trace time, when the problem is given as two losses.
+        ValueError: steps < 1; or at trace time, where no single policy sampled for all tilts: a problem given as two losses,
+            a rule with samples of their own, `zero_order`.
     """
     if steps < 1:
         raise ValueError(f"The lower solver needs at least 1 step, got {steps}.")
@@ -143,10 +149,12 @@ def tangent(
         proximal_loss = task.proximal_loss
         # Tilts of coefficient 0 say nothing about the tangent: tilt 0 of a central stencil, or of a one-policy rule.
         used = [index for index, coefficient in enumerate(task.stencil.coefficients) if coefficient]
-        tilts = task.tilts[np.array(used, int)]
         scale = jnp.asarray([task.stencil.coefficients[index] for index in used]) / task.sigma
         if proximal_loss is None:
-            raise ValueError("tangent needs a problem with policies; use gradient for one given as two losses.")
+            raise ValueError(
+                "tangent needs policies, a stencil in the tilt and one shared sample; use gradient for the others."
+            )
+        tilts = jax.vmap(task.tilt_of)(task.indices)
         sampler = jax.tree.map(lambda leaf: leaf[0], lowers)
 
         def along(tangent, tilt):
@@ -154,13 +162,15 @@ def tangent(
 
         def one(carry, _):
             policy, state = carry
-            gradient = jax.grad(task.loss)(policy, jnp.zeros_like(task.tilts[0]))
-            answers = jax.vmap(lambda tilt: jax.grad(proximal_loss)(along(state.tangent, tilt), tilt))(tilts)
+            gradient = jax.grad(task.loss)(policy, 0)
+            answers = jax.vmap(lambda index: jax.grad(proximal_loss)(along(state.tangent, tilts[index]), index))(
+                np.array(used, int)
+            )
             slope = jax.tree.map(lambda leaf: jnp.tensordot(scale.astype(leaf.dtype), leaf, axes=1), answers)
             move, policy_state = policy_optimizer.update(gradient, state.policy_optimizer, policy)
             turn, tangent_state = tangent_optimizer.update(slope, state.tangent_optimizer, state.tangent)
             state = TangentState(policy_state, tangent_state, optax.apply_updates(state.tangent, turn))
-            residuals = jnp.zeros_like(task.tilts).at[np.array(used, int)].set(jax.vmap(optax.tree.norm)(answers))
+            residuals = jnp.zeros_like(tilts).at[np.array(used, int)].set(jax.vmap(optax.tree.norm)(answers))
             return (optax.apply_updates(policy, move), state), residuals.at[0].set(optax.tree.norm(gradient))
 
         (policy, solver_state), residuals = jax.lax.scan(one, (sampler, solver_state), None, length=steps)
@@ -168,18 +178,18 @@ def tangent(
             lambda tilt: jax.tree.map(
                 lambda leaf, change: leaf + tilt.astype(leaf.dtype) * change, policy, solver_state.tangent
             )
-        )(task.tilts)
+        )(tilts)
         return lowers, solver_state, residuals[-1]
 
     return LowerSolver(init, step)
 
 
 def closed_form(solution: Callable[[LowerTask, jax.Array], Params]) -> LowerSolver:
-    """Returns a solver that jumps to `solution(task, tilt)`; the residuals are measured there, not assumed to be 0."""
+    """Returns a solver that jumps to `solution(task, index)`; the residuals are measured there, not assumed to be 0."""
 
     def step(key, lowers, solver_state, task):
         del key, lowers
-        solved = jax.vmap(lambda tilt: solution(task, tilt))(task.tilts)
+        solved = jax.vmap(lambda index: solution(task, index))(task.indices)
         return solved, solver_state, jax.vmap(optax.tree.norm)(task.gradients(solved))
 
     return LowerSolver(lambda lowers: (), step)

@@ -31,3 +31,6 @@ CENTRAL = Stencil((0.0, 1.0, -1.0), (0.0, 1 / 2, -1 / 2), order=2)
 
 FIVE_POINT = Stencil((0.0, 1.0, -1.0, 2.0, -2.0), (0.0, 2 / 3, -2 / 3, -1 / 12, 1 / 12), order=4)
 """Two-sided difference with the cubic error removed."""
+
+ALONE = Stencil((0.0,), (0.0,), order=0)
+"""The tilt 0 by itself, for rules that need no second policy."""

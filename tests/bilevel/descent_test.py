@@ -181,7 +181,9 @@ def test_a_quadratic_enters_through_two_losses(x64):
         return 0.5 * jnp.sum((lower - matrix @ upper) ** 2)
 
     # argmin s G - J = (A upper + s target) / (1 + s)
-    solver = bilevel.closed_form(lambda task, tilt: (matrix @ task.upper + tilt * target) / (1 + tilt))
+    solver = bilevel.closed_form(
+        lambda task, index: (matrix @ task.upper_of(index) + task.tilt_of(index) * target) / (1 + task.tilt_of(index))
+    )
     for rule, tolerance in (
         (bilevel.forward(1e-4), 1e-3),
         (bilevel.central(1e-2), 1e-3),
@@ -193,7 +195,7 @@ def test_a_quadratic_enters_through_two_losses(x64):
         truth = matrix.T @ (matrix @ state.upper - target)
         np.testing.assert_allclose(state.upper - after.upper, truth, rtol=tolerance)
         np.testing.assert_allclose(info.coupling_share, 1.0)
-    with pytest.raises(ValueError, match="needs a stencil"):
+    with pytest.raises(ValueError, match="no policy for boltzmann"):
         bilevel.bilevel_descent_on_losses(upper_loss, lower_loss, bilevel.boltzmann(), solver, optax.sgd(1.0))
 
 

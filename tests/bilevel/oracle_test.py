@@ -81,6 +81,9 @@ def one_step(name, make_rule, sigmas=None, pairs=None):
     def hypergradient(key, frozen, upper, index):
         policy = exact.soft_policy(reward(upper, frozen.features), frozen.reference, BETA)
         state = algorithm.init(key, upper, policy)._replace(step=index)
+        if rule.sampling != "shared":
+            # Each tilt draws from its own solved policy.
+            state = state._replace(lowers=algorithm.step(key, state, None, frozen)[0].lowers)
         after, _ = algorithm.step(key, state, None, frozen)
         return jax.tree.map(jnp.subtract, state.upper, after.upper)
 
@@ -184,3 +187,93 @@ def test_drawn_samples_are_unbiased(name, make_rule):
     assert jnp.all(jnp.abs(estimates.mean(axis=0) - truth) < 5 * error)
     # The interval is narrow enough to notice a missing factor.
     assert jnp.linalg.norm(error) < 0.1 * jnp.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("sampling", ["common", "independent"])
+@pytest.mark.parametrize("name", ["likelihood, policy-policy", "uncoupled likelihood + utility"])
+def test_samples_of_their_own_are_unbiased_too(name, sampling):
+    frozen, upper = make(3)
+    truth = ravel(one_step(name, bilevel.central, (0.5,))(jax.random.key(0), frozen, upper, 0))
+    keys = jax.random.split(jax.random.key(5), 4000)
+    draw = one_step(name, functools.partial(bilevel.central, sampling=sampling), (0.5,), pairs=24)
+    estimates = jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0)))(keys)
+    error = estimates.std(axis=0) / np.sqrt(len(keys))
+    assert jnp.all(jnp.abs(estimates.mean(axis=0) - truth) < 5 * error)
+    assert jnp.linalg.norm(error) < 0.15 * jnp.linalg.norm(truth)
+
+
+def test_separate_samples_enumerate_to_the_shared_one():
+    name = "uncoupled likelihood + utility"
+    frozen, upper = make(1)
+    shared = one_step(name, bilevel.central, (0.2,))(jax.random.key(0), frozen, upper, 0)
+    own = one_step(name, functools.partial(bilevel.central, sampling="independent"), (0.2,))
+    assert distance(own(jax.random.key(0), frozen, upper, 0), shared) < 1e-9
+
+
+@pytest.mark.parametrize("method, iterations", [("conjugate_gradient", 30), ("neumann", 3000)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_implicit_is_exact_once_its_system_is_solved(name, method, iterations):
+    frozen, upper = make(2)
+    _, gradient = exact_gradient(name)(frozen, upper)
+    rule = functools.partial(bilevel.implicit, iterations=iterations, method=method, damping=1e-9, neumann_rate=8.0)
+    assert distance(one_step(name, rule)(jax.random.key(0), frozen, upper, 0), gradient) < 1e-5
+
+
+def test_implicit_with_few_iterations_is_not():
+    frozen, upper = make(2)
+    name = "likelihood, policy-policy"
+    _, gradient = exact_gradient(name)(frozen, upper)
+    rule = functools.partial(bilevel.implicit, iterations=1, method="neumann", neumann_rate=1.0)
+    assert distance(one_step(name, rule)(jax.random.key(0), frozen, upper, 0), gradient) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "uncoupled" not in name])
+def test_zero_order_is_the_slope_along_its_direction(name):
+    """The estimate is <grad Phi, u> u; over many u its mean is grad Phi."""
+    frozen, upper = make(2)
+    _, gradient = exact_gradient(name)(frozen, upper)
+    draw = one_step(name, bilevel.zero_order, (1e-3,))
+    estimate = draw(jax.random.key(0), frozen, upper, 0)
+    update_key = jax.random.split(jax.random.key(0), 3)[2]
+    direction = optax.tree.random_like(jax.random.split(update_key)[1], upper, jax.random.normal)
+    slope = optax.tree.vdot(gradient, direction)
+    assert distance(estimate, jax.tree.map(lambda leaf: slope * leaf, direction)) < 1e-4
+    estimates = jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0)))(jax.random.split(jax.random.key(1), 4000))
+    error = estimates.std(axis=0) / np.sqrt(4000)
+    assert jnp.all(jnp.abs(estimates.mean(axis=0) - ravel(gradient)) < 5 * error)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: bilevel.implicit(method="inverse"), "conjugate_gradient or neumann"),
+        (lambda: bilevel.implicit(iterations=0), "at least 1 iteration"),
+        (lambda: bilevel.zero_order(0.0), "must be positive"),
+        (lambda: bilevel.central(0.1, sampling="both"), "shared, common or independent"),
+    ],
+)
+def test_rules_name_the_thing_and_the_remedy(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_bound_of_the_weights_is_off_by_default_and_acts_when_set():
+    frozen, upper = make(0)
+    objective = OBJECTIVES["uncoupled likelihood + utility"][0]()
+    problem = bandit.bandit_problem(reward, objective)
+    solver = bandit.best_response(reward, objective, beta=BETA)
+    annotate = preferences.expected_annotator(bandit.gold_score)
+
+    def change(bound):
+        algorithm = bilevel.bilevel_descent(
+            problem, bilevel.central(0.2), solver, optax.sgd(1.0), beta=BETA, annotate=annotate, largest_weight=bound
+        )
+        # The sample comes from the reference, far from the solved policies: weights above 1.5 exist.
+        state = algorithm.init(jax.random.key(0), upper, frozen.reference)
+        return ravel(algorithm.step(jax.random.key(0), state, None, frozen)[0].upper)
+
+    free = change(None)
+    np.testing.assert_allclose(change(1e6), free, rtol=1e-12)
+    assert jnp.linalg.norm(change(1.5) - free) > 1e-3
+    with pytest.raises(ValueError, match="at least 1"):
+        change(0.5)

@@ -117,7 +117,7 @@ def test_drawn_completions_estimate_the_enumerated_hypergradient(rule):
     policy, reference, reward = parameters()
     frozen = LanguageFrozen(reference)
     still = bilevel.LowerSolver(
-        lambda lowers: (), lambda key, lowers, state, task: (lowers, state, jnp.zeros(task.tilts.shape))
+        lambda lowers: (), lambda key, lowers, state, task: (lowers, state, jnp.zeros(task.indices.shape))
     )
     draw = bilevel.bilevel_descent(
         make(), rule, still, optax.sgd(1.0), beta=BETA, annotate=preferences.gold_annotator(gold)
