@@ -206,7 +206,7 @@ def pretrained_task(
         count = tokens.shape[1] * tokens.shape[2]
         prompts = Prompts(*(jnp.repeat(part, count, axis=0) for part in sample.prompts))
         flat = scores(prompts, tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
-        return preferences.bradley_terry(key, jnp.asarray(flat.reshape(tokens.shape[:3])), labels=objective.labels)
+        return preferences.draw_labels(key, jnp.asarray(flat.reshape(tokens.shape[:3])), labels=objective.labels)
 
     repeats = -(-judged // len(opening))
     asked = Prompts(*(jnp.repeat(part, repeats, axis=0) for part in whole))

@@ -1,7 +1,8 @@
-"""A contextual bandit that is solved exactly: C contexts, K arms, any reward function, softmax policy.
+"""A contextual bandit that is solved exactly: C contexts, K arms, any reward function, any policy over the arms.
 
 The smallest instance of a `BilevelProblem`, and the oracle of the others: its `sample` lists every pair of arms with its
-probability, so each step of `bilevel_descent` is exact. With `pairs` it draws instead.
+probability, so each step of `bilevel_descent` is exact. With `pairs` it draws instead; with `counts` it draws any number
+of pairs at the cost of listing them, for studies of sample complexity.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form
 from jaxrlhf.bilevel.problem import BilevelProblem, Sample, drawn
 from jaxrlhf.objectives import Objective
+from jaxrlhf.preferences import BRADLEY_TERRY, Choice, preference
 from jaxrlhf.types import Key, Params
 
 
@@ -30,39 +32,56 @@ class Bandit(NamedTuple):
     reference: jax.Array
 
 
+def table(lower: Params, frozen: Bandit) -> jax.Array:
+    """The tabular policy: its parameters are the logits `[C, K]`."""
+    del frozen
+    return lower
+
+
 def bandit_problem(
     reward: Callable[[Params, jax.Array], jax.Array],
     objective: Objective,
     *,
+    policy: Callable[[Params, Bandit], jax.Array] = table,
     against_reference: bool = True,
     pairs: int | None = None,
+    counts: bool = False,
 ) -> BilevelProblem:
-    """Returns the bandit as a bilevel problem. Its policy is a table of logits `[C, K]`, its `data` is ignored.
+    """Returns the bandit as a bilevel problem.
+
+    Its `data` is ignored, but with `counts`: there it is the number of pairs to draw a context, `[]`, any size, and the
+    sample lists all K^2 pairs with their share of the draws (use `preferences.counted_annotator`).
 
     Args:
         reward: `(upper, features [C, K, F]) -> [C, K]`.
         objective: the upper objective.
+        policy: `(lower, frozen) -> logits [C, K]`.
         against_reference: whether the second response of a pair comes from the reference.
         pairs: pairs drawn a context and step; None enumerates all K^2.
+        counts: whether to draw the numbers of each pair in place of the pairs.
 
     Raises:
-        ValueError: the objective needs pairs against the reference and would not get them.
+        ValueError: the objective does not suit the pairs (`Objective.check`), or pairs < 1, or counts are asked for
+            together with a number of pairs or an objective of several labels.
     """
-    if objective.against_reference and not against_reference:
-        raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
-    if pairs is not None and pairs < 1:
-        raise ValueError(f"pairs must be at least 1, or None to enumerate, got {pairs}.")
+    objective.check(against_reference=against_reference, exact=pairs is None and not counts)
+    if pairs is not None and (pairs < 1 or counts):
+        raise ValueError(f"pairs must be at least 1, or None to enumerate or to count, got {pairs}.")
+    if counts and objective.labels > 1:
+        raise ValueError("Counted pairs carry one mean label; an objective of several labels needs drawn pairs.")
 
     def sample(key: Key, lower: Params, data, frozen: Bandit) -> Sample:
-        del data
-        own = jax.nn.log_softmax(lower, axis=-1)
+        own = jax.nn.log_softmax(policy(lower, frozen), axis=-1)
         second = frozen.reference if against_reference else own
         contexts, arms = own.shape
-        if pairs is None:
-            first_arm, second_arm = (axis.ravel() for axis in jnp.indices((arms, arms)))
-            chosen = jnp.broadcast_to(jnp.stack([first_arm, second_arm], axis=-1), (contexts, arms**2, 2))
+        first_arm, second_arm = (axis.ravel() for axis in jnp.indices((arms, arms)))
+        listed = jnp.broadcast_to(jnp.stack([first_arm, second_arm], axis=-1), (contexts, arms**2, 2))
+        if counts:
+            chosen, draws = listed, jnp.asarray(data, own.dtype)
+            measure = _counts(key, own, second, draws).reshape(contexts, -1) / (draws * contexts)
+        elif pairs is None:
+            chosen, draws = listed, jnp.asarray(jnp.inf, own.dtype)
             measure = jnp.exp(own[:, first_arm] + second[:, second_arm]) / contexts
-            draws = jnp.asarray(jnp.inf, own.dtype)
         else:
             keys = jax.random.split(key)
             chosen = jnp.stack(
@@ -82,9 +101,12 @@ def bandit_problem(
             draws=draws,
         )
 
+    def log_prob(lower, sample, frozen):
+        return at_arms(jax.nn.log_softmax(policy(lower, frozen), axis=-1), sample.responses)
+
     return BilevelProblem(
         sample=sample,
-        log_prob=lambda lower, sample, frozen: at_arms(jax.nn.log_softmax(lower, axis=-1), sample.responses),
+        log_prob=log_prob,
         reward=lambda upper, sample, frozen: at_arms(reward(upper, frozen.features), sample.responses),
         cost=objective.cost,
         kl_price=objective.kl_price,
@@ -107,9 +129,10 @@ def best_response(
     *,
     beta: float,
     against_reference: bool = True,
+    choice: Choice = BRADLEY_TERRY,
     iterations: int = 100,
 ) -> LowerSolver:
-    """Returns the exact solver of the tilted problem argmin s G - J.
+    """Returns the exact solver of the tilted problem argmin s G - J, for the tabular policy and labels by `choice`.
 
     Its solution satisfies pi proportional to reference * exp((R - s dG/dpi) / (beta + s kappa)), where dG/dpi is the
     mean coupled cost of an arm. Against the reference that is explicit; on policy-policy pairs it is iterated, a
@@ -119,9 +142,12 @@ def best_response(
     def solution(task: LowerTask, index: jax.Array) -> Params:
         frozen: Bandit = task.frozen
         tilt, rewards = task.tilt_of(index), reward(task.upper_of(index), frozen.features)
-        gold = jax.nn.sigmoid(frozen.gold[:, :, None] - frozen.gold[:, None, :])
-        returns = jnp.stack(jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :]), axis=-1)
-        costs = objective.pair_cost(returns, jnp.repeat(gold[..., None], objective.labels, axis=-1)).coupled
+
+        def both(table):
+            return jnp.stack(jnp.broadcast_arrays(table[:, :, None], table[:, None, :]), axis=-1)
+
+        labels = jnp.repeat(preference(both(frozen.gold), choice)[..., None], objective.labels, axis=-1)
+        costs = objective.at(both(rewards), labels).coupled
 
         def improve(_, logits):
             own = jnp.exp(jax.nn.log_softmax(logits, axis=-1))
@@ -140,6 +166,25 @@ def best_response(
 
 def _draw(key: Key, logits: jax.Array, pairs: int) -> jax.Array:
     return jax.random.categorical(key, logits[:, None, :], axis=-1, shape=(logits.shape[0], pairs))
+
+
+def _counts(key: Key, first: jax.Array, second: jax.Array, draws: jax.Array) -> jax.Array:
+    """Returns `[C, K, K]`, how often each pair occurs among `draws` pairs a context."""
+    first_key, second_key = jax.random.split(key)
+    once = _multinomial(first_key, jnp.broadcast_to(draws, first.shape[:1]), jnp.exp(first))
+    chances = jnp.broadcast_to(jnp.exp(second)[:, None, :], (*once.shape, second.shape[-1]))
+    return _multinomial(second_key, once, chances)
+
+
+def _multinomial(key: Key, draws: jax.Array, chances: jax.Array) -> jax.Array:
+    """Returns counts `[..., K]` that sum to `draws` `[...]`: each arm takes its share of what the arms before it left."""
+    left, counts = draws, []
+    for arm, one_key in enumerate(jax.random.split(key, chances.shape[-1] - 1)):
+        share = chances[..., arm] / jnp.maximum(jnp.sum(chances[..., arm:], axis=-1), 1e-30)
+        taken = jax.random.binomial(one_key, left, jnp.clip(share, 0.0, 1.0), dtype=chances.dtype)
+        counts.append(taken)
+        left = left - taken
+    return jnp.stack([*counts, left], axis=-1)
 
 
 def _take(table: jax.Array, arms: jax.Array) -> jax.Array:

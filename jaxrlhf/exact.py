@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.bilevel.problem import PairCost
 from jaxrlhf.objectives import Objective
+from jaxrlhf.preferences import BRADLEY_TERRY, Choice, preference
 
 
 class Verdict(NamedTuple):
@@ -92,17 +93,19 @@ def expected_cost(
     gold: jax.Array,
     *,
     against_reference: bool,
+    choice: Choice = BRADLEY_TERRY,
 ) -> PairCost:
     """Returns the expected `PairCost`, scalars without the KL price, at tables `[B, N]` of log-probabilities and rewards.
 
-    Labels are Bradley-Terry on gold; pairs are the policy's response against the reference's or its own.
+    Labels follow `choice` on gold; pairs are the policy's response against the reference's or its own.
     """
     second = reference if against_reference else policy
 
     def both(own, other, own_gold, other_gold):
         own, own_gold = jnp.broadcast_arrays(own, other)[0], jnp.broadcast_arrays(own_gold, other_gold)[0]
-        labels = jnp.repeat(jax.nn.sigmoid(own_gold - other_gold)[..., None], objective.labels, axis=-1)
-        return objective.pair_cost(jnp.stack([own, other], axis=-1), labels)
+        expected = preference(jnp.stack([own_gold, other_gold], axis=-1), choice)
+        labels = jnp.repeat(expected[..., None], objective.labels, axis=-1)
+        return objective.at(jnp.stack([own, other], axis=-1), labels)
 
     def part(name):
         rows = row_mean(lambda *tables: getattr(both(*tables), name), second, reward, gold)
@@ -119,6 +122,7 @@ def upper_value(
     *,
     beta: float | jax.Array,
     against_reference: bool,
+    choice: Choice = BRADLEY_TERRY,
 ) -> jax.Array:
     """Returns Phi = G at the exactly optimal policy, coupled and uncoupled parts and the KL price.
 
@@ -127,7 +131,9 @@ def upper_value(
     policy = soft_policy(reward, reference, beta)
 
     def cost(policy):
-        return expected_cost(objective, policy, reference, reward, gold, against_reference=against_reference)
+        return expected_cost(
+            objective, policy, reference, reward, gold, against_reference=against_reference, choice=choice
+        )
 
     kl = jnp.mean(mean_under(policy, policy - reference))
     return cost(policy).coupled + cost(jax.lax.stop_gradient(policy)).uncoupled + objective.kl_price * kl

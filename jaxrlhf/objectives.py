@@ -1,17 +1,20 @@
 """Upper objectives: costs per pair, which add, each coupled to the policy or not.
 
-With `d = R(y0) - R(y1)`, `p = sigmoid(d)` and labels z (1: response 0 preferred). A coupled cost holds the policy
-responsible: its expectation is minimised through the lower level's answer. An uncoupled cost is fitted on the pairs as
-they came, which is what iterated RLHF does.
+With `d = R(y0) - R(y1)`, `p = sigmoid(d)`, labels z (1: response 0 preferred) and P the annotator's probability of z = 1.
+A coupled cost holds the policy responsible: its expectation is minimised through the lower level's answer. An uncoupled
+cost is fitted on the pairs as they came, which is what iterated RLHF does. Pairs may be policy-policy or
+policy-reference; the problem chooses.
 
-What each rewards, and its loophole (`experiments/objectives.py` measures them with exact gradients):
+| objective | cost of a pair | needs | rewards | loophole when coupled |
+|---|---|---|---|---|
+| `likelihood` | -z log p - (1 - z) log(1 - p) | 1 label | pairs that the reward predicts | the policy drifts to pairs whose labels are easy to predict |
+| `excess_likelihood` | KL(P, p) | P itself: exact problems only | a reward that is right where the policy goes | on policy-policy pairs a collapsed policy has no loss |
+| `brier` | (p - z1)(p - z2) | 2 labels | as above, (p - P)^2 in expectation | the same; on policy-reference pairs none was found |
+| `utility` | -z | 1 label, policy-reference | winning against the reference | alone it fits the reward to nothing but the policy's own wins |
 
-| objective | labels | pairs | loophole when coupled |
-|---|---|---|---|
-| `likelihood` | 1 | any | the policy drifts to pairs whose labels are easy to predict |
-| `brier` | 2 | policy-reference | none found; on policy-policy pairs a collapsed policy has no loss |
-| `utility` | 1 | policy-reference | alone it never fits the reward to anything but the policy's own wins |
-"""
+`python experiments/convergence.py --only objectives` measures each loophole with exact gradients;
+`policy_gradient.label_policy_gradient` is the honest baseline beside `utility`: the same objective with no reward model.
+"""  # noqa: E501
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf import preferences
 from jaxrlhf.bilevel.problem import Labelled, PairCost
 from jaxrlhf.types import Params
 
@@ -27,43 +31,102 @@ class Objective(NamedTuple):
     """An upper objective.
 
     Attributes:
-        pair_cost: `(returns [B, M, 2], labels [B, M, L]) -> PairCost`.
+        pair_cost: `(returns [B, M, 2], labels [B, M, L]) -> PairCost`, for pairs that were answered.
         kl_price: kappa, adds kappa KL(policy || reference) to the coupled part.
         labels: labels a pair that it needs.
         against_reference: whether response 1 must come from the reference.
+        exact_only: whether it needs the probability of an answer in place of drawn ones.
     """
 
     pair_cost: Callable[[jax.Array, jax.Array], PairCost]
     kl_price: float = 0.0
     labels: int = 1
     against_reference: bool = False
+    exact_only: bool = False
 
-    def cost(self, upper: Params, reward: jax.Array, labelled: Labelled, frozen: Params) -> PairCost:
-        """The `cost` of a `BilevelProblem`: the objective at the discounted returns of each pair.
+    def at(self, returns: jax.Array, labels: jax.Array) -> PairCost:
+        """Returns the costs `[B, M]` at returns `[B, M, 2]` and labels `[B, M, L]`; a skipped pair costs nothing.
 
         Raises:
             ValueError: at trace time, when a pair carries fewer labels than the objective needs.
         """
+        if labels.shape[-1] < self.labels:
+            raise ValueError(f"The objective needs {self.labels} labels a pair, the annotator gave {labels.shape[-1]}.")
+        answered = jnp.all(labels >= 0, axis=-1)
+        cost = self.pair_cost(returns, jnp.maximum(labels, 0.0))
+        return jax.tree.map(lambda part: jnp.where(answered, part, 0.0), cost)
+
+    def cost(self, upper: Params, reward: jax.Array, labelled: Labelled, frozen: Params) -> PairCost:
+        """The `cost` of a `BilevelProblem`: the objective at the discounted returns of each pair."""
         del upper, frozen
-        if labelled.labels.shape[-1] < self.labels:
+        return self.at(jnp.sum(labelled.sample.discount * reward, axis=-1), labelled.labels)
+
+    def check(self, *, against_reference: bool, exact: bool) -> None:
+        """Refuses a problem whose pairs do not suit the objective.
+
+        Raises:
+            ValueError: the objective needs pairs against the reference, or exact labels, and would not get them.
+        """
+        if self.against_reference and not against_reference:
+            raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
+        if self.exact_only and not exact:
             raise ValueError(
-                f"The objective needs {self.labels} labels a pair, the annotator gave {labelled.labels.shape[-1]}."
+                "This objective needs the probability of each answer, which no number of labels gives; enumerate the "
+                "problem, or use brier."
             )
-        returns = jnp.sum(labelled.sample.discount * reward, axis=-1)
-        return self.pair_cost(returns, labelled.labels)
 
 
-def likelihood(*, coupled: bool = True, weight: float = 1.0) -> Objective:
-    """Returns the Bradley-Terry negative log-likelihood, `-z log p - (1 - z) log(1 - p)` in nats, mean over labels.
+def likelihood(
+    *, coupled: bool = True, weight: float = 1.0, choice: preferences.Choice = preferences.BRADLEY_TERRY
+) -> Objective:
+    """Returns the negative log-likelihood of the labels, in nats, mean over labels.
 
-    Coupled and on policy-policy pairs it is the upper objective of arXiv 2410.15610.
+    With the default choice it is `-z log p - (1 - z) log(1 - p)`; coupled and on policy-policy pairs that is the upper
+    objective of arXiv 2410.15610. With the annotator's own `choice` (mistakes, ties, position) the reward need not explain
+    those by differences of return.
+
+    Args:
+        coupled: whether the policy is held responsible.
+        weight: factor of the cost.
+        choice: how the annotator is taken to choose. Labels between the outcomes 0, 1/2 (a tie) and 1 cost the linear
+            interpolation, so expected labels are exact unless there are ties.
+
+    Raises:
+        ValueError: the choice is out of range.
+    """
+    choice.check()
+
+    def pair_cost(returns, labels):
+        if choice == preferences.BRADLEY_TERRY:
+            difference = returns[..., 0] - returns[..., 1]
+            return _part(weight * (jax.nn.softplus(difference) - jnp.mean(labels, axis=-1) * difference), coupled)
+        loses, ties, wins = jnp.moveaxis(-preferences.log_outcomes(returns, choice), -1, 0)[..., None]
+        if choice.tie > 0:
+            cost = jnp.where(
+                labels < 0.5,
+                (1.0 - 2.0 * labels) * loses + 2.0 * labels * ties,
+                (2.0 - 2.0 * labels) * ties + (2.0 * labels - 1.0) * wins,
+            )
+        else:
+            cost = (1.0 - labels) * loses + labels * wins
+        return _part(weight * jnp.mean(cost, axis=-1), coupled)
+
+    return Objective(pair_cost)
+
+
+def excess_likelihood(*, coupled: bool = True, weight: float = 1.0) -> Objective:
+    """Returns KL(P, p) in nats: the likelihood less the entropy of the label, so that a right reward costs nothing.
+
+    Exact problems only: labels must be probabilities. The entropy of a label cannot be estimated without bias from two
+    draws; `brier` is the objective with this property that can.
     """
 
     def pair_cost(returns, labels):
-        difference = returns[..., 0] - returns[..., 1]
-        return _part(weight * (jax.nn.softplus(difference) - jnp.mean(labels, axis=-1) * difference), coupled)
+        difference, probability = returns[..., 0] - returns[..., 1], jnp.mean(labels, axis=-1)
+        entropy = jax.scipy.special.entr(probability) + jax.scipy.special.entr(1.0 - probability)
+        return _part(weight * (jax.nn.softplus(difference) - probability * difference - entropy), coupled)
 
-    return Objective(pair_cost)
+    return Objective(pair_cost, against_reference=coupled, exact_only=True)
 
 
 def brier(*, coupled: bool = True, weight: float = 1.0) -> Objective:
@@ -104,6 +167,7 @@ def add(*objectives: Objective) -> Objective:
         kl_price=sum(objective.kl_price for objective in objectives),
         labels=max(objective.labels for objective in objectives),
         against_reference=any(objective.against_reference for objective in objectives),
+        exact_only=any(objective.exact_only for objective in objectives),
     )
 
 

@@ -1,56 +1,179 @@
 """Annotators: from two responses to labels.
 
-An annotator is a function `(key, sample, frozen) -> labels [B, M, L]`. One that JAX can trace is given to
-`bilevel_descent`; one that cannot (a person, a judge, a text score) sits between `propose` and `update` and may still use
-`bradley_terry` for its noise. Labels consumed are counted by the algorithm, in `BilevelInfo.labels`.
+An annotator is a function `(key, sample, frozen) -> labels [B, M, L]`: 1 prefers response 0, 0 response 1, 1/2 calls a
+tie, `SKIPPED` gives no answer. One that JAX can trace is given to `bilevel_descent`; one that cannot (a person, a judge,
+a text score) sits between `propose` and `update` and may still use `draw_labels` for its noise. Labels consumed are
+counted by the algorithm, in `BilevelInfo.labels`.
+
+Real annotators err in ways that B-Pref (arXiv 2111.03026) named; `Choice` holds them, and gives the likelihood that each
+combination implies, which `objectives.likelihood` fits.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import Sample
+from jaxrlhf.bilevel.problem import SKIPPED, Sample
 from jaxrlhf.types import Key, Params
 
 Annotator = Callable[[Key, Sample, Params], jax.Array]
+Score = Callable[[Sample, Params], jax.Array]
 
 
-def preference(scores: jax.Array) -> jax.Array:
-    """Returns P(response 0 preferred) = sigmoid(score_0 - score_1), `[...]` from scores `[..., 2]` (Bradley-Terry)."""
-    return jax.nn.sigmoid(scores[..., 0] - scores[..., 1])
+class Choice(NamedTuple):
+    """How an annotator chooses between two scores; the defaults are Bradley-Terry.
+
+    With `d = (score_0 - score_1) / temperature + position`, before mistakes
+
+        P(0 preferred) = sigmoid(d - tie),    P(1 preferred) = sigmoid(-d - tie),    P(tie) = the rest   (Rao-Kupper).
+
+    Attributes:
+        temperature: in units of the score, positive; small is decisive.
+        mistake: probability in [0, 1/2] that a preference is given the wrong way round; ties are not.
+        tie: half the width, in units of d, of the zone of indifference.
+        position: what being response 0 is worth, in units of d; 0 is fair.
+        skip_below: pairs whose better score is below this are skipped; None skips none. Whether a pair is skipped follows
+            from the annotator's own scores, so the likelihood of a given answer is that of an annotator who never skips.
+    """
+
+    temperature: float = 1.0
+    mistake: float = 0.0
+    tie: float = 0.0
+    position: float = 0.0
+    skip_below: float | None = None
+
+    def check(self) -> "Choice":
+        """Returns itself.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        if not self.temperature > 0:
+            raise ValueError(f"An annotator's temperature must be positive, got {self.temperature:g}.")
+        if not 0 <= self.mistake <= 0.5:
+            raise ValueError(f"An annotator's mistake must be a probability up to 1/2, got {self.mistake:g}.")
+        if not self.tie >= 0:
+            raise ValueError(f"An annotator's tie must not be negative, got {self.tie:g}.")
+        return self
 
 
-def bradley_terry(key: Key, scores: jax.Array, *, labels: int = 1) -> jax.Array:
-    """Draws `labels` independent labels a pair, `[..., L]` in {0, 1}, from scores `[..., 2]`. Consumes the key."""
-    probability = preference(scores)[..., None]
-    uniform = jax.random.uniform(key, (*probability.shape[:-1], labels), probability.dtype)
-    return (uniform < probability).astype(probability.dtype)
+BRADLEY_TERRY = Choice()
 
 
-def gold_annotator(score: Callable[[Sample, Params], jax.Array], *, labels: int = 1) -> Annotator:
-    """Returns an annotator whose labels follow Bradley-Terry on a gold score.
+def log_outcomes(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array:
+    """Returns the log-probabilities of the labels 0, 1/2 and 1 given an answer, `[..., 3]` from scores `[..., 2]`."""
+    difference = (scores[..., 0] - scores[..., 1]) / choice.temperature + choice.position
+    wins, loses = jax.nn.log_sigmoid(difference - choice.tie), jax.nn.log_sigmoid(-difference - choice.tie)
+    if choice.tie > 0:
+        # 1 - s(d - t) - s(-d - t) = s(d - t) s(-d - t) (e^2t - 1)
+        ties = wins + loses + jnp.log(jnp.expm1(2.0 * jnp.asarray(choice.tie, scores.dtype)))
+    else:
+        ties = jnp.full_like(wins, -jnp.inf)
+    if choice.mistake > 0:
+        right, wrong = jnp.log1p(-choice.mistake), jnp.log(choice.mistake)
+        wins, loses = jnp.logaddexp(right + wins, wrong + loses), jnp.logaddexp(right + loses, wrong + wins)
+    return jnp.stack([loses, ties, wins], axis=-1)
+
+
+def preference(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array:
+    """Returns the expected label `[...]`, P(0 preferred) + P(tie) / 2, from scores `[..., 2]`; `SKIPPED` where skipped."""
+    if choice == BRADLEY_TERRY:
+        return jax.nn.sigmoid(scores[..., 0] - scores[..., 1])
+    outcomes = jnp.exp(log_outcomes(scores, choice))
+    return _unless_skipped(outcomes[..., 2] + 0.5 * outcomes[..., 1], scores, choice)
+
+
+def draw_labels(key: Key, scores: jax.Array, *, labels: int = 1, choice: Choice = BRADLEY_TERRY) -> jax.Array:
+    """Draws `labels` independent labels a pair, `[..., L]` in {0, 1/2, 1, SKIPPED}, from scores `[..., 2]`.
+
+    Consumes the key.
+    """
+    outcomes = jnp.exp(log_outcomes(scores, choice))[..., None, :]
+    uniform = jax.random.uniform(key, (*scores.shape[:-1], labels), scores.dtype)
+    wins = uniform < outcomes[..., 2]
+    ties = ~wins & (uniform < outcomes[..., 2] + outcomes[..., 1])
+    drawn = wins.astype(scores.dtype) + 0.5 * ties.astype(scores.dtype)
+    return _unless_skipped(drawn, scores[..., None, :], choice)
+
+
+def gold_annotator(score: Score, *, labels: int = 1, choice: Choice = BRADLEY_TERRY) -> Annotator:
+    """Returns an annotator that draws its labels by a gold score.
 
     Args:
         score: `(sample, frozen) -> [B, M, 2]`, traceable; it may be a reward model whose weights are in `frozen`.
         labels: labels a pair.
+        choice: how it chooses.
+
+    Raises:
+        ValueError: the choice is out of range.
     """
+    choice.check()
 
     def annotate(key, sample, frozen):
-        return bradley_terry(key, score(sample, frozen), labels=labels)
+        return draw_labels(key, score(sample, frozen), labels=labels, choice=choice)
 
     return annotate
 
 
-def expected_annotator(score: Callable[[Sample, Params], jax.Array], *, labels: int = 1) -> Annotator:
-    """As `gold_annotator`, with the probability in place of a draw: for enumerated samples, whose costs are then exact.
+def expected_annotator(score: Score, *, labels: int = 1, choice: Choice = BRADLEY_TERRY) -> Annotator:
+    """As `gold_annotator`, with the expected label in place of a draw: for enumerated samples, whose costs are then exact.
 
-    Every objective here is linear in each label, so the expected label gives the expected cost.
+    Every objective is linear in each label (the likelihood of an annotator with ties is not: draw its labels), so the
+    expected label gives the expected cost.
     """
+    choice.check()
 
     def annotate(key, sample, frozen):
         del key
-        probability = preference(score(sample, frozen))[..., None]
-        return jnp.repeat(probability, labels, axis=-1)
+        return jnp.repeat(preference(score(sample, frozen), choice)[..., None], labels, axis=-1)
 
     return annotate
+
+
+def counted_annotator(score: Score, *, choice: Choice = BRADLEY_TERRY) -> Annotator:
+    """As `gold_annotator`, for samples that list every pair with the share of its draws: the mean of that many labels.
+
+    The label of a pair drawn n times is Binomial(n, P) / n; a pair that was not drawn has measure 0 and any label.
+
+    Raises:
+        ValueError: the choice knows ties or skips, whose labels a count cannot hold.
+    """
+    if choice.check().tie or choice.skip_below is not None:
+        raise ValueError("counted_annotator holds no ties and no skipped pairs; use gold_annotator on drawn pairs.")
+
+    def annotate(key, sample, frozen):
+        counts = jnp.round(sample.measure * sample.draws * sample.measure.shape[0])
+        probability = preference(score(sample, frozen), choice)
+        wins = jax.random.binomial(key, counts, probability, dtype=probability.dtype)
+        return (wins / jnp.maximum(counts, 1.0))[..., None]
+
+    return annotate
+
+
+def myopic(step_score: Score, *, decay: float) -> Score:
+    """Returns the score of an annotator who forgets: `sum_t decay^(steps left after t) score_t` (B-Pref's myopia).
+
+    Args:
+        step_score: `(sample, frozen) -> [B, M, 2, T]`.
+        decay: in (0, 1]; 1 remembers everything.
+
+    Raises:
+        ValueError: the decay is out of range.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"A myopic annotator's decay must be in (0, 1], got {decay:g}.")
+
+    def score(sample, frozen):
+        taken = (sample.discount > 0).astype(sample.discount.dtype)
+        left = jnp.sum(taken, axis=-1, keepdims=True) - jnp.cumsum(taken, axis=-1)
+        return jnp.sum(taken * decay**left * step_score(sample, frozen), axis=-1)
+
+    return score
+
+
+def _unless_skipped(labels: jax.Array, scores: jax.Array, choice: Choice) -> jax.Array:
+    if choice.skip_below is None:
+        return labels
+    return jnp.where(jnp.max(scores, axis=-1) < choice.skip_below, SKIPPED, labels)

@@ -15,8 +15,8 @@ ROOT = pathlib.Path(jaxrlhf.__file__).parent
 ORDER = [
     "types",
     "bilevel",
-    "objectives",
     "preferences",
+    "objectives",
     "policy_gradient",
     "exact",
     "bandit",

@@ -23,7 +23,7 @@ from jaxrlhf.bilevel.hypergradient import (
     zero_order,
 )
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient, shared_adam, tangent
-from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, drawn
+from jaxrlhf.bilevel.problem import SKIPPED, BilevelProblem, Labelled, PairCost, Sample, drawn
 from jaxrlhf.bilevel.schedules import polynomial_decay
 from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
 
@@ -31,6 +31,7 @@ __all__ = [
     "CENTRAL",
     "FIVE_POINT",
     "FORWARD",
+    "SKIPPED",
     "BilevelAlgorithm",
     "BilevelInfo",
     "BilevelProblem",

@@ -123,8 +123,9 @@ def bilevel_descent(
             bias where an iterate strays from the sample; watch `BilevelInfo.effective_sample_size` first.
 
     Raises:
-        ValueError: beta, the KL price or the largest weight is out of range, or sigma is too large: with |s| kappa >= beta a tilted problem
-            pays the policy for leaving the reference and has no minimiser. A schedule is checked at step 0.
+        ValueError: beta, the KL price or the largest weight is out of range, or sigma is too large: with
+            |s| kappa >= beta a tilted problem pays the policy for leaving the reference and has no minimiser. A schedule
+            is checked at step 0.
 
     References:
         arXiv 2410.15610 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
@@ -150,8 +151,10 @@ def bilevel_descent(
     def label(key, sample, frozen):
         if annotate is None:
             raise ValueError("step needs an annotator: give bilevel_descent one, or use propose and update.")
-        ask = over_tilts(lambda key, sample: annotate(key, sample, frozen)) if separate else None
-        return Labelled(sample, ask(keys_of(key), sample) if ask else annotate(key, sample, frozen))
+        ask = annotate
+        if separate:
+            return Labelled(sample, over_tilts(lambda key, sample: ask(key, sample, frozen))(keys_of(key), sample))
+        return Labelled(sample, annotate(key, sample, frozen))
 
     def levels(points, labelled, frozen):
         return sampled_levels(problem, rule, beta, points, labelled, frozen, largest_weight=largest_weight)

@@ -133,6 +133,7 @@ def sampled_levels(
         return jnp.where(sample.by_policy[None, None, :, None] > 0, difference, 0.0)
 
     def weights_on(view, lower, log_weights, sigma, tilt=None):
+        assert rule.weights is not None  # only zero_order has none, and it takes another path
         return rule.weights(
             Evidence(
                 sample=view.sample,
@@ -149,7 +150,7 @@ def sampled_levels(
             )
         )
 
-    def weighted_cost(reward, upper, pair_weights, labelled, share=1.0):
+    def weighted_cost(reward, upper, pair_weights, labelled, share: jax.Array | float = 1.0):
         cost = problem.cost(upper, reward, labelled, frozen)
         return importance.expectation(pair_weights * cost.coupled + share * cost.uncoupled, labelled.sample)
 
@@ -252,6 +253,7 @@ def loss_levels(
                 lambda lower, index: losses.upper(points.upper_of(index), lower), rule, points.direction, lowers, sigma
             )
         else:
+            assert rule.surrogate is not None  # checked when the algorithm was made
             gradient = jax.grad(rule.surrogate(losses, lowers, sigma))(points.upper)
             rest = jax.grad(losses.upper)(points.upper, policy)
             coupling_share = _share(optax.tree.norm(optax.tree.sub(gradient, rest)), optax.tree.norm(rest))
@@ -306,7 +308,7 @@ def _share(part: jax.Array, rest: jax.Array) -> jax.Array:
 
 
 def _answers(labelled: Labelled) -> jax.Array:
-    """Returns the labels that were given: a negative one says that the annotator skipped."""
+    """Returns the number of answers; a negative label is none."""
     return jnp.sum(labelled.labels >= 0)
 
 

@@ -133,8 +133,8 @@ def tangent(
         steps: inner steps.
 
     Raises:
-        ValueError: steps < 1; or at trace time, where no single policy sampled for all tilts: a problem given as two losses,
-            a rule with samples of their own, `zero_order`.
+        ValueError: steps < 1; or at trace time, where no single policy sampled for all tilts: a problem given as two
+            losses, a rule with samples of their own, `zero_order`.
     """
     if steps < 1:
         raise ValueError(f"The lower solver needs at least 1 step, got {steps}.")

@@ -42,13 +42,17 @@ class Sample(NamedTuple):
     draws: jax.Array
 
 
+SKIPPED = -1.0
+"""The label of a pair that the annotator would not judge."""
+
+
 class Labelled(NamedTuple):
     """A sample with the annotator's answers.
 
     Attributes:
         sample: the pairs.
-        labels: `[B, M, L]` in [0, 1]; 1 says that response 0 was preferred. An enumerated problem may put the
-            probability of that answer in place of a drawn one.
+        labels: `[B, M, L]` in [0, 1]; 1 says that response 0 was preferred, 1/2 that neither was. A negative label,
+            `SKIPPED`, is no answer. An enumerated problem may put the probability of the answer 1 in place of a drawn one.
     """
 
     sample: Sample

@@ -77,11 +77,9 @@ def language_problem(
         pad_id: written after the end of a completion.
 
     Raises:
-        ValueError: the objective needs pairs against the reference and would not get them, pairs < 1, or temperature is
-            not positive.
+        ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not positive.
     """
-    if objective.against_reference and not against_reference:
-        raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
+    objective.check(against_reference=against_reference, exact=False)
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}.")
     if not temperature > 0:
