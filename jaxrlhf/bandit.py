@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form
 from jaxrlhf.bilevel.problem import BilevelProblem, Sample, drawn
+from jaxrlhf.bilevel.stencil import Index
 from jaxrlhf.objectives import Objective
 from jaxrlhf.preferences import BRADLEY_TERRY, Choice, preference
 from jaxrlhf.types import Key, Params
@@ -139,7 +140,7 @@ def best_response(
     contraction while |s| times the range of the cost is below beta.
     """
 
-    def solution(task: LowerTask, index: jax.Array) -> Params:
+    def solution(task: LowerTask, index: Index) -> Params:
         frozen: Bandit = task.frozen
         tilt, rewards = task.tilt_of(index), reward(task.upper_of(index), frozen.features)
 

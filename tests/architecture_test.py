@@ -23,11 +23,12 @@ ORDER = [
     "mdp",
     "data",
     "lm",
+    "known",
     "training",
 ]
 NEVER = {("mdp", "lm"), ("lm", "mdp")}
 OUTSIDE = {
-    "bilevel": {"jax", "numpy", "optax", "chex", "collections", "typing"},
+    "bilevel": {"jax", "numpy", "optax", "chex", "collections", "math", "typing"},
     "types": {"jax", "typing"},
 }
 

@@ -24,7 +24,7 @@ from jaxrlhf.bilevel.hypergradient import (
 )
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient, shared_adam, tangent
 from jaxrlhf.bilevel.problem import SKIPPED, BilevelProblem, Labelled, PairCost, Sample, drawn
-from jaxrlhf.bilevel.schedules import polynomial_decay
+from jaxrlhf.bilevel.schedules import Balanced, TheoremSchedule, polynomial_decay, theorem
 from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "FIVE_POINT",
     "FORWARD",
     "SKIPPED",
+    "Balanced",
     "BilevelAlgorithm",
     "BilevelInfo",
     "BilevelProblem",
@@ -45,6 +46,7 @@ __all__ = [
     "PairCost",
     "Sample",
     "Stencil",
+    "TheoremSchedule",
     "Weights",
     "bilevel_descent",
     "bilevel_descent_on_losses",
@@ -62,5 +64,6 @@ __all__ = [
     "shared_adam",
     "stencil",
     "tangent",
+    "theorem",
     "zero_order",
 ]

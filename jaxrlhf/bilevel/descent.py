@@ -22,6 +22,7 @@ from jaxrlhf.bilevel.hypergradient import HypergradientRule, in_reward
 from jaxrlhf.bilevel.levels import Levels, Points, loss_levels, over_tilts, sampled_levels
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask
 from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, Sample
+from jaxrlhf.bilevel.schedules import Balanced
 from jaxrlhf.types import Batch, Key, Params
 
 
@@ -34,6 +35,7 @@ class BilevelState(NamedTuple):
         lowers: policy parameters lambda_i, leaves `[S, ...]`, tilt 0 first.
         upper_optimizer: the upper optimiser's state.
         solver: the lower solver's state.
+        inner_error: `[]`, what `schedules.Balanced` chooses the next sigma by; infinite at first, and unused otherwise.
     """
 
     step: jax.Array
@@ -41,6 +43,7 @@ class BilevelState(NamedTuple):
     lowers: Params
     upper_optimizer: Any
     solver: Any
+    inner_error: jax.Array
 
 
 class BilevelInfo(NamedTuple):
@@ -222,10 +225,13 @@ def _assemble(
             lowers=lowers,
             upper_optimizer=upper_optimizer.init(upper),
             solver=solver.init(lowers),
+            inner_error=jnp.full((), jnp.inf),
         )
 
     def update(key: Key, state: BilevelState, labelled: Any, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
-        relative_sigma = jnp.asarray(rule.relative_sigma(state.step))
+        schedule = rule.relative_sigma
+        balanced = isinstance(schedule, Balanced)
+        relative_sigma = jnp.asarray(schedule.best(state.inner_error) if balanced else schedule(state.step))
         lowers, direction = state.lowers, None
         # A tilt is measured against beta, a step of zero_order in the reward's own units.
         sigma = relative_sigma if in_reward(rule) else beta * relative_sigma
@@ -248,6 +254,9 @@ def _assemble(
             frozen=frozen,
         )
         lowers, solver_state, residuals = solver.step(key, lowers, state.solver, task)
+        inner_error = state.inner_error
+        if balanced:
+            inner_error = jnp.max(residuals) / (beta * _slope_of_upper(both, points, lowers))
         gradient, report = both.hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
         info = BilevelInfo(
@@ -256,7 +265,7 @@ def _assemble(
             **report,
         )
         upper = optax.apply_updates(state.upper, updates)
-        return BilevelState(state.step + 1, upper, lowers, upper_state, solver_state), info
+        return BilevelState(state.step + 1, upper, lowers, upper_state, solver_state, inner_error), info
 
     def step(key: Key, state: BilevelState, data: Batch, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
         sample_key, label_key, update_key = jax.random.split(key, 3)
@@ -264,6 +273,16 @@ def _assemble(
         return update(update_key, state, label(label_key, sample, frozen), frozen)
 
     return BilevelAlgorithm(init, step, propose, update)
+
+
+def _slope_of_upper(both: Levels, points: Points, lowers: Params) -> jax.Array:
+    """Returns |grad_lambda G| at tilt 0, from two tilts of one function."""
+
+    def difference(lower):
+        return both.tilted_loss(lower, 1) - both.tilted_loss(lower, 0)
+
+    slope = jax.grad(difference)(jax.tree.map(lambda leaf: leaf[0], lowers))
+    return optax.tree.norm(slope) / jnp.abs(points.tilts[1])
 
 
 def _check_precision(lower: Params) -> None:
@@ -284,10 +303,12 @@ def _check_beta(beta: float) -> None:
 def _check_price(kl_price: float, rule: HypergradientRule) -> None:
     if kl_price < 0:
         raise ValueError(f"The KL price must not be negative, got {kl_price:g}.")
-    with jax.ensure_compile_time_eval():
-        relative_sigma = float(rule.relative_sigma(jnp.zeros((), jnp.int32)))
     if in_reward(rule):
         return
+    schedule = rule.relative_sigma
+    with jax.ensure_compile_time_eval():
+        first = schedule.largest if isinstance(schedule, Balanced) else schedule(jnp.zeros((), jnp.int32))
+    relative_sigma = float(first)
     reach = max(-offset for offset in rule.stencil.offsets) * relative_sigma
     if reach * kl_price >= 1:
         raise ValueError(

@@ -30,7 +30,7 @@ import optax
 
 from jaxrlhf.bilevel import importance
 from jaxrlhf.bilevel.problem import Sample
-from jaxrlhf.bilevel.schedules import SigmaSchedule, as_schedule
+from jaxrlhf.bilevel.schedules import Balanced, SigmaSchedule, as_schedule
 from jaxrlhf.bilevel.stencil import ALONE, CENTRAL, FIVE_POINT, FORWARD, Stencil
 from jaxrlhf.types import Params
 
@@ -91,7 +91,7 @@ class HypergradientRule(NamedTuple):
 
     Attributes:
         stencil: the points that lower iterates are kept at, in units of sigma.
-        relative_sigma: schedule of sigma / beta.
+        relative_sigma: schedule of sigma / beta, or `Balanced`, which follows the measured inner error.
         weights: `Evidence -> Weights`; None for `zero_order`, whose stencil lies in the reward's parameters and not in
             the tilt.
         surrogate: `(Losses, lowers, sigma) -> (upper -> [])`, a function whose gradient is the hypergradient of a problem
@@ -101,14 +101,14 @@ class HypergradientRule(NamedTuple):
     """
 
     stencil: Stencil
-    relative_sigma: SigmaSchedule
+    relative_sigma: SigmaSchedule | Balanced
     weights: Callable[[Evidence], Weights] | None
     surrogate: Callable[[Losses, Params, jax.Array], Callable[[Params], jax.Array]] | None
     sampling: Sampling = "shared"
 
 
 def stencil(
-    points: Stencil, relative_sigma: float | SigmaSchedule, *, sampling: Sampling = "shared"
+    points: Stencil, relative_sigma: float | SigmaSchedule | Balanced, *, sampling: Sampling = "shared"
 ) -> HypergradientRule:
     """Returns the penalty gradient over a stencil, `sum_i c_i grad_phi [s_i G - J](phi, lambda_i)`.
 
@@ -119,7 +119,7 @@ def stencil(
 
     Args:
         points: the stencil.
-        relative_sigma: sigma / beta, or a schedule of it; positive. It is a Taylor step in the tilt, so its useful
+        relative_sigma: sigma / beta, or a schedule of it, or `Balanced`; positive. It is a Taylor step in the tilt, so its useful
             range does not depend on beta: the error is about 0.1 relative_sigma forward, 0.03 relative_sigma^2 central.
         sampling: who draws the pairs, see `HypergradientRule`. Departure from the paper: shared by default.
 
@@ -159,17 +159,23 @@ def stencil(
     return HypergradientRule(points, as_schedule(relative_sigma), weights, surrogate, sampling)
 
 
-def forward(relative_sigma: float | SigmaSchedule = 0.05, *, sampling: Sampling = "shared") -> HypergradientRule:
+def forward(
+    relative_sigma: float | SigmaSchedule | Balanced = 0.05, *, sampling: Sampling = "shared"
+) -> HypergradientRule:
     """Returns the paper's rule: two policies, error O(sigma). See `stencil`."""
     return stencil(FORWARD, relative_sigma, sampling=sampling)
 
 
-def central(relative_sigma: float | SigmaSchedule = 0.2, *, sampling: Sampling = "shared") -> HypergradientRule:
+def central(
+    relative_sigma: float | SigmaSchedule | Balanced = 0.2, *, sampling: Sampling = "shared"
+) -> HypergradientRule:
     """Returns the default rule: three policies, error O(sigma^2). See `stencil`."""
     return stencil(CENTRAL, relative_sigma, sampling=sampling)
 
 
-def five_point(relative_sigma: float | SigmaSchedule = 0.4, *, sampling: Sampling = "shared") -> HypergradientRule:
+def five_point(
+    relative_sigma: float | SigmaSchedule | Balanced = 0.4, *, sampling: Sampling = "shared"
+) -> HypergradientRule:
     """Returns the fourth-order rule: five policies, error O(sigma^4). See `stencil`."""
     return stencil(FIVE_POINT, relative_sigma, sampling=sampling)
 
@@ -244,7 +250,8 @@ def implicit(
             return optax.tree.add_scale(product, damping, vector)
 
         if method == "conjugate_gradient":
-            return jax.scipy.sparse.linalg.cg(curvature, slope, maxiter=iterations)[0]
+            # As many iterations as were asked for: its own tolerance stops short of double precision.
+            return jax.scipy.sparse.linalg.cg(curvature, slope, tol=1e-12, maxiter=iterations)[0]
 
         def term(_, total):
             residual = optax.tree.sub(slope, curvature(total))

@@ -14,6 +14,7 @@ import optax
 from jaxrlhf.bilevel import importance
 from jaxrlhf.bilevel.hypergradient import Evidence, HypergradientRule, Losses, in_reward
 from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample
+from jaxrlhf.bilevel.stencil import Index
 from jaxrlhf.types import Params
 
 
@@ -28,8 +29,8 @@ class Levels(NamedTuple):
             holds the fields of `BilevelInfo` that both levels determine.
     """
 
-    tilted_loss: Callable[[Params, jax.Array], jax.Array]
-    proximal_loss: Callable[[Params, jax.Array], jax.Array] | None
+    tilted_loss: Callable[[Params, Index], jax.Array]
+    proximal_loss: Callable[[Params, Index], jax.Array] | None
     hypergradient: Callable[[Params, jax.Array], tuple[Params, dict[str, jax.Array]]]
 
 
@@ -46,14 +47,14 @@ class Points(NamedTuple):
     tilts: jax.Array
     direction: Params | None
 
-    def upper_of(self, index: jax.Array) -> Params:
+    def upper_of(self, index: Index) -> Params:
         """Returns the reward parameters of an iterate's problem."""
         if self.direction is None:
             return self.upper
         step = self.tilts[index]
         return jax.tree.map(lambda leaf, along: leaf + step.astype(leaf.dtype) * along, self.upper, self.direction)
 
-    def tilt_of(self, index: jax.Array) -> jax.Array:
+    def tilt_of(self, index: Index) -> jax.Array:
         """Returns the tilt of an iterate's problem."""
         return self.tilts[index] if self.direction is None else jnp.zeros_like(self.tilts[0])
 
@@ -275,7 +276,7 @@ def loss_levels(
 
 
 def two_point_gradient(
-    value: Callable[[Params, jax.Array], jax.Array],
+    value: Callable[[Params, Index], jax.Array],
     rule: HypergradientRule,
     direction: Params,
     lowers: Params,

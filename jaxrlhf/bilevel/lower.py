@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf.bilevel.stencil import Stencil
+from jaxrlhf.bilevel.stencil import Index, Stencil
 from jaxrlhf.types import Key, Params
 
 
@@ -33,10 +33,10 @@ class LowerTask(NamedTuple):
         frozen: what no gradient touches.
     """
 
-    loss: Callable[[Params, jax.Array], jax.Array]
-    proximal_loss: Callable[[Params, jax.Array], jax.Array] | None
-    upper_of: Callable[[jax.Array], Params]
-    tilt_of: Callable[[jax.Array], jax.Array]
+    loss: Callable[[Params, Index], jax.Array]
+    proximal_loss: Callable[[Params, Index], jax.Array] | None
+    upper_of: Callable[[Index], Params]
+    tilt_of: Callable[[Index], jax.Array]
     stencil: Stencil
     sigma: jax.Array
     labelled: Any
@@ -184,7 +184,7 @@ def tangent(
     return LowerSolver(init, step)
 
 
-def closed_form(solution: Callable[[LowerTask, jax.Array], Params]) -> LowerSolver:
+def closed_form(solution: Callable[[LowerTask, Index], Params]) -> LowerSolver:
     """Returns a solver that jumps to `solution(task, index)`; the residuals are measured there, not assumed to be 0."""
 
     def step(key, lowers, solver_state, task):

@@ -8,6 +8,11 @@ first: it is the policy that samples, is reported and is deployed, even where it
 
 from typing import NamedTuple
 
+import jax
+
+Index = int | jax.Array
+"""The place of an iterate in its stencil: it names the iterate's lower problem."""
+
 
 class Stencil(NamedTuple):
     """Where the perturbed value is looked at, and how the looks are combined.

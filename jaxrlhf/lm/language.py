@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import exact
+from jaxrlhf.bilevel.problem import Sample
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.model import LanguageModel
-from jaxrlhf.lm.problem import Prompts, Responses, reward_of
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, reward_of
 from jaxrlhf.lm.reward import RewardModel
 from jaxrlhf.objectives import Objective
-from jaxrlhf.types import Params
+from jaxrlhf.types import Key, Params
 
 STOP = 0
 
@@ -100,6 +101,42 @@ def table_of(score: Callable[[Prompts, Responses], jax.Array], language: Languag
 def reward_table(reward: RewardModel, params: Params, language: Language) -> jax.Array:
     """Returns the learned reward of every completion, `[B, N]`."""
     return table_of(lambda prompts, responses: reward_of(reward, params, prompts, responses), language)
+
+
+def listed_pairs(
+    model: LanguageModel, language: Language, *, against_reference: bool
+) -> Callable[[Key, Params, Prompts, LanguageFrozen], Sample]:
+    """Returns a `sample` for a `BilevelProblem` that lists all N^2 pairs of completions with their probabilities.
+
+    Put it in place of a `language_problem`'s own, and every step is exact. For languages of a few dozen completions.
+    """
+
+    def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
+        del key
+        asked = language._replace(prompts=data)
+        own, reference = policy_table(model, lower, asked), policy_table(model, frozen.reference, asked)
+        first, second = (axis.ravel() for axis in jnp.indices((own.shape[1], own.shape[1])))
+        other = reference if against_reference else own
+
+        def pair(of_first, of_second):
+            return jnp.stack([of_first[:, first], of_second[:, second]], axis=2)
+
+        responses = Responses(
+            *(pair(*[jnp.broadcast_to(part[None], (len(own), *part.shape))] * 2) for part in language.completions)
+        )
+        behaviour = pair(own, other)[..., None]
+        return Sample(
+            prompts=data,
+            responses=responses,
+            behaviour_log_prob=behaviour,
+            reference_log_prob=pair(reference, reference)[..., None],
+            discount=jnp.ones_like(behaviour),
+            measure=jnp.exp(own[:, first] + other[:, second]) / len(own),
+            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], own.dtype),
+            draws=jnp.asarray(jnp.inf, own.dtype),
+        )
+
+    return sample
 
 
 class LanguageVerdict(NamedTuple):

@@ -86,7 +86,7 @@ def test_the_loop_reads_one_step_late_and_goes_on_where_it_was():
         return state._replace(step=state.step + 1, upper=state.upper + draw * data), (state.step, draw)
 
     def start():
-        return BilevelState(jnp.zeros((), jnp.int32), jnp.zeros(()), (), (), ())
+        return BilevelState(jnp.zeros((), jnp.int32), jnp.zeros(()), (), (), (), jnp.zeros(()))
 
     whole = list(outer_steps(step, start(), [1.0] * 6, None, key=jax.random.key(0)))
     assert [(progress.step, progress.info and int(progress.info[0])) for progress in whole] == [

@@ -1,0 +1,86 @@
+"""What the theory claims, measured: bias, variance, global convergence, gradient domination, samples, objectives.
+
+    python experiments/convergence.py --quick       # a minute
+    python experiments/convergence.py               # the full study, about 20 minutes on 2 cores
+    python experiments/convergence.py --only bias variance
+
+Writes tables (JSON and Markdown) and figures into one folder and a report that joins them.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Literal
+
+import jax
+import tyro
+
+Study = Literal["optima", "bias", "variance", "global_convergence", "domination", "sample_complexity", "objectives"]
+ORDER: tuple[Study, ...] = Study.__args__  # type: ignore[attr-defined]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    only: tuple[Study, ...] = ORDER
+    """The studies, in their own order whatever the order here."""
+    quick: bool = False
+    """Small sizes: to see that everything runs. Its figures say little."""
+    output: pathlib.Path = pathlib.Path("runs/convergence")
+    """The folder of tables and figures; made if missing, files of the same name are replaced."""
+
+
+def commit() -> str:
+    """Returns the checkout's commit, or what stands in for it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip() or "unknown (not a git checkout)"
+
+
+def report(config: Config, seconds: dict[str, float]) -> str:
+    """Returns the report: every study's table that is in the folder, behind what made it."""
+    device = jax.devices()[0]
+    lines = [
+        "# What the theory claims, measured",
+        "",
+        f"`python experiments/convergence.py{' --quick' if config.quick else ''}`, commit {commit()}, "
+        f"{device.device_kind} ({jax.device_count()} device), JAX {jax.__version__}, Python {platform.python_version()}; "
+        + ", ".join(f"{study} {spent:.0f} s" for study, spent in seconds.items())
+        + ".",
+    ]
+    for study in ORDER:
+        path = config.output / f"{study}.md"
+        if path.exists():
+            lines += ["", path.read_text().strip()]
+            lines += [f"\n![{study}]({figure.name})" for figure in sorted(config.output.glob(f"{study}*.png"))]
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config) -> None:
+    """Runs the studies and joins their tables."""
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "README.md").touch()
+    except OSError as error:
+        sys.exit(f"The output folder {config.output} cannot be written ({error.strerror}); give --output another.")
+    seconds = {}
+    for study in ORDER:
+        if study not in config.only:
+            continue
+        began = time.monotonic()
+        importlib.import_module(f"convergence_studies.{study}").run(config.quick, config.output)
+        seconds[study] = time.monotonic() - began
+        print(f"{study}: {seconds[study]:.0f} s", flush=True)
+        (config.output / "README.md").write_text(report(config, seconds))
+    print(f"\n{config.output / 'README.md'}  ({sum(seconds.values()):.0f} s)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
