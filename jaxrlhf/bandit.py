@@ -131,9 +131,14 @@ def best_response(
     beta: float,
     against_reference: bool = True,
     choice: Choice = BRADLEY_TERRY,
+    from_labels: bool = False,
     iterations: int = 100,
 ) -> LowerSolver:
     """Returns the exact solver of the tilted problem argmin s G - J, for the tabular policy and labels by `choice`.
+
+    It knows the gold reward: with drawn pairs its tilted policies hold what no label has told, the limit of a noiseless
+    inner problem. With `from_labels` the mean cost of an arm is taken over the step's own pairs instead (an arm that was
+    not drawn has the mean of its context), and the solver is one that a learner could have.
 
     Its solution satisfies pi proportional to reference * exp((R - s dG/dpi) / (beta + s kappa)), where dG/dpi is the
     mean coupled cost of an arm. Against the reference that is explicit; on policy-policy pairs it is iterated, a
@@ -142,7 +147,13 @@ def best_response(
 
     def solution(task: LowerTask, index: Index) -> Params:
         frozen: Bandit = task.frozen
-        tilt, rewards = task.tilt_of(index), reward(task.upper_of(index), frozen.features)
+        upper, tilt = task.upper_of(index), task.tilt_of(index)
+        rewards = reward(upper, frozen.features)
+        price = beta + tilt * objective.kl_price
+        start = frozen.reference + rewards / beta
+        if from_labels:
+            slope = _mean_costs(objective, upper, reward, index, task)
+            return frozen.reference + (rewards - tilt * slope) / price
 
         def both(table):
             return jnp.stack(jnp.broadcast_arrays(table[:, :, None], table[:, None, :]), axis=-1)
@@ -156,13 +167,31 @@ def best_response(
                 slope = jnp.einsum("cij,cj->ci", costs, jnp.exp(frozen.reference))
             else:
                 slope = jnp.einsum("cij,cj->ci", costs + costs.swapaxes(1, 2), own)
-            price = beta + tilt * objective.kl_price
             return frozen.reference + (rewards - tilt * slope) / price
 
-        start = frozen.reference + rewards / beta
         return jax.lax.fori_loop(0, 1 if against_reference else iterations, improve, start)
 
     return closed_form(solution)
+
+
+def _mean_costs(objective: Objective, upper: Params, reward: Callable, index: Index, task: LowerTask) -> jax.Array:
+    """Returns `[C, K]`, the mean coupled cost of each arm's own pairs; a pair of the policy's counts for both its arms."""
+    labelled, frozen = task.labelled, task.frozen
+    if labelled.labels.ndim > 3:  # a sample for each tilt
+        labelled = jax.tree.map(lambda leaf: leaf[index], labelled)
+    sample, table = labelled.sample, reward(upper, frozen.features)
+    cost = objective.cost(upper, at_arms(table, sample.responses), labelled, frozen).coupled
+    mean = jnp.sum(sample.measure * cost, axis=-1, keepdims=True) / jnp.sum(sample.measure, axis=-1, keepdims=True)
+
+    def over_arms(values):
+        chosen = jax.nn.one_hot(sample.responses, table.shape[-1], dtype=table.dtype)
+        chosen = chosen * sample.by_policy[None, None, :, None]
+        return jnp.einsum("cm,cmkn->cn", values, chosen)
+
+    weight = over_arms(sample.measure)
+    excess = over_arms(sample.measure * (cost - mean)) / jnp.where(weight > 0, weight, 1.0)
+    # dG/dpi of an arm is its cost in either slot.
+    return jnp.sum(sample.by_policy) * excess
 
 
 def _draw(key: Key, logits: jax.Array, pairs: int) -> jax.Array:
@@ -179,13 +208,16 @@ def _counts(key: Key, first: jax.Array, second: jax.Array, draws: jax.Array) -> 
 
 def _multinomial(key: Key, draws: jax.Array, chances: jax.Array) -> jax.Array:
     """Returns counts `[..., K]` that sum to `draws` `[...]`: each arm takes its share of what the arms before it left."""
-    left, counts = draws, []
-    for arm, one_key in enumerate(jax.random.split(key, chances.shape[-1] - 1)):
-        share = chances[..., arm] / jnp.maximum(jnp.sum(chances[..., arm:], axis=-1), 1e-30)
-        taken = jax.random.binomial(one_key, left, jnp.clip(share, 0.0, 1.0), dtype=chances.dtype)
-        counts.append(taken)
-        left = left - taken
-    return jnp.stack([*counts, left], axis=-1)
+    behind = jnp.cumsum(chances[..., ::-1], axis=-1)[..., ::-1]
+    shares = jnp.moveaxis(jnp.clip(chances / jnp.maximum(behind, 1e-30), 0.0, 1.0), -1, 0)[:-1]
+
+    def take(left, now):
+        key, share = now
+        taken = jax.random.binomial(key, left, share, dtype=chances.dtype)
+        return left - taken, taken
+
+    left, counts = jax.lax.scan(take, draws, (jax.random.split(key, len(shares)), shares))
+    return jnp.concatenate([jnp.moveaxis(counts, 0, -1), left[..., None]], axis=-1)
 
 
 def _take(table: jax.Array, arms: jax.Array) -> jax.Array:

@@ -225,7 +225,7 @@ def _assemble(
             lowers=lowers,
             upper_optimizer=upper_optimizer.init(upper),
             solver=solver.init(lowers),
-            inner_error=jnp.full((), jnp.inf),
+            inner_error=jnp.full((), jnp.inf, jnp.result_type(float)),
         )
 
     def update(key: Key, state: BilevelState, labelled: Any, frozen: Params) -> tuple[BilevelState, BilevelInfo]:
@@ -256,7 +256,8 @@ def _assemble(
         lowers, solver_state, residuals = solver.step(key, lowers, state.solver, task)
         inner_error = state.inner_error
         if balanced:
-            inner_error = jnp.max(residuals) / (beta * _slope_of_upper(both, points, lowers))
+            measured = jnp.max(residuals) / (beta * _slope_of_upper(both, points, lowers))
+            inner_error = measured.astype(inner_error.dtype)
         gradient, report = both.hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)
         info = BilevelInfo(

@@ -119,8 +119,9 @@ def stencil(
 
     Args:
         points: the stencil.
-        relative_sigma: sigma / beta, or a schedule of it, or `Balanced`; positive. It is a Taylor step in the tilt, so its useful
-            range does not depend on beta: the error is about 0.1 relative_sigma forward, 0.03 relative_sigma^2 central.
+        relative_sigma: sigma / beta, or a schedule of it, or `Balanced`; positive. It is a Taylor step in the tilt, so
+            its useful range does not depend on beta: the error is about 0.1 relative_sigma forward, 0.03 relative_sigma^2
+            central.
         sampling: who draws the pairs, see `HypergradientRule`. Departure from the paper: shared by default.
 
     Raises:

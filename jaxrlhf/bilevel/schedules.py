@@ -24,7 +24,7 @@ class Balanced(NamedTuple):
     A stencil's relative error is about `bias rho^order` from the finite difference and `inner_error / rho` from tilted
     policies that are not solved, with `rho = sigma / beta`. Their sum is least at
 
-        rho = (inner_error / (order bias))^(1 / (order + 1)),      inner_error = max_i |residual_i| / (beta |grad_lambda G|).
+        rho = (inner_error / (order bias))^(1 / (order + 1)),   inner_error = max_i |residual_i| / (beta |grad_lambda G|).
 
     The residual is taken in the policy's parameters, as gradients are; where some directions of it are much flatter than
     others, the inner error is larger than its measure says.

@@ -38,6 +38,7 @@ def random_bandit(
     objective: Objective | None = None,
     against_reference: bool = True,
     beta: float = 0.5,
+    kl_price: float | None = None,
     gold_scale: float = 1.0,
 ) -> KnownProblem:
     """A random bandit: normal gold rewards, a softmax-normal reference.
@@ -51,9 +52,10 @@ def random_bandit(
         network: "none" for a linear reward and a table of logits; "reward" makes the reward a network, "both" the policy
             too.
         hidden: width of the networks.
-        objective: the upper objective; None is `utility` at the KL price beta / 4.
+        objective: the upper objective; None is `utility`, whose optimum has a closed form if any reward can be held.
         against_reference: whether the second response of a pair comes from the reference.
         beta: weight of the lower level's KL.
+        kl_price: of that utility; None is beta / 4.
         gold_scale: standard deviation of the gold rewards.
 
     Raises:
@@ -62,7 +64,7 @@ def random_bandit(
     if network not in ("none", "reward", "both"):
         raise ValueError(f"network is none, reward or both, got {network!r}.")
     utility = objective is None
-    objective = objectives.utility(kl_price=beta / 4) if objective is None else objective
+    objective = objectives.utility(kl_price=beta / 4 if kl_price is None else kl_price) if utility else objective
     gold_key, reference_key, feature_key = jax.random.split(jax.random.key(seed), 3)
     shape = (contexts, arms)
     own = jnp.eye(contexts * arms).reshape(*shape, -1)
@@ -114,13 +116,20 @@ def random_bandit(
 
     wins = exact.row_mean(lambda first, second: jax.nn.sigmoid(first - second), frozen.reference, frozen.gold)
     closed = -float(exact.soft_value(wins, frozen.reference, objective.kl_price)) if utility else None
-    tables = bandit.best_response(reward, objective, beta=beta, against_reference=against_reference)
+
+    def tables(from_labels):
+        return bandit.best_response(
+            reward, objective, beta=beta, against_reference=against_reference, from_labels=from_labels
+        )
+
     return KnownProblem(
         algorithm=algorithm,
         frozen=frozen,
         data=None,
         start=start,
-        answer=gradient(shared_adam(0.05), steps=300) if network == "both" else tables,
+        answer=gradient(shared_adam(0.05), steps=300) if network == "both" else tables(False),
+        answer_at=None if network == "both" else table_of_reward,
+        answer_from_labels=None if network == "both" else tables(True),
         phi=lambda upper: exact.upper_value(
             objective,
             reward(upper, frozen.features),
@@ -141,9 +150,13 @@ def random_bandit(
 def hard_bandit(
     *, seed: int = 0, contexts: int = 1, arms: int = 4, beta: float = 0.05, objective: Objective | None = None
 ) -> KnownProblem:
-    """A bandit on which weak gradient domination is nearly tight: beta is small, so optimal policies are deterministic.
+    """A bandit on which weak gradient domination is nearly tight: at a small beta and price optimal policies are
+    deterministic, and the arms differ by little.
 
     A softmax that has committed to a wrong arm lies on a plateau: the gradient of J vanishes with the probability of the
-    right arm while J* - J does not. Arguments as in `random_bandit`.
+    right arm while J* - J does not. Near the optimum the gap falls like the inverse of the time, not geometrically.
+    Arguments as in `random_bandit`; the utility's KL price is beta / 100.
     """
-    return random_bandit(seed=seed, contexts=contexts, arms=arms, beta=beta, objective=objective)
+    return random_bandit(
+        seed=seed, contexts=contexts, arms=arms, beta=beta, objective=objective, kl_price=beta / 100, gold_scale=0.3
+    )

@@ -24,6 +24,9 @@ class KnownProblem(NamedTuple):
         data: what `step` takes beside it.
         start: `(key, scale) -> (upper, lower)`, random of that scale; the policy starts at the reference.
         answer: solves the lower problems: exactly for tables, by many gradient steps for networks.
+        answer_from_labels: as `answer`, exact for the step's own labelled pairs: a learner's, where `answer` knows the gold
+            reward; None where there is none.
+        answer_at: `(upper) -> lower`, the exact answer at tilt 0 where it is a table: where to start on policy.
         phi: `(upper) -> []`, exact; its gradient is the exact hypergradient.
         exploited: `(upper) -> []`, J_gold of the exactly optimal policy of that reward: what Phi's argument is worth.
         worth: `(lower) -> []`, J_gold = E gold - beta KL of a policy, exact.
@@ -45,3 +48,5 @@ class KnownProblem(NamedTuple):
     optimum: float | None
     beta: float
     exact_answer: bool
+    answer_from_labels: LowerSolver | None = None
+    answer_at: Callable[[Params], Params] | None = None
