@@ -52,7 +52,8 @@ def slope(sigmas, errors, order):
     """Returns the fitted exponent, from the range where neither saturation nor rounding shows."""
     largest = {1: 0.1, 2: 0.3, 4: 0.5}[order]
     kept = [(s, e) for s, e in zip(sigmas, errors, strict=True) if s <= largest and e > 1e-10]
-    return float(np.polyfit(*np.log(np.array(kept)).T, 1)[0]) if len(kept) > 2 else float("nan")
+    logs = np.log(np.array(kept))
+    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0]) if len(kept) > 2 else float("nan")
 
 
 def run(quick: bool, output: pathlib.Path) -> dict:

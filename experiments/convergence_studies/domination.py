@@ -82,8 +82,8 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     text = (
         "## 4. Weak gradient domination\n\nSmallest observed |grad J|^2 / (J* - J)^2 along Adam's ascent of the exact J "
         "from random starts of three scales, while J* - J exceeds a thousandth of its largest value; the gap where it is "
-        "smallest is a share of that largest value. Small starts are benign; from large ones the policy lies on a plateau, "
-        "where the ratio is what the theory's constant would have to be.\n\n"
+        "smallest is a share of that largest value. Small starts are benign; from large ones the policy lies on a "
+        "plateau, where the ratio is what the theory's constant would have to be.\n\n"
         + reports.table(["policy", "beta", "smallest", "scale 0.3", "scale 1", "scale 3", "gap there", "arrived"], rows)
     )
     panel = {"title": "smallest |grad J|^2 / (J* - J)^2", "x": "beta", "y": "ratio", "lines": lines}

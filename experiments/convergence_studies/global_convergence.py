@@ -56,7 +56,7 @@ def descend(given, *, pairs, count, steps, rate):
 
 
 class Landmarks(NamedTuple):
-    """What runs are compared with: the least Phi known, the J_gold of its policy, the truth's Phi, the best J_gold of all."""
+    """What runs are compared with: the least Phi known, its policy's J_gold, the truth's Phi, the best J_gold."""
 
     phi: float
     worth: float
@@ -122,11 +122,16 @@ def run(quick: bool, output: pathlib.Path) -> dict:
             }  # fmt: skip
     text = (
         "## 3. Global convergence\n\nBandit (2 contexts, 5 arms), reward and policy networks of one hidden layer, "
-        f"realisable; central stencil, tangent solver, Adam, {steps} outer steps of 4 inner ones; {count} random starts at "
-        f"each of the scales {', '.join(f'{scale:g}' for scale in SCALES)}; `sampled` draws 64 pairs a context, one label a "
-        f"pair (two for Brier). Shares of runs within {TOLERANCE:g} of the least Phi known; of the J_gold of that optimum, by "
-        "the deployed policy; of both, by scale. Then what that optimum itself, and the median run, miss of the best J_gold "
-        "of all policies; the share of runs that drifted (Phi no worse than the gold reward's own, J_gold lost by more than "
+        f"realisable; central stencil, tangent solver, Adam, {steps} outer steps of 4 inner ones; {count} "
+        f"random starts at "
+        f"each of the scales {', '.join(f'{scale:g}' for scale in SCALES)}; `sampled` draws 64 pairs a "
+        f"context, one label a "
+        f"pair (two for Brier). Shares of runs within {TOLERANCE:g} of the least Phi known; of the J_gold "
+        f"of that optimum, by "
+        "the deployed policy; of both, by scale. Then what that optimum itself, and the median run, miss "
+        "of the best J_gold "
+        "of all policies; the share of runs that drifted (Phi no worse than the gold reward's own, J_gold "
+        "lost by more than "
         "0.05); and where those that did not arrive ended.\n\n"
         + reports.table(
             [

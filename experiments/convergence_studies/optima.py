@@ -1,4 +1,4 @@
-"""The best known optimum of every known problem, by exact descent from many starts; and by the closed form, where one is."""
+"""The best known optimum of every known problem: exact descent from many starts, and the closed form where one is."""
 
 import functools
 import pathlib
@@ -38,7 +38,7 @@ def catalogue():
 
 
 def descend(given, *, count: int, steps: int, rate: float, seed: int = 21):
-    """Returns Phi `[count]` and the worth of the exploited reward `[count]` after exact descent, with its gradient's norm."""
+    """Returns Phi, the exploited reward's worth and the gradient's norm after exact descent, `[count]` each."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     def one(key, scale):
@@ -83,7 +83,8 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         progress(name)
     text = (
         "## Best known optima\n\nExact descent of Phi by Adam from random starts of scales 0.1, 0.5, 1 and 3. Worth is "
-        "J_gold = E gold - beta KL of the policy that is optimal for the reward found, beside the best of all policies: where "
+        "J_gold = E gold - beta KL of the policy that is optimal for the reward found, beside the best of "
+        "all policies: where "
         "they differ, the objective's own optimum is not what a user wants.\n\n"
         + reports.table(
             [

@@ -111,6 +111,8 @@ def settings(quick: bool) -> dict[str, Setting]:
 def curves(setting: Setting, arm: Arm, steps: int):
     """Returns `(key, rate, batch, sigma index) -> [steps, 2]`, both criteria at every outer step, exact."""
     given = setting.given
+    assert given.answer_from_labels is not None and given.answer_at is not None
+    start = given.answer_at(setting.start)
 
     def schedule(step):
         return jnp.asarray(arm.sigmas)[jnp.minimum(step // STRIDE, len(arm.sigmas) - 1)]
@@ -123,7 +125,7 @@ def curves(setting: Setting, arm: Arm, steps: int):
         return jnp.stack([jnp.sum(gradient**2), value - setting.least])
 
     def run(key, rate, batch, sigma):
-        state = algorithm.init(key, setting.start, given.answer_at(setting.start))
+        state = algorithm.init(key, setting.start, start)
         state = state._replace(step=sigma * STRIDE)
         hyper = state.upper_optimizer.hyperparams | {"learning_rate": jnp.asarray(rate, jnp.float32)}
         state = state._replace(upper_optimizer=state.upper_optimizer._replace(hyperparams=hyper))
@@ -148,7 +150,7 @@ def trailing(judged: np.ndarray) -> np.ndarray:
     return (total[..., after] - total[..., before]) / (after - before)
 
 
-def pairs_needed(judged: np.ndarray, accuracy: float, cost: np.ndarray) -> np.ndarray:
+def pairs_needed(judged: np.ndarray, accuracy: float, cost: np.ndarray | float) -> np.ndarray:
     """Returns pairs until the trailing mean first reaches the accuracy, infinite where it never does; `[...]`."""
     reached = trailing(judged) <= accuracy
     first = np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1, np.inf)
@@ -309,11 +311,14 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         progress(f"{title}: the paper's schedule")
     text = (
         "## 5. Sample complexity\n\nPairs drawn and labelled until the mean of the criterion over the last half of the "
-        "steps so far, averaged over seeds, is below the accuracy; lower problems solved exactly on the step's own labels, "
+        "steps so far, averaged over seeds, is below the accuracy; lower problems solved exactly on the "
+        "step's own labels, "
         "plain SGD. Each accuracy has the best of a grid of batch, rate and sigma, chosen on "
-        f"{tuning} seeds and reported on {seeds} others; intervals bootstrap the seeds. The paper's schedule (T, B, sigma as "
+        f"{tuning} seeds and reported on {seeds} others; intervals bootstrap the seeds. The paper's "
+        f"schedule (T, B, sigma as "
         "functions of the accuracy; its bound is 3.5) has its constants tuned at the loosest accuracy. `benign` has local "
-        "strong convexity, which flatters every method. On `hard` beta is 0.05, the best policy is deterministic, the arms differ by little and the start "
+        "strong convexity, which flatters every method. On `hard` beta is 0.05, the best policy is "
+        "deterministic, the arms differ by little and the start "
         "is a plateau of the softmax, and the gap is what counts: the norm is small there from the start.\n\n"
         + "\n\n".join(texts)
     )

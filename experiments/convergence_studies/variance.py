@@ -103,7 +103,7 @@ def error_by_inner_error(given, upper, lower, sigmas, sizes, *, pairs, draws, pr
 
 
 def solved_in_part(given, upper, lower, sigmas, progress):
-    """Relative error after 10 outer steps of 10 inner ones at a fixed reward, no sampling: free tilts against a tangent."""
+    """Relative error after 10 outer steps of 10 inner ones at a fixed reward, exact: free tilts against a tangent."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found = {}
     for name, solver in (
@@ -186,7 +186,8 @@ def run(quick: bool, output: pathlib.Path) -> dict:
             ],
             inner,
         )
-        + "\n\nRelative error after 10 outer steps of 10 inner ones at a fixed reward, from the reference, no sampling.\n\n"
+        + "\n\nRelative error after 10 outer steps of 10 inner ones at a fixed reward, from the reference, "
+        "no sampling.\n\n"
         + reports.table(
             ["lower iterates", *(f"{sigma:.0e}" for sigma in sigmas[:: 3 if not quick else 1])],
             [[name, *values[:: 3 if not quick else 1]] for name, values in partly.items()],

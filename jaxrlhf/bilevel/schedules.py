@@ -70,8 +70,8 @@ def theorem(
         sigma = c_s eps^(1/2),   T = c_T eps^(-3/2),   B = c_B eps^(-2),   K = c_K log(1 / eps),   rate = c_r eps^(1/2)
 
     so that T B = O(eps^(-7/2)): sigma pays for the bias of the forward stencil, the penalty's smoothness 1 / sigma sets
-    the rate and T, and B holds down the variance 1 / (sigma^2 B) of independent samples. This is a reading of the result with
-    the squared-norm criterion, not a quotation: the constants, the arguments here, are the problem's.
+    the rate and T, and B holds down the variance 1 / (sigma^2 B) of independent samples. This is a reading of the
+    result with the squared-norm criterion, not a quotation: the constants, the arguments here, are the problem's.
 
     Raises:
         ValueError: epsilon is not in (0, 1).

@@ -24,8 +24,8 @@ class KnownProblem(NamedTuple):
         data: what `step` takes beside it.
         start: `(key, scale) -> (upper, lower)`, random of that scale; the policy starts at the reference.
         answer: solves the lower problems: exactly for tables, by many gradient steps for networks.
-        answer_from_labels: as `answer`, exact for the step's own labelled pairs: a learner's, where `answer` knows the gold
-            reward; None where there is none.
+        answer_from_labels: as `answer`, exact for the step's own labelled pairs: a learner's, where `answer` knows
+            the gold reward; None where there is none.
         answer_at: `(upper) -> lower`, the exact answer at tilt 0 where it is a table: where to start on policy.
         phi: `(upper) -> []`, exact; its gradient is the exact hypergradient.
         exploited: `(upper) -> []`, J_gold of the exactly optimal policy of that reward: what Phi's argument is worth.
