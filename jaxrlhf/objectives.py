@@ -12,7 +12,15 @@ policy-reference; the problem chooses.
 | `brier` | (p - z1)(p - z2) | 2 labels | as above, (p - P)^2 in expectation | the same; on policy-reference pairs none was found |
 | `utility` | -z | 1 label, policy-reference | winning against the reference | alone it fits the reward to nothing but the policy's own wins |
 
-`python experiments/convergence.py --only objectives` measures each loophole with exact gradients;
+Measured by exact descent on bandits whose reward class holds the truth (`python experiments/convergence.py --only
+objectives`; return as a share of the oracle's gain over the reference):
+
+- the paper's likelihood, started at the truth, lowers its own value by 0.06 while the return falls from 1.00 to 0.56;
+- Brier on policy-policy pairs is 0.0000 at returns of 1.00, 0.77 and -1.33, by the start: it cannot tell them apart;
+- utility alone at beta 0.1 never leaves a collapsed start (-1.19); with the uncoupled likelihood it does (0.99);
+- coupled costs on policy-reference pairs lose to iterated RLHF where annotators favour a position (missing 0.11 and 0.09
+  of the gain, against 0.04).
+
 `policy_gradient.label_policy_gradient` is the honest baseline beside `utility`: the same objective with no reward model.
 """  # noqa: E501
 

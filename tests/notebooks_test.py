@@ -1,4 +1,4 @@
-"""The notebook runs from a clean kernel, computes what its text says, and is saved without traces of a machine."""
+"""Each notebook runs from a clean kernel, computes what its text says, and is saved without traces of a machine."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 
 import jaxrlhf
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "first_steps.ipynb"
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 PACKAGE = pathlib.Path(jaxrlhf.__file__).parents[1]
 
-# Runs in the notebook's own kernel after its last cell, on the values that its cells left behind.
-VALUES = """
+# Run in the notebook's own kernel after its last cell, on the values that its cells left behind.
+FIRST_STEPS = """
 for name, order in (("forward", 1), ("central", 2), ("five_point", 4)):
     assert abs(slopes[name] - order) < 0.05, slopes
     assert np.all(np.diff(errors[name]) > 0), errors
@@ -39,9 +39,31 @@ assert all(0.15 < value.mean() < 0.3 for value in final.values()), final
 assert abs(np.median(difference)) < 5e-3 and abs(difference.mean()) < 4 * error
 """
 
+THE_METHOD = """
+for name, order in (("forward", 1), ("central", 2), ("five_point", 4)):
+    assert abs(slopes[name] - order) < 0.05, slopes
+assert errors["forward"][3] < 0.15 and errors["central"][3] < 2e-3 and errors["five_point"][3] < 2e-6, errors
+assert abs(slope(0.0) - upper_value(stable)) < 1e-12 and np.all(values - tangent < 1e-12)
 
-def read():
-    return nbformat.read(NOTEBOOK, as_version=4)
+at_stop, at_optimum = np.argmin(abs(places)), np.argmin(abs(places - 1))
+assert abs(decoupled_slope[at_stop]) < 1e-6 and true_slope[at_stop] < -0.1
+assert abs(true_slope[at_optimum]) < 1e-6 and decoupled_slope[at_optimum] > 0.05
+assert np.all(np.sign(reward_weight) == [-1, 1, 1, 1, 1]), reward_weight
+assert np.allclose(reward_weight, (costs - policies[0] @ costs) / beta, rtol=0.02)
+
+assert np.ptp(spread["shared"]) < 0.01 * spread["shared"].mean(), spread
+assert spread["independent"][0] > 20 * spread["shared"][0] and spread["common"][0] > 2 * spread["shared"][0], spread
+assert all(final[name][0] < upper_value(optimum) + 0.004 and final[name][1] > 1.5 for name in ("boltzmann", "central"))
+assert abs(final["decoupled"][0] - upper_value(stable)) < 0.01 and final["decoupled"][1] < 0.7, final
+"""
+
+VALUES = {"first_steps": FIRST_STEPS, "the_method": THE_METHOD}
+PICTURES = {"first_steps": 2, "the_method": 6}
+each_notebook = pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+
+
+def read(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
 def own_kernel(folder):
@@ -76,18 +98,19 @@ def execute(notebook, folder):
     return notebook
 
 
-def test_the_notebook_runs_and_its_values_are_right(tmp_path, monkeypatch):
+@each_notebook
+def test_a_notebook_runs_and_its_values_are_right(name, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
-    notebook = read()
+    notebook = read(name)
     stored = {cell.id: len(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
     where = "import sys; print(sys.executable)"
-    notebook.cells += [nbformat.v4.new_code_cell(VALUES), nbformat.v4.new_code_cell(where)]
+    notebook.cells += [nbformat.v4.new_code_cell(VALUES[name]), nbformat.v4.new_code_cell(where)]
     ran = execute(notebook, tmp_path)
     assert ran.cells[-1].outputs[0].text.strip() == sys.executable
     kinds = {output.output_type for cell in ran.cells if cell.cell_type == "code" for output in cell.outputs}
     assert "error" not in kinds
     assert {cell.id: bool(cell.outputs) for cell in ran.cells if cell.id in stored} == {
-        name: count > 0 for name, count in stored.items()
+        cell: count > 0 for cell, count in stored.items()
     }
 
 
@@ -98,8 +121,9 @@ def test_a_failing_cell_fails_the_run(tmp_path, monkeypatch):
         execute(notebook, tmp_path)
 
 
-def test_the_saved_notebook_is_whole_and_free_of_its_machine():
-    notebook = read()
+@each_notebook
+def test_a_saved_notebook_is_whole_and_free_of_its_machine(name):
+    notebook = read(name)
     nbformat.validate(notebook)
     assert notebook.metadata == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -113,7 +137,7 @@ def test_the_saved_notebook_is_whole_and_free_of_its_machine():
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 2 and all(len(picture) < 100_000 for picture in pictures)
+    assert len(pictures) == PICTURES[name] and all(len(picture) < 100_000 for picture in pictures)
     for output in outputs:
         assert output.output_type in ("stream", "display_data")
         assert output.get("name") != "stderr"
