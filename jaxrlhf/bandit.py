@@ -138,17 +138,23 @@ def best_response(
 
     It knows the gold reward: with drawn pairs its tilted policies hold what no label has told, the limit of a noiseless
     inner problem. With `from_labels` the mean cost of an arm is taken over the step's own pairs instead (an arm that was
-    not drawn has the mean of its context), and the solver is one that a learner could have.
+    not drawn has the mean of its context), and the solver is one that a learner could have; against the reference only.
 
     Its solution satisfies pi proportional to reference * exp((R - s dG/dpi) / (beta + s kappa)), where dG/dpi is the
     mean coupled cost of an arm. Against the reference that is explicit; on policy-policy pairs it is iterated, a
     contraction while |s| times the range of the cost is below beta.
+
+    Raises:
+        ValueError: from_labels on policy-policy pairs.
     """
+    if from_labels and not against_reference:
+        raise ValueError("A best response from labels needs policy-reference pairs; set against_reference=True.")
 
     def solution(task: LowerTask, index: Index) -> Params:
         frozen: Bandit = task.frozen
-        upper, tilt = task.upper_of(index), task.tilt_of(index)
+        upper = task.upper_of(index)
         rewards = reward(upper, frozen.features)
+        tilt = task.tilt_of(index).astype(rewards.dtype)
         price = beta + tilt * objective.kl_price
         start = frozen.reference + rewards / beta
         if from_labels:
@@ -175,23 +181,17 @@ def best_response(
 
 
 def _mean_costs(objective: Objective, upper: Params, reward: Callable, index: Index, task: LowerTask) -> jax.Array:
-    """Returns `[C, K]`, the mean coupled cost of each arm's own pairs; a pair of the policy's counts for both its arms."""
+    """Returns `[C, K]`, the mean coupled cost of the pairs in which the policy chose each arm, less the context's mean."""
     labelled, frozen = task.labelled, task.frozen
     if labelled.labels.ndim > 3:  # a sample for each tilt
         labelled = jax.tree.map(lambda leaf: leaf[index], labelled)
     sample, table = labelled.sample, reward(upper, frozen.features)
     cost = objective.cost(upper, at_arms(table, sample.responses), labelled, frozen).coupled
     mean = jnp.sum(sample.measure * cost, axis=-1, keepdims=True) / jnp.sum(sample.measure, axis=-1, keepdims=True)
-
-    def over_arms(values):
-        chosen = jax.nn.one_hot(sample.responses, table.shape[-1], dtype=table.dtype)
-        chosen = chosen * sample.by_policy[None, None, :, None]
-        return jnp.einsum("cm,cmkn->cn", values, chosen)
-
-    weight = over_arms(sample.measure)
-    excess = over_arms(sample.measure * (cost - mean)) / jnp.where(weight > 0, weight, 1.0)
-    # dG/dpi of an arm is its cost in either slot.
-    return jnp.sum(sample.by_policy) * excess
+    chosen = jax.nn.one_hot(sample.responses[:, :, 0], table.shape[-1], dtype=table.dtype)
+    weight = jnp.einsum("cm,cmk->ck", sample.measure, chosen)
+    excess = jnp.einsum("cm,cmk->ck", sample.measure * (cost - mean), chosen)
+    return excess / jnp.where(weight > 0, weight, 1.0)
 
 
 def _draw(key: Key, logits: jax.Array, pairs: int) -> jax.Array:

@@ -53,7 +53,8 @@ class Objective(NamedTuple):
     exact_only: bool = False
 
     def at(self, returns: jax.Array, labels: jax.Array) -> PairCost:
-        """Returns the costs `[B, M]` at returns `[B, M, 2]` and labels `[B, M, L]`; a skipped pair costs nothing.
+        """Returns the costs `[B, M]` at returns `[B, M, 2]` and labels `[B, M, L]`; a pair with a skipped label costs
+        nothing.
 
         Raises:
             ValueError: at trace time, when a pair carries fewer labels than the objective needs.

@@ -112,8 +112,7 @@ def label_policy_gradient(
 
         carry = (state.policy, state.optimizer)
         (policy, optimizer_state), (values, norms) = jax.lax.scan(one, carry, None, length=steps)
-        counted = jnp.where(jnp.isfinite(sample.draws), jnp.sum(labelled.labels >= 0), 0)
-        info = PolicyInfo(values.upper[0], norms[-1], values.kl[0], counted)
+        info = PolicyInfo(values.upper[0], norms[-1], values.kl[0], importance.answers(labelled))
         return PolicyState(state.step + 1, policy, optimizer_state), info
 
     def step(key, state, data, frozen):

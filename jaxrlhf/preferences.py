@@ -35,7 +35,8 @@ class Choice(NamedTuple):
         tie: half the width, in units of d, of the zone of indifference.
         position: what being response 0 is worth, in units of d; 0 is fair.
         skip_below: pairs whose better score is below this are skipped; None skips none. Whether a pair is skipped follows
-            from the annotator's own scores, so the likelihood of a given answer is that of an annotator who never skips.
+            from the annotator's own scores, so the likelihood of a given answer is that of an annotator who never skips. A
+            skipped pair costs nothing, which a coupled cost whose least value is 0 rewards: prefer `utility` there.
     """
 
     temperature: float = 1.0
@@ -68,7 +69,8 @@ def log_outcomes(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array
     wins, loses = jax.nn.log_sigmoid(difference - choice.tie), jax.nn.log_sigmoid(-difference - choice.tie)
     if choice.tie > 0:
         # 1 - s(d - t) - s(-d - t) = s(d - t) s(-d - t) (e^2t - 1)
-        ties = wins + loses + jnp.log(jnp.expm1(2.0 * jnp.asarray(choice.tie, scores.dtype)))
+        width = 2.0 * jnp.asarray(choice.tie, scores.dtype)
+        ties = wins + loses + width + jnp.log1p(-jnp.exp(-width))
     else:
         ties = jnp.full_like(wins, -jnp.inf)
     if choice.mistake > 0:

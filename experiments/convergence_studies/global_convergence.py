@@ -99,7 +99,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
             progress(f"{name}, {kind}")
         all_phi = np.concatenate([phi_start, *(found[0].ravel() for found in runs.values())])
         all_worth = np.concatenate([worth_start, *(found[1].ravel() for found in runs.values())])
-        best = int(np.argmin(all_phi))
+        best = int(np.nanargmin(all_phi))
         marks = Landmarks(float(all_phi[best]), float(all_worth[best]), float(truth), float(given.best_worth))
         for kind, (phi, exploited, worth, entropy, norm) in runs.items():
             named = fates(phi, worth, entropy, norm, marks, gold.shape[1])
@@ -124,29 +124,21 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         "## 3. Global convergence\n\nBandit (2 contexts, 5 arms), reward and policy networks of one hidden layer, "
         f"realisable; central stencil, tangent solver, Adam, {steps} outer steps of 4 inner ones; {count} "
         f"random starts at "
-        f"each of the scales {', '.join(f'{scale:g}' for scale in SCALES)}; `sampled` draws 64 pairs a "
-        f"context, one label a "
-        f"pair (two for Brier). Shares of runs within {TOLERANCE:g} of the least Phi known; of the J_gold "
-        f"of that optimum, by "
-        "the deployed policy; of both, by scale. Then what that optimum itself, and the median run, miss "
-        "of the best J_gold "
-        "of all policies; the share of runs that drifted (Phi no worse than the gold reward's own, J_gold "
-        "lost by more than "
-        "0.05); and where those that did not arrive ended.\n\n"
+        f"each of the scales {', '.join(f'{scale:g}' for scale in SCALES)}; `sampled` draws 64 pairs a context, one label "
+        f"a pair (two for Brier). Shares of runs within {TOLERANCE:g} of the least Phi known; of the J_gold of that "
+        "optimum, by the deployed policy; of both, by scale. Then what that optimum itself, and the median "
+        "run, miss of the "
+        "best J_gold of all policies; the share of runs whose Phi is no worse than the gold reward's own while J_gold is "
+        "lost by more than 0.05 (the objective prefers another reward to the truth); and where those that did not arrive "
+        "ended. The default's uncoupled part is fitted with the policy held fixed, so its Phi is a figure of merit there, "
+        "not what is descended.\n\n"
         + reports.table(
             [
-                "objective",
-                "",
-                "Phi",
-                "return",
-                "both, by scale",
-                "optimum misses",
-                "median misses",
-                "drifted",
-                "the others",
+                "objective", "", "Phi", "return", "both, by scale", "optimum misses", "median misses",
+                "prefers another to the truth", "the others",
             ],
             rows,
         )
-    )
+    )  # fmt: skip
     reports.write(output, "global_convergence", values, text)
     return {"rows": rows}

@@ -68,7 +68,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         language = "language" in name
         count, steps, rate = (4, 300, 0.03) if language else (8, 500, 0.05) if quick else (32, 4000, 0.05)
         phi, worth, norm = descend(given, count=count, steps=steps, rate=rate)
-        best = int(np.argmin(phi))
+        best = int(np.nanargmin(phi))
         # `share` reached the best value: a landscape with several basins shows here.
         share = float(np.mean(phi < phi[best] + 1e-2))
         closed = None if given.optimum is None else float(given.optimum)

@@ -20,6 +20,9 @@ from convergence_studies import reports
 
 from jaxrlhf import bilevel, known, objectives
 
+FEWEST = 9
+"""Steps before which nothing counts as reached."""
+
 STRIDE = 1 << 20
 """A run's sigma is chosen by its first step's number: number k * STRIDE reads the k-th sigma."""
 
@@ -35,11 +38,11 @@ class Arm(NamedTuple):
 PAPER = "forward, independent (the paper's)"
 
 ARMS = {
-    PAPER: Arm(functools.partial(bilevel.forward, sampling="independent"), (0.03, 0.1, 0.3), 2),
-    "forward, common random numbers": Arm(functools.partial(bilevel.forward, sampling="common"), (0.03, 0.1, 0.3), 2),
+    PAPER: Arm(functools.partial(bilevel.forward, sampling="independent"), (0.03, 0.2), 2),
+    "forward, common random numbers": Arm(functools.partial(bilevel.forward, sampling="common"), (0.03, 0.2), 2),
     "forward, shared sample": Arm(bilevel.forward, (0.01, 0.1)),
     # The sample of tilt 0 carries no weight in a central stencil: it is not counted.
-    "central, independent": Arm(functools.partial(bilevel.central, sampling="independent"), (0.1, 0.3, 1.0), 2),
+    "central, independent": Arm(functools.partial(bilevel.central, sampling="independent"), (0.2, 1.0), 2),
     "central, shared sample": Arm(bilevel.central, (0.03, 0.3)),
     "boltzmann": Arm(lambda sigma: bilevel.boltzmann(), (1.0,)),
     "implicit, 10 CG": Arm(lambda sigma: bilevel.implicit(iterations=10, damping=1e-4), (1.0,)),
@@ -91,9 +94,9 @@ def settings(quick: bool) -> dict[str, Setting]:
     hard = known.hard_bandit()
     assert hard.optimum is not None
     size = benign.frozen.gold.size
-    second = jnp.argsort(hard.frozen.gold[0])[1]
+    second = jnp.argsort(hard.frozen.gold[0])[-2]
     near = 0.3 * jax.random.normal(jax.random.key(9), (size,))
-    count, steps = (4, 300) if quick else (6, 800)
+    count, steps = (4, 300) if quick else (6, 500)
     batches = (16, 64, 256, 1024, 8192)
     return {
         "benign": Setting(
@@ -102,7 +105,7 @@ def settings(quick: bool) -> dict[str, Setting]:
             (0.1, 0.4, 1.5), batches, steps,
         ),
         "hard": Setting(
-            hard, 0.3 * jax.nn.one_hot(second, size), hard.optimum,
+            hard, 0.15 * jax.nn.one_hot(second, size), hard.optimum,
             {CRITERIA[1]: np.geomspace(3e-3, 1e-4, count)}, (0.03, 0.1, 0.3), batches, steps,
         ),
     }  # fmt: skip
@@ -130,14 +133,15 @@ def curves(setting: Setting, arm: Arm, steps: int):
         hyper = state.upper_optimizer.hyperparams | {"learning_rate": jnp.asarray(rate, jnp.float32)}
         state = state._replace(upper_optimizer=state.upper_optimizer._replace(hyperparams=hyper))
 
-        def step(state, key):
+        def step(carry, key):
+            state, alive = carry
             after, _ = algorithm.step(key, state, batch, given.frozen)
-            # A step that leaves the numbers is not taken: the run stays where it was and never arrives.
-            fine = jnp.all(jnp.isfinite(after.upper)) & jnp.all(jnp.abs(after.upper) < 1e3)
+            # A run that leaves the numbers stays where it was and never arrives.
+            fine = jnp.all(jnp.isfinite(after.upper)) & jnp.all(jnp.abs(after.upper) < 1e3) & alive
             after = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, state)
-            return after, judge(after.upper)
+            return (after, fine), jnp.where(fine, judge(after.upper), jnp.inf)
 
-        return jax.lax.scan(step, state, jax.random.split(key, steps))[1]
+        return jax.lax.scan(step, (state, jnp.asarray(True)), jax.random.split(key, steps))[1]
 
     return run
 
@@ -153,6 +157,8 @@ def trailing(judged: np.ndarray) -> np.ndarray:
 def pairs_needed(judged: np.ndarray, accuracy: float, cost: np.ndarray | float) -> np.ndarray:
     """Returns pairs until the trailing mean first reaches the accuracy, infinite where it never does; `[...]`."""
     reached = trailing(judged) <= accuracy
+    # The mean over one or two steps is no mean.
+    reached[..., :FEWEST] = False
     first = np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1, np.inf)
     return first * cost
 
@@ -194,11 +200,13 @@ def tuned(setting: Setting, arm: Arm, seeds: int, tuning: int) -> dict[str, Need
     for criterion, accuracies in setting.accuracies.items():
         own = judged[..., CRITERIA.index(criterion)]
         mean = own[:, :tuning].mean(axis=1)
-        best = [int(np.argmin(pairs_needed(mean, accuracy, cost))) for accuracy in accuracies]
-        fresh = own[:, tuning:]
+        needed = np.stack([pairs_needed(mean, accuracy, cost) for accuracy in accuracies])
+        best = needed.argmin(axis=1)
+        # Where nothing arrived on the tuning seeds nothing was chosen, and nothing is reported.
+        fresh = np.where(np.isfinite(needed.min(axis=1))[:, None, None], own[best][:, tuning:], np.inf)
         chosen = [{"rate": grid[c][0], "batch": grid[c][1], "sigma": arm.sigmas[grid[c][2]]} for c in best]
-        floor = float(trailing(fresh.mean(axis=1))[:, -1].min())
-        found[criterion] = needed_by([fresh[c] for c in best], accuracies, [cost[c] for c in best], chosen, floor)
+        floor = float(own[:, tuning:].mean(axis=1)[:, -1].min())
+        found[criterion] = needed_by(list(fresh), accuracies, [float(cost[c]) for c in best], chosen, floor)
     return found
 
 
@@ -230,18 +238,21 @@ def scheduled(setting: Setting, criterion: str, constants: Needed, seeds: int, m
             jnp.arange(len(plans)),
         )
     )[..., CRITERIA.index(criterion)]
-    # No plan runs longer than it says.
-    runs = [row[:, : plan.outer_steps] for row, plan in zip(judged, plans, strict=True)]
-    floor = float(min(trailing(row.mean(axis=0))[-1] for row in runs))
+    # No plan runs longer than it says; one that is longer than the study allows is not reported.
+    runs = [
+        row[:, : plan.outer_steps] if plan.outer_steps <= steps else np.full_like(row, np.inf)
+        for row, plan in zip(judged, plans, strict=True)
+    ]
+    floor = float(min(row.mean(axis=0)[-1] for row in runs))
     return needed_by(
         runs, accuracies, [float(plan.batch * arm.cost) for plan in plans], [p._asdict() for p in plans], floor
     )
 
 
 def exponent(accuracies: np.ndarray, needed: np.ndarray) -> float:
-    """Returns d log pairs / d log (1 / accuracy), fitted where reached; nan with fewer than three points."""
+    """Returns d log pairs / d log (1 / accuracy), fitted where reached; nan with fewer than four points."""
     kept = np.isfinite(needed)
-    if kept.sum() < 3:
+    if kept.sum() < 4:
         return float("nan")
     return float(np.polyfit(-np.log(accuracies[kept]), np.log(needed[kept]), 1)[0])
 
@@ -251,7 +262,10 @@ def describe(name: str, accuracies: np.ndarray, needed: Needed | None) -> tuple[
     if needed is None:
         return [name, "-", f"0/{len(accuracies)}", "-", "-", "-"], {}
     fitted = exponent(accuracies, needed.pairs)
-    fits = np.array([exponent(accuracies, row) for row in needed.bootstraps])
+    # A bootstrap is fitted where the whole was; one that misses a point there has no fit.
+    kept = np.isfinite(needed.pairs)
+    complete = [row[kept] for row in needed.bootstraps if np.isfinite(row[kept]).all()]
+    fits = np.array([exponent(accuracies[kept], row) for row in complete])
     fits = fits[np.isfinite(fits)]
     low, high = np.percentile(fits, [2.5, 97.5]) if len(fits) else (float("nan"), float("nan"))
     reached = np.flatnonzero(np.isfinite(needed.pairs))
@@ -275,7 +289,7 @@ def describe(name: str, accuracies: np.ndarray, needed: Needed | None) -> tuple[
 
 def run(quick: bool, output: pathlib.Path) -> dict:
     """Runs the study."""
-    seeds, tuning = (6, 3) if quick else (12, 6)
+    seeds, tuning = (6, 3) if quick else (10, 4)
     arms = {name: ARMS[name] for name in (PAPER, "central, shared sample")} if quick else ARMS
     whole = settings(quick)
     if quick:
@@ -288,7 +302,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
             found[name] = tuned(setting, arm, seeds, tuning)
             progress(f"{title}: {name}")
         for criterion, accuracies in setting.accuracies.items():
-            planned = scheduled(setting, criterion, found[PAPER][criterion], seeds, 300 if quick else 6000)
+            planned = scheduled(setting, criterion, found[PAPER][criterion], seeds, 1000 if quick else 12000)
             listed = {"the paper's schedule": planned} | {name: of[criterion] for name, of in found.items()}
             rows, lines = [], {}
             for name, needed in listed.items():
@@ -303,23 +317,28 @@ def run(quick: bool, output: pathlib.Path) -> dict:
                 "reached",
                 "pairs at the loosest",
                 "at the tightest reached",
-                "lowest seen",
+                "lowest end",
             ]
             span = f"{accuracies[0]:.0e} to {accuracies[-1]:.0e}"
             texts.append(f"### {title}, {criterion} from {span}\n\n" + reports.table(header, rows))
             panels.append({"title": f"{title}, {criterion}", "x": "accuracy", "y": "pairs", "lines": lines})
         progress(f"{title}: the paper's schedule")
     text = (
-        "## 5. Sample complexity\n\nPairs drawn and labelled until the mean of the criterion over the last half of the "
-        "steps so far, averaged over seeds, is below the accuracy; lower problems solved exactly on the "
-        "step's own labels, "
-        "plain SGD. Each accuracy has the best of a grid of batch, rate and sigma, chosen on "
-        f"{tuning} seeds and reported on {seeds} others; intervals bootstrap the seeds. The paper's "
-        f"schedule (T, B, sigma as "
-        "functions of the accuracy; its bound is 3.5) has its constants tuned at the loosest accuracy. `benign` has local "
-        "strong convexity, which flatters every method. On `hard` beta is 0.05, the best policy is "
-        "deterministic, the arms differ by little and the start "
-        "is a plateau of the softmax, and the gap is what counts: the norm is small there from the start.\n\n"
+        "## 5. Sample complexity\n\nPairs drawn until the mean of the criterion over the last half of the steps so far, "
+        "averaged over seeds, is below the accuracy. Lower problems are solved exactly on the step's own "
+        "labels; plain SGD. "
+        "Each accuracy has the best of a grid of batch, rate and sigma, chosen on "
+        f"{tuning} seeds and reported on {seeds} others; intervals bootstrap the seeds. A stencil whose "
+        f"tilts draw samples "
+        "of their own pays for two (of the forward one's, the tilt's alone needs labels: its labels are "
+        "half its pairs); a "
+        "shared sample is paid once. The lowest end is the least final mean over the grid.\n\nThe paper's "
+        "schedule has its "
+        "constants tuned at the loosest accuracy and then follows the theorem (sigma, T, B, rate as functions of the "
+        "accuracy; its bound is 3.5 for the squared norm): its exponent is largely put in by that. Plans of more than "
+        "12,000 steps were not run.\n\n`benign` has local strong convexity, which flatters every method. On `hard` beta "
+        "is 0.05 and the KL price a hundredth of it, the best policy is deterministic, and the start is a plateau of the "
+        "softmax on the second-best arm; the norm is small there from the start, so only the gap counts.\n\n"
         + "\n\n".join(texts)
     )
     reports.draw(output / "sample_complexity.png", panels, columns=3)

@@ -72,22 +72,28 @@ def perturbed(given, size, *, together: bool) -> bilevel.LowerSolver:
     return bilevel.LowerSolver(given.answer.init, step)
 
 
+KINDS = {
+    "forward, free": (bilevel.forward, bilevel.Balanced(order=1, bias=0.1), False),
+    "central, free": (bilevel.central, bilevel.Balanced(order=2, bias=0.03), False),
+    "central, shared by the tilts": (bilevel.central, bilevel.Balanced(order=2, bias=0.03), True),
+}
+
+
 def error_by_inner_error(given, upper, lower, sigmas, sizes, *, pairs, draws, progress):
     """Returns (kind, size) -> root mean square error over |grad Phi| at every sigma; and what `Balanced` would choose."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found, chosen = {}, {}
-    for together in (False, True):
-        kind = "shared by the tilts" if together else "free"
+    for kind, (make, balanced, together) in KINDS.items():
         for size in sizes:
             solver = perturbed(given, size, together=together)
-            rule = bilevel.central(lambda step: jnp.asarray(sigmas)[step])
+            rule = make(lambda step: jnp.asarray(sigmas)[step])
             draw = estimates(given, rule, solver, upper, lower, pairs=pairs, draws=draws)
 
             def error(values):
                 return float(jnp.sqrt(jnp.mean(jnp.sum((values - truth) ** 2, axis=-1)) / (truth @ truth)))
 
             found[kind, size] = [error(draw(index)) for index in range(len(sigmas))]
-            automatic = bilevel.central(bilevel.Balanced(smallest=float(sigmas[0]), largest=float(sigmas[-1])))
+            automatic = make(balanced._replace(smallest=float(sigmas[0]), largest=float(sigmas[-1])))
             algorithm = given.algorithm(automatic, solver, optax.sgd(0.0), pairs=pairs)
             state = algorithm.init(jax.random.key(0), upper, lower)
             step = jax.jit(algorithm.step)
@@ -137,8 +143,8 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     upper, lower = given.start(jax.random.key(1), 0.5)
     sigmas = np.logspace(-4, 0.5, 4 if quick else 10)
     pairs, draws = 64, 300 if quick else 2000
-    sizes = (0.01,) if quick else (0.003, 0.01, 0.03, 0.1)
-    progress = reports.Progress("variance", 7 + 2 * len(sizes) + 5)
+    sizes = (0.01,) if quick else (0.003, 0.01, 0.1)
+    progress = reports.Progress("variance", 7 + len(KINDS) * len(sizes) + 5)
     traces = variance_by_sampling(given, upper, lower, sigmas, pairs=pairs, draws=draws, progress=progress)
     errors, chosen = error_by_inner_error(
         given,
@@ -171,12 +177,12 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         f"{pairs} pairs a context whatever the way of sampling, {draws} draws; lower policies exact. The spread is "
         "largest over smallest for sigma / beta in [1e-3, 1]; the exponent is fitted for sigma / beta <= 0.1.\n\n"
         + reports.table(["stencil, sampling", f"at {sigmas[0]:.0e}", "at 1", "spread", "exponent"], rows)
-        + "\n\nRoot mean square error of the central stencil over |grad Phi|, shared sample of many pairs, when the lower "
+        + "\n\nRoot mean square error over |grad Phi|, shared sample of many pairs, when the lower "
         "logits miss the answer by normal errors; and sigma / beta as `Balanced` chooses it by the measured residual."
         "\n\n"
         + reports.table(
             [
-                "errors",
+                "stencil, errors",
                 "size",
                 "best sigma",
                 "error there",
@@ -198,7 +204,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     panels = [
         {"title": "exact lower policies", "x": x, "y": "tr Cov / |grad Phi|^2",
          "lines": {name: (sigmas, values) for name, values in traces.items()}},
-        {"title": "inner error, central", "x": x, "y": "RMS error / |grad Phi|",
+        {"title": "inner error", "x": x, "y": "RMS error / |grad Phi|",
          "lines": {f"{kind}, {size:g}": (sigmas, values) for (kind, size), values in errors.items()}},
         {"title": "100 inner steps, central", "x": x, "y": "error / |grad Phi|",
          "lines": {name: (sigmas, values) for name, values in partly.items()}},

@@ -52,7 +52,7 @@ class BilevelInfo(NamedTuple):
     Attributes:
         upper_loss: G at tilt 0, coupled and uncoupled parts, KL price included.
         value_gap: smallest J(lambda_0) - J(lambda_i) over the tilted iterates, at least 0 when the inner problems are
-            solved; 0 for one-policy rules and for `zero_order`.
+            solved on a shared sample; 0 for one-policy rules and for `zero_order`.
         residual_over_sigma: largest residual of the lower solver over the iterates, divided by sigma (by beta for
             one-policy rules). On drawn samples it contains the gradients' noise.
         hypergradient_norm: norm of the gradient that the upper optimiser receives.
@@ -143,7 +143,7 @@ def bilevel_descent(
     def keys_of(key):
         # The same random numbers for every tilt, or fresh ones.
         size = len(rule.stencil.offsets)
-        return jnp.broadcast_to(key, (size,)) if rule.sampling == "common" else jax.random.split(key, size)
+        return jnp.broadcast_to(key, (size, *key.shape)) if rule.sampling == "common" else jax.random.split(key, size)
 
     def propose(key, state, data, frozen):
         if separate:
@@ -256,7 +256,9 @@ def _assemble(
         lowers, solver_state, residuals = solver.step(key, lowers, state.solver, task)
         inner_error = state.inner_error
         if balanced:
-            measured = jnp.max(residuals) / (beta * _slope_of_upper(both, points, lowers))
+            slope = beta * _slope_of_upper(both, points, lowers)
+            # Nothing to answer: there is no error to balance, and the largest sigma will do.
+            measured = jnp.where(slope > 0, jnp.max(residuals) / jnp.where(slope > 0, slope, 1.0), jnp.inf)
             inner_error = measured.astype(inner_error.dtype)
         gradient, report = both.hypergradient(lowers, sigma)
         updates, upper_state = upper_optimizer.update(gradient, state.upper_optimizer, state.upper)

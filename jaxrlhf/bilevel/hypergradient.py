@@ -14,8 +14,8 @@ With w_i the density ratio of the lower iterate at tilt s_i to the behaviour pol
 | implicit (for comparison) | w_0(y0) w_0(y1) | d w_0 along H^-1 grad_lambda G, H the Hessian of -J |
 | decoupled | w_0(y0) w_0(y1) | 0 |
 
-Reward weights are centred over the responses to the same prompt (leave one out): their expectation is 0, so this
-changes no expectation, and a reward that is constant over a prompt's responses gets no gradient.
+On a shared sample, reward weights are centred over the responses to the same prompt (leave one out): their expectation
+is 0, so this changes no expectation, and a reward that is constant over a prompt's responses gets no gradient.
 
 `zero_order`, for comparison too, is the one rule that is no reweighting: it differentiates Phi along a random direction
 of the reward's parameters.
@@ -42,7 +42,8 @@ class Evidence(NamedTuple):
 
     Attributes:
         sample: the pairs.
-        log_weights: `[S, B, M, 2, T]`, cumulative log density ratios of the S lower iterates, tilt 0 first.
+        log_weights: `[S, B, M, 2, T]`, cumulative log density ratios of the S lower iterates, tilt 0 first; of one
+            iterate alone, `[1, ...]`, where every tilt has a sample of its own.
         log_ratio: `[B, M, 2, T]`, log(policy / reference) of tilt 0, step by step.
         coupled_cost: `[B, M]` at the present reward.
         sigma: `[]`, the perturbation, relative_sigma * beta.
@@ -127,8 +128,7 @@ def stencil(
     Raises:
         ValueError: relative_sigma is not positive, or the sampling is unknown.
     """
-    if sampling not in ("shared", "common", "independent"):
-        raise ValueError(f"sampling is shared, common or independent, got {sampling!r}.")
+    _check_sampling(sampling)
     offsets, coefficients = jnp.asarray(points.offsets), jnp.asarray(points.coefficients)
     # c_i s_i = coefficient_i offset_i: sigma cancels.
     products = coefficients * offsets
@@ -137,12 +137,12 @@ def stencil(
         log_weights, sample = evidence.log_weights, evidence.sample
         pair_weights = jnp.exp(importance.pair_log_weights(log_weights))
         dtype = pair_weights.dtype
-        scale = coefficients.astype(dtype) / evidence.sigma
+        scale = coefficients.astype(dtype) / evidence.sigma.astype(dtype)
         if evidence.tilt is not None:
             # Only this tilt's term; the others come from their own samples, so there is nothing to subtract it from.
             tilt = evidence.tilt
-            reward = -scale[tilt] * jnp.exp(log_weights[tilt])
-            return Weights(products.astype(dtype)[tilt] * pair_weights[tilt], _share(sample) * reward)
+            reward = -scale[tilt] * jnp.exp(log_weights[0])
+            return Weights(products.astype(dtype)[tilt] * pair_weights[0], _share(sample) * reward)
         coupled = jnp.tensordot(products.astype(dtype), pair_weights, axes=1)
         # The coefficients sum to 0, so sum_i c_i w_i = w_0 sum_i c_i (w_i / w_0 - 1).
         excess = jnp.expm1(log_weights - log_weights[:1])
@@ -153,7 +153,8 @@ def stencil(
         def penalty(upper):
             of_upper = jax.vmap(lambda lower: losses.upper(upper, lower))(lowers)
             of_lower = jax.vmap(lambda lower: losses.lower(upper, lower))(lowers)
-            return products.astype(of_upper.dtype) @ of_upper + coefficients.astype(of_lower.dtype) @ of_lower / sigma
+            scale = coefficients.astype(of_lower.dtype) / sigma.astype(of_lower.dtype)
+            return products.astype(of_upper.dtype) @ of_upper + scale @ of_lower
 
         return penalty
 
@@ -195,8 +196,8 @@ def boltzmann() -> HypergradientRule:
     cost; this rule is the one-step form and refuses T > 1.
 
     Raises:
-        ValueError: at trace time, when responses have more than one step, or when prompts have a single drawn pair
-            (nothing to centre the cost against).
+        ValueError: at trace time, when responses have more than one step, or when prompts have a single pair (nothing
+            to compare its cost with; where draws are counted, a single draw gives no coupling).
     """
 
     def weights(evidence: Evidence) -> Weights:
@@ -214,7 +215,8 @@ def boltzmann() -> HypergradientRule:
             sample.by_policy[None, None, :, None] * through_cost[:, :, None, None]
             + evidence.kl_price * _share(sample) * through_price
         )
-        return Weights(joint, reward / evidence.beta)
+        # Here the baseline is part of the formula: a single draw has none, and says nothing about a covariance.
+        return Weights(joint, jnp.where(sample.draws > 1, reward, 0.0) / evidence.beta)
 
     return HypergradientRule(ALONE, as_schedule(1.0), weights, None)
 
@@ -313,14 +315,22 @@ def zero_order(radius: float | SigmaSchedule = 0.1, *, sampling: Sampling = "sha
         sampling: as in `stencil`.
 
     Raises:
-        ValueError: the radius is not positive.
+        ValueError: the radius is not positive or follows an inner error, or the sampling is unknown.
     """
+    _check_sampling(sampling)
+    if isinstance(radius, Balanced):
+        raise ValueError("zero_order has no tilt whose inner error Balanced could follow; give a radius.")
     return HypergradientRule(CENTRAL, as_schedule(radius), None, None, sampling)
 
 
 def in_reward(rule: HypergradientRule) -> bool:
     """Returns whether the rule's stencil lies in the reward's parameters: `zero_order`."""
     return rule.weights is None
+
+
+def _check_sampling(sampling: str) -> None:
+    if sampling not in ("shared", "common", "independent"):
+        raise ValueError(f"sampling is shared, common or independent, got {sampling!r}.")
 
 
 def _share(sample: Sample) -> jax.Array:

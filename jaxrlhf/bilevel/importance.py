@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import PairCost, Sample
+from jaxrlhf.bilevel.problem import Labelled, PairCost, Sample
 
 
 def expectation(values: jax.Array, sample: Sample) -> jax.Array:
@@ -28,12 +28,16 @@ def step_log_weights(log_prob: jax.Array, sample: Sample, *, largest: float | No
     """Returns `log w_t = sum_{t' <= t} (log_prob - behaviour_log_prob)`, `[B, M, 2, T]`.
 
     The ratio of the response up to and including step t. It is 0 in slots that the reference filled: those do not
-    depend on the policy. With `largest`, weights are truncated to `min(w, largest)`: less variance, and a bias.
+    depend on the policy, and where a listed pair was not drawn, whose weight might overflow. With `largest`, a
+    response's weights are truncated to `min(w, largest)` and carry no gradient beyond it: less variance, and a bias.
     """
-    by_policy = sample.by_policy[None, None, :, None] > 0
-    difference = jnp.where(by_policy, log_prob - sample.behaviour_log_prob, 0.0)
+    counts = (sample.by_policy[None, None, :, None] > 0) & (sample.measure[:, :, None, None] > 0)
+    difference = jnp.where(counts, log_prob - sample.behaviour_log_prob, 0.0)
     log_weights = jnp.cumsum(difference, axis=-1)
-    return log_weights if largest is None else jnp.minimum(log_weights, jnp.log(largest))
+    if largest is None:
+        return log_weights
+    bound = jnp.log(jnp.asarray(largest, log_weights.dtype))
+    return jnp.where(log_weights > bound, bound, log_weights)
 
 
 def pair_log_weights(step_log_weights: jax.Array) -> jax.Array:
@@ -144,6 +148,18 @@ def effective_share(log_weights: jax.Array, sample: Sample) -> jax.Array:
     """Returns `(sum m w)^2 / sum m w^2` in (0, 1], the share of the sample that pair weights `[B, M]` leave in use."""
     weights = jnp.exp(log_weights - jnp.max(log_weights))
     return jnp.square(expectation(weights, sample)) / expectation(jnp.square(weights), sample)
+
+
+def answers(labelled: Labelled) -> jax.Array:
+    """Returns how many labels were given: a skipped one is none, an enumerated expectation has none.
+
+    A listed pair that stands for n draws has n labels. Samples of a tilt's own (leaves `[S, ...]`) add up.
+    """
+    measure, draws = labelled.sample.measure, labelled.sample.draws[..., None, None]
+    behind = jnp.where(
+        jnp.isfinite(draws), jnp.round(measure * measure.shape[-2] * jnp.where(jnp.isfinite(draws), draws, 0)), 0
+    )
+    return jnp.sum(behind[..., None] * (labelled.labels >= 0)).astype(jnp.int32)
 
 
 def entropy(log_prob: jax.Array, sample: Sample) -> jax.Array:

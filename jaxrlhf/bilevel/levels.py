@@ -209,7 +209,7 @@ def sampled_levels(
         effective = over_tilts(
             lambda logs, index: importance.effective_share(importance.pair_log_weights(logs), look(index).sample)
         )
-        view, drawn = look(0), labelled.sample.draws
+        view = look(0)
         report = {
             "upper_loss": values.upper[0] + importance.expectation(view.cost.uncoupled, view.sample),
             "value_gap": jnp.zeros_like(values.lower[0]) if in_reward(rule) else _smallest_gap(values.lower),
@@ -218,7 +218,7 @@ def sampled_levels(
             "kl": values.kl[0],
             "entropy": importance.entropy(problem.log_prob(_first(lowers), view.sample, frozen), view.sample),
             "collision_rate": importance.expectation(_coincide(view.sample.responses), view.sample),
-            "labels": jnp.where(jnp.all(jnp.isfinite(drawn)), _answers(labelled), 0),
+            "labels": importance.answers(labelled),
         }
         return gradient, report
 
@@ -306,11 +306,6 @@ def _smallest_gap(values: jax.Array) -> jax.Array:
 
 def _share(part: jax.Array, rest: jax.Array) -> jax.Array:
     return part / jnp.maximum(part + rest, jnp.finfo(part.dtype).tiny)
-
-
-def _answers(labelled: Labelled) -> jax.Array:
-    """Returns the number of answers; a negative label is none."""
-    return jnp.sum(labelled.labels >= 0)
 
 
 def _coincide(responses: Any) -> jax.Array:

@@ -42,6 +42,7 @@ class Balanced(NamedTuple):
 
     def best(self, inner_error: jax.Array) -> jax.Array:
         """Returns relative_sigma for a measured inner error, `[]`."""
+        inner_error = jnp.nan_to_num(inner_error, nan=jnp.inf, posinf=jnp.inf)
         balanced = (inner_error / (self.order * self.bias)) ** (1.0 / (self.order + 1))
         return jnp.clip(balanced, self.smallest, self.largest)
 

@@ -1,6 +1,6 @@
 """Problems with known answers: the ground that estimators, objectives and convergence are measured on."""
 
-from jaxrlhf.known.bandits import hard_bandit, network_policy, random_bandit
+from jaxrlhf.known.bandits import hard_bandit, linear_reward, network_policy, random_bandit
 from jaxrlhf.known.episodes import random_mdp
 from jaxrlhf.known.language import small_language
 from jaxrlhf.known.problem import KnownProblem
@@ -9,6 +9,7 @@ from jaxrlhf.known.quadratic import quadratic
 __all__ = [
     "KnownProblem",
     "hard_bandit",
+    "linear_reward",
     "network_policy",
     "quadratic",
     "random_bandit",

@@ -59,10 +59,13 @@ def random_bandit(
         gold_scale: standard deviation of the gold rewards.
 
     Raises:
-        ValueError: the kind of network is unknown, or the objective does not suit the pairs.
+        ValueError: the kind of network is unknown, the objective does not suit the pairs, or both it and a KL
+            price are given.
     """
     if network not in ("none", "reward", "both"):
         raise ValueError(f"network is none, reward or both, got {network!r}.")
+    if objective is not None and kl_price is not None:
+        raise ValueError("kl_price belongs to the utility that stands in for an objective; give one of the two.")
     utility = objective is None
     objective = objectives.utility(kl_price=beta / 4 if kl_price is None else kl_price) if utility else objective
     gold_key, reference_key, feature_key = jax.random.split(jax.random.key(seed), 3)
@@ -115,7 +118,11 @@ def random_bandit(
         ).gap  # fmt: skip
 
     wins = exact.row_mean(lambda first, second: jax.nn.sigmoid(first - second), frozen.reference, frozen.gold)
-    closed = -float(exact.soft_value(wins, frozen.reference, objective.kl_price)) if utility else None
+    closed = (
+        -float(exact.soft_value(wins, frozen.reference, objective.kl_price))
+        if utility and objective.kl_price > 0
+        else None
+    )
 
     def tables(from_labels):
         return bandit.best_response(
@@ -129,7 +136,7 @@ def random_bandit(
         start=start,
         answer=gradient(shared_adam(0.05), steps=300) if network == "both" else tables(False),
         answer_at=None if network == "both" else table_of_reward,
-        answer_from_labels=None if network == "both" else tables(True),
+        answer_from_labels=tables(True) if network != "both" and against_reference else None,
         phi=lambda upper: exact.upper_value(
             objective,
             reward(upper, frozen.features),
@@ -151,12 +158,18 @@ def hard_bandit(
     *, seed: int = 0, contexts: int = 1, arms: int = 4, beta: float = 0.05, objective: Objective | None = None
 ) -> KnownProblem:
     """A bandit on which weak gradient domination is nearly tight: at a small beta and price optimal policies are
-    deterministic, and the arms differ by little.
+    deterministic.
 
     A softmax that has committed to a wrong arm lies on a plateau: the gradient of J vanishes with the probability of the
     right arm while J* - J does not. Near the optimum the gap falls like the inverse of the time, not geometrically.
     Arguments as in `random_bandit`; the utility's KL price is beta / 100.
     """
     return random_bandit(
-        seed=seed, contexts=contexts, arms=arms, beta=beta, objective=objective, kl_price=beta / 100, gold_scale=0.3
+        seed=seed,
+        contexts=contexts,
+        arms=arms,
+        beta=beta,
+        objective=objective,
+        kl_price=None if objective is not None else beta / 100,
+        gold_scale=0.3,
     )

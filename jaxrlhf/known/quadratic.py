@@ -12,7 +12,8 @@ def quadratic(*, conditioning: float = 4.0) -> KnownProblem:
 
     The worth of a policy is -G. `conditioning` is the ratio of A's singular values, squared in Phi.
     """
-    matrix = jnp.array([[1.0, 0.5], [0.0, 1.0]]) @ jnp.diag(jnp.array([1.0, conditioning]))
+    turn = jnp.array([[0.8, -0.6], [0.6, 0.8]])
+    matrix = turn @ jnp.diag(jnp.array([1.0, conditioning]))
     target = jnp.array([1.0, -1.0])
 
     def upper_loss(upper, lower, data, frozen):

@@ -82,7 +82,8 @@ def best_response(
     def solution(task: LowerTask, index: Index) -> Params:
         frozen: Episodes = task.frozen
         tree = grow(frozen)
-        tilt, rewards = task.tilt_of(index), reward(task.upper_of(index), frozen.features)
+        rewards = reward(task.upper_of(index), frozen.features)
+        tilt = task.tilt_of(index).astype(rewards.dtype)
         costs = _coupled_costs(objective, choice, tree.returns(rewards, frozen.discount), _gold_returns(tree, frozen))
         reference = jnp.exp(tree.log_prob(frozen.reference[tree.states]))
         price = beta + tilt * objective.kl_price

@@ -250,6 +250,8 @@ def test_zero_order_is_the_slope_along_its_direction(name):
         (lambda: bilevel.implicit(iterations=0), "at least 1 iteration"),
         (lambda: bilevel.zero_order(0.0), "must be positive"),
         (lambda: bilevel.central(0.1, sampling="both"), "shared, common or independent"),
+        (lambda: bilevel.zero_order(0.1, sampling="both"), "shared, common or independent"),
+        (lambda: bilevel.zero_order(bilevel.Balanced()), "no tilt"),
     ],
 )
 def test_rules_name_the_thing_and_the_remedy(call, message):
@@ -274,6 +276,7 @@ def test_a_bound_of_the_weights_is_off_by_default_and_acts_when_set():
 
     free = change(None)
     np.testing.assert_allclose(change(1e6), free, rtol=1e-12)
+    assert bool(jnp.all(jnp.isfinite(change(1.0))))
     assert jnp.linalg.norm(change(1.5) - free) > 1e-3
     with pytest.raises(ValueError, match="at least 1"):
         change(0.5)
