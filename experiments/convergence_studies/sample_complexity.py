@@ -97,7 +97,7 @@ def settings(quick: bool) -> dict[str, Setting]:
     second = jnp.argsort(hard.frozen.gold[0])[-2]
     near = 0.3 * jax.random.normal(jax.random.key(9), (size,))
     count, steps = (4, 300) if quick else (6, 500)
-    batches = (16, 64, 256, 1024, 8192)
+    batches = (16, 128, 1024, 8192, 65536)
     return {
         "benign": Setting(
             benign, near, least_phi(benign, 16 if quick else 64),
