@@ -82,7 +82,7 @@ def fates(phi, worth, entropy, norm, marks: Landmarks, arms: int) -> np.ndarray:
 
 def run(quick: bool, output: pathlib.Path) -> dict:
     """Runs the study."""
-    count, steps = (4, 300) if quick else (32, 3000)
+    count, steps = (4, 300) if quick else (32, 1800)
     chosen = candidates()
     if quick:
         chosen = {name: chosen[name] for name in list(chosen)[-1:]}

@@ -66,7 +66,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     for name, make in made.items():
         given = make()
         language = "language" in name
-        count, steps, rate = (4, 300, 0.03) if language else (8, 500, 0.05) if quick else (32, 4000, 0.05)
+        count, steps, rate = (4, 300, 0.03) if language else (8, 500, 0.05) if quick else (32, 3000, 0.05)
         phi, worth, norm = descend(given, count=count, steps=steps, rate=rate)
         best = int(np.nanargmin(phi))
         # `share` reached the best value: a landscape with several basins shows here.

@@ -142,7 +142,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     given = make_problem()
     upper, lower = given.start(jax.random.key(1), 0.5)
     sigmas = np.logspace(-4, 0.5, 4 if quick else 10)
-    pairs, draws = 64, 300 if quick else 2000
+    pairs, draws = 64, 300 if quick else 1000
     sizes = (0.01,) if quick else (0.003, 0.01, 0.1)
     progress = reports.Progress("variance", 7 + len(KINDS) * len(sizes) + 5)
     traces = variance_by_sampling(given, upper, lower, sigmas, pairs=pairs, draws=draws, progress=progress)
@@ -152,8 +152,8 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         lower,
         sigmas,
         sizes,
-        pairs=4096 if quick else 16384,
-        draws=40 if quick else 100,
+        pairs=4096 if quick else 8192,
+        draws=40 if quick else 60,
         progress=progress,
     )
     partly = solved_in_part(given, upper, lower, sigmas, progress)
