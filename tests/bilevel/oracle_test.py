@@ -210,8 +210,10 @@ def test_separate_samples_enumerate_to_the_shared_one():
     assert distance(own(jax.random.key(0), frozen, upper, 0), shared) < 1e-9
 
 
-@pytest.mark.parametrize("method, iterations", [("conjugate_gradient", 30), ("neumann", 3000)])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name, method, iterations",
+    [*((name, "conjugate_gradient", 30) for name in OBJECTIVES), ("utility", "neumann", 3000)],
+)
 def test_implicit_is_exact_once_its_system_is_solved(name, method, iterations):
     frozen, upper = make(2)
     _, gradient = exact_gradient(name)(frozen, upper)

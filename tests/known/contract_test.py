@@ -87,8 +87,8 @@ def test_contract(problem, rule):
 EXACT = [
     (problem, rule)
     for problem, rule in PAIRS
-    if (problem in ("quadratic", "bandit", "episodes") and rule not in ("forward", "balanced", "common", "neumann"))
-    or (problem in ("misspecified bandit", "bandit, policy-policy", "bandit, network reward") and rule == "central")
+    if (problem in ("quadratic", "bandit") and rule not in ("forward", "balanced", "common", "neumann"))
+    or (problem in ("episodes", "bandit, policy-policy", "bandit, network reward") and rule == "central")
 ]
 TOLERANCE = {"central": 0.02, "five_point": 0.01, "boltzmann": 1e-8, "implicit": 0.03, "independent": 0.05}
 
