@@ -9,6 +9,7 @@ Writes tables (JSON and Markdown) and figures into one folder and a report that 
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import platform
 import subprocess
@@ -44,7 +45,7 @@ def commit() -> str:
     return found.stdout.strip() or "unknown (not a git checkout)"
 
 
-def report(config: Config, seconds: dict[str, float]) -> str:
+def report(config: Config, seconds: dict[str, int]) -> str:
     """Returns the report: every study's table that is in the folder, behind what made it."""
     device = jax.devices()[0]
     lines = [
@@ -52,7 +53,7 @@ def report(config: Config, seconds: dict[str, float]) -> str:
         "",
         f"`python experiments/convergence.py{' --quick' if config.quick else ''}`, commit {commit()}, "
         f"{device.device_kind} ({jax.device_count()} device), JAX {jax.__version__}, Python {platform.python_version()}; "
-        + ", ".join(f"{study} {spent:.0f} s" for study, spent in seconds.items())
+        + ", ".join(f"{study} {seconds[study]} s" for study in ORDER if study in seconds)
         + ".",
     ]
     for study in ORDER:
@@ -70,16 +71,19 @@ def main(config: Config) -> None:
         (config.output / "README.md").touch()
     except OSError as error:
         sys.exit(f"The output folder {config.output} cannot be written ({error.strerror}); give --output another.")
-    seconds = {}
+    # Studies that ran into this folder before keep their place in the report.
+    record = config.output / "seconds.json"
+    seconds = json.loads(record.read_text()) if record.exists() else {}
     for study in ORDER:
         if study not in config.only:
             continue
         began = time.monotonic()
         importlib.import_module(f"convergence_studies.{study}").run(config.quick, config.output)
-        seconds[study] = time.monotonic() - began
-        print(f"{study}: {seconds[study]:.0f} s", flush=True)
+        seconds[study] = round(time.monotonic() - began)
+        record.write_text(json.dumps(seconds) + "\n")
+        print(f"{study}: {seconds[study]} s", flush=True)
         (config.output / "README.md").write_text(report(config, seconds))
-    print(f"\n{config.output / 'README.md'}  ({sum(seconds.values()):.0f} s)")
+    print(f"\n{config.output / 'README.md'}")
 
 
 if __name__ == "__main__":
