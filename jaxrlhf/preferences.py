@@ -92,8 +92,10 @@ def draw_labels(key: Key, scores: jax.Array, *, labels: int = 1, choice: Choice 
 
     Consumes the key.
     """
-    outcomes = jnp.exp(log_outcomes(scores, choice))[..., None, :]
     uniform = jax.random.uniform(key, (*scores.shape[:-1], labels), scores.dtype)
+    if choice == BRADLEY_TERRY:
+        return (uniform < preference(scores)[..., None]).astype(scores.dtype)
+    outcomes = jnp.exp(log_outcomes(scores, choice))[..., None, :]
     wins = uniform < outcomes[..., 2]
     ties = ~wins & (uniform < outcomes[..., 2] + outcomes[..., 1])
     drawn = wins.astype(scores.dtype) + 0.5 * ties.astype(scores.dtype)

@@ -11,7 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 from jaxrlhf import bilevel, known, objectives
 
-WAYS = ("shared", "common", "independent")
+WAYS = dict.fromkeys(("forward", "central"), ("shared", "common", "independent"))
+QUICK_WAYS = {"forward": (), "central": ("shared", "independent")}
 STRIDE = 1 << 10
 """Number k * STRIDE of a step reads the k-th sigma."""
 
@@ -36,12 +37,12 @@ def estimates(given, rule, solver, upper, lower, *, pairs, draws):
     return jax.jit(lambda index: jax.vmap(lambda key: one(key, index))(jax.random.split(jax.random.key(7), draws)))
 
 
-def variance_by_sampling(given, upper, lower, sigmas, *, pairs, draws, progress):
+def variance_by_sampling(given, upper, lower, sigmas, ways, *, pairs, draws, progress):
     """Returns way -> trace of the covariance of one estimate over |grad Phi|^2, at every sigma."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found = {}
     for name, make, policies in (("forward", bilevel.forward, 2), ("central", bilevel.central, 2)):
-        for way in WAYS:
+        for way in ways[name]:
             # Equal samples: a shared one serves both tilted policies, else each that carries weight draws its half.
             each = pairs if way == "shared" else pairs // policies
             rule = make(lambda step: jnp.asarray(sigmas)[step], sampling=way)
@@ -79,11 +80,11 @@ KINDS = {
 }
 
 
-def error_by_inner_error(given, upper, lower, sigmas, sizes, *, pairs, draws, progress):
+def error_by_inner_error(given, upper, lower, sigmas, sizes, kinds, *, pairs, draws, progress):
     """Returns (kind, size) -> root mean square error over |grad Phi| at every sigma; and what `Balanced` would choose."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found, chosen = {}, {}
-    for kind, (make, balanced, together) in KINDS.items():
+    for kind, (make, balanced, together) in kinds.items():
         for size in sizes:
             solver = perturbed(given, size, together=together)
             rule = make(lambda step: jnp.asarray(sigmas)[step])
@@ -108,17 +109,20 @@ def error_by_inner_error(given, upper, lower, sigmas, sizes, *, pairs, draws, pr
     return found, chosen
 
 
-def solved_in_part(given, upper, lower, sigmas, progress):
+SOLVERS = {
+    "free tilts, SGD": bilevel.gradient(optax.sgd(2.0), steps=10),
+    "free tilts, Adam a tilt": bilevel.gradient(optax.adam(0.03), steps=10),
+    "free tilts, shared Adam": bilevel.gradient(bilevel.shared_adam(0.03), steps=10),
+    "tangent, SGD": bilevel.tangent(optax.sgd(2.0), optax.sgd(2.0), steps=10),
+    "tangent, Adam": bilevel.tangent(optax.adam(0.03), optax.adam(0.03), steps=10),
+}
+
+
+def solved_in_part(given, upper, lower, sigmas, solvers, progress):
     """Relative error after 10 outer steps of 10 inner ones at a fixed reward, exact: free tilts against a tangent."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found = {}
-    for name, solver in (
-        ("free tilts, SGD", bilevel.gradient(optax.sgd(2.0), steps=10)),
-        ("free tilts, Adam a tilt", bilevel.gradient(optax.adam(0.03), steps=10)),
-        ("free tilts, shared Adam", bilevel.gradient(bilevel.shared_adam(0.03), steps=10)),
-        ("tangent, SGD", bilevel.tangent(optax.sgd(2.0), optax.sgd(2.0), steps=10)),
-        ("tangent, Adam", bilevel.tangent(optax.adam(0.03), optax.adam(0.03), steps=10)),
-    ):
+    for name, solver in solvers.items():
         rule = bilevel.central(lambda step: jnp.asarray(sigmas)[step // STRIDE])
         algorithm = given.algorithm(rule, solver, optax.sgd(1.0))
         state = algorithm.init(jax.random.key(0), upper, lower)
@@ -141,22 +145,27 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     """Runs the study in float32: that it can is part of the result."""
     given = make_problem()
     upper, lower = given.start(jax.random.key(1), 0.5)
-    sigmas = np.logspace(-4, 0.5, 4 if quick else 10)
-    pairs, draws = 64, 300 if quick else 1000
+    sigmas = np.logspace(-4, 0.5, 3 if quick else 10)
+    pairs, draws = 64, 100 if quick else 1000
     sizes = (0.01,) if quick else (0.003, 0.01, 0.1)
-    progress = reports.Progress("variance", 7 + len(KINDS) * len(sizes) + 5)
-    traces = variance_by_sampling(given, upper, lower, sigmas, pairs=pairs, draws=draws, progress=progress)
+    ways = QUICK_WAYS if quick else WAYS
+    kinds = {name: kind for name, kind in KINDS.items() if not quick or name == "central, free"}
+    solvers = {name: solver for name, solver in SOLVERS.items() if not quick or name == "tangent, SGD"}
+    parts = sum(map(len, ways.values())) + 1 + len(kinds) * len(sizes) + len(solvers)
+    progress = reports.Progress("variance", parts)
+    traces = variance_by_sampling(given, upper, lower, sigmas, ways, pairs=pairs, draws=draws, progress=progress)
     errors, chosen = error_by_inner_error(
         given,
         upper,
         lower,
         sigmas,
         sizes,
-        pairs=4096 if quick else 8192,
-        draws=40 if quick else 60,
+        kinds,
+        pairs=1024 if quick else 8192,
+        draws=10 if quick else 60,
         progress=progress,
     )
-    partly = solved_in_part(given, upper, lower, sigmas, progress)
+    partly = solved_in_part(given, upper, lower, sigmas, solvers, progress)
 
     wanted = (sigmas >= 0.99e-3) & (sigmas <= 1.01)
     rows = []
