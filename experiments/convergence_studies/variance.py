@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxrlhf import bilevel, known, objectives
 
 WAYS = dict.fromkeys(("forward", "central"), ("shared", "common", "independent"))
-QUICK_WAYS = {"forward": (), "central": ("shared", "independent")}
+QUICK_WAYS = {"forward": (), "central": ("shared",)}
 STRIDE = 1 << 10
 """Number k * STRIDE of a step reads the k-th sigma."""
 
