@@ -10,6 +10,7 @@ Writes tables (JSON and Markdown) and figures into one folder and a report that 
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -66,6 +67,9 @@ def report(config: Config, seconds: dict[str, int]) -> str:
 
 def main(config: Config) -> None:
     """Runs the studies and joins their tables."""
+    if config.quick:
+        # Nearly all of a quick run is compilation; read when the first array is made.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     try:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "README.md").touch()
