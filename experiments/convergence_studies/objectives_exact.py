@@ -60,6 +60,8 @@ def methods(beta: Any) -> dict[str, Method]:
         "likelihood, policy-reference": Method(objectives.likelihood()),
         BRIER_POLICY: Method(objectives.brier(), against_reference=False),
         "brier, policy-reference": Method(objectives.brier()),
+        "excess likelihood, policy-policy": Method(objectives.excess_likelihood(), against_reference=False),
+        "excess likelihood, policy-reference": Method(objectives.excess_likelihood()),
         UTILITY: Method(objectives.utility(kl_price=beta / 4)),
         "uncoupled likelihood + 0.3 utility": with_utility(0.3),
         "uncoupled likelihood + 1 utility": with_utility(1.0),

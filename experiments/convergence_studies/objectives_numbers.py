@@ -7,7 +7,13 @@ from convergence_studies.objectives_structures import structures
 
 MEASURES = ("missed", "missed at equal KL")
 WHERE = {"missed": "equal beta", "missed at equal KL": "equal KL"}
-COUPLED = ("likelihood, policy-reference", "brier, policy-reference", UTILITY, DEFAULT)
+COUPLED = (
+    "likelihood, policy-reference",
+    "brier, policy-reference",
+    "excess likelihood, policy-reference",
+    UTILITY,
+    DEFAULT,
+)
 LEARNERS_OF_A_CEILING = {DEFAULT: (DEFAULT, STENCIL, KEPT_DEFAULT), UTILITY: (UTILITY,)}
 LARGE = 0.05
 """A ceiling below this is little to win, and the share realised of it says nothing."""

@@ -58,8 +58,10 @@ REST = [pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair no
 def make(problem, rule, *, solver=None, pairs=None):
     given = PROBLEMS[problem]()
     solver = solver or (given.answer if given.exact_answer else bilevel.gradient(bilevel.shared_adam(0.02), steps=2))
-    algorithm = given.algorithm(RULES[rule](), solver, optax.sgd(1.0), pairs=pairs)
-    state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
+    # At its small beta larger rewards commit the hard bandit's policy to one arm: a plateau, where no draw says more.
+    rate, scale = (0.01, 0.05) if problem == "hard bandit" else (1.0, 0.5)
+    algorithm = given.algorithm(RULES[rule](), solver, optax.sgd(rate), pairs=pairs)
+    state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), scale))
     return given, algorithm, state
 
 
