@@ -123,7 +123,8 @@ def bilevel_descent(
         annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
             remain.
         largest_weight: truncates importance weights to this value, at least 1; off by default. It trades variance for
-            bias where an iterate strays from the sample; watch `BilevelInfo.effective_sample_size` first.
+            bias where an iterate strays from the sample, in the reported KL too, whose control variate is flat beyond
+            the bound; watch `BilevelInfo.effective_sample_size` first.
 
     Raises:
         ValueError: beta, the KL price or the largest weight is out of range, or sigma is too large: with
