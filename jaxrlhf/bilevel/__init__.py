@@ -19,6 +19,7 @@ from jaxrlhf.bilevel.hypergradient import (
     five_point,
     forward,
     implicit,
+    known_answer,
     stencil,
     zero_order,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "forward",
     "gradient",
     "implicit",
+    "known_answer",
     "polynomial_decay",
     "shared_adam",
     "stencil",

@@ -139,6 +139,8 @@ def bilevel_descent(
     _check_price(problem.kl_price, rule)
     if largest_weight is not None and not largest_weight >= 1:
         raise ValueError(f"largest_weight must be at least 1, got {largest_weight:g}: 1 is the weight on policy.")
+    if rule.weights is None and not in_reward(rule):
+        raise ValueError("known_answer is for problems given as two losses; use a stencil, boltzmann or implicit here.")
     separate = rule.sampling != "shared"
 
     def keys_of(key):

@@ -81,10 +81,19 @@ class Weights(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The two levels of a problem without samples, on one batch: `(upper, lower) -> []`, the lower one being -J."""
+    """The two levels of a problem without samples, on one batch.
+
+    Attributes:
+        upper: `(upper, lower) -> []`, G.
+        lower: `(upper, lower) -> []`, -J.
+        data: the batch.
+        frozen: what no gradient touches.
+    """
 
     upper: Callable[[Params, Params], jax.Array]
     lower: Callable[[Params, Params], jax.Array]
+    data: Any
+    frozen: Params
 
 
 class HypergradientRule(NamedTuple):
@@ -93,10 +102,10 @@ class HypergradientRule(NamedTuple):
     Attributes:
         stencil: the points that lower iterates are kept at, in units of sigma.
         relative_sigma: schedule of sigma / beta, or `Balanced`, which follows the measured inner error.
-        weights: `Evidence -> Weights`; None for `zero_order`, whose stencil lies in the reward's parameters and not in
-            the tilt.
+        weights: `Evidence -> Weights`; None for `known_answer`, which is for losses, and for `zero_order`, whose stencil
+            lies in the reward's parameters and not in the tilt.
         surrogate: `(Losses, lowers, sigma) -> (upper -> [])`, a function whose gradient is the hypergradient of a problem
-            given as two losses; None for a rule that is a formula for policies.
+            given as two losses; None for a rule that is a formula for policies, and for `zero_order`.
         sampling: "shared", one sample from tilt 0 serves every iterate; "independent", each iterate draws its own;
             "common", each draws its own from the same random numbers.
     """
@@ -271,20 +280,39 @@ def implicit(
         joint = jnp.exp(importance.pair_log_weights(log_weights))
         return Weights(joint, _share(sample) * _centred(reward, sample))
 
+    def answer(losses: Losses, upper: Params, lower: Params) -> Params:
+        slope = jax.grad(losses.upper, argnums=1)(upper, lower)
+        return solve(lambda lower: losses.lower(upper, lower), lower, slope)
+
+    surrogate = known_answer(answer).surrogate
+    return HypergradientRule(ALONE, as_schedule(1.0), weights, surrogate)
+
+
+def known_answer(answer: Callable[[Losses, Params, Params], Params]) -> HypergradientRule:
+    """Returns the implicit-function rule for two losses whose policy's answer is known without solving for it.
+
+        grad Phi = grad_phi G + d/dphi [ d/dlambda J . v ],    v = H^-1 grad_lambda G,    H = - d2 J / dlambda2
+
+    -v is how the policy moves as G is mixed into its loss, d lambda* / ds at s = 0; soft optima have it in closed form
+    (`jaxrlhf.mdp.incentives.boltzmann`). Only the mixed derivative along v is taken.
+
+    Args:
+        answer: `(losses, upper, lower) -> v`, parameters like `lower`; taken at the policy of tilt 0.
+    """
+
     def surrogate(losses: Losses, lowers: Params, sigma: jax.Array):
         del sigma
         lower = jax.tree.map(lambda leaf: leaf[0], lowers)
 
         def of_upper(upper):
             fixed = jax.lax.stop_gradient(upper)
-            slope = jax.grad(losses.upper, argnums=1)(fixed, lower)
-            answer = jax.lax.stop_gradient(solve(lambda lower: losses.lower(fixed, lower), lower, slope))
-            along = jax.jvp(lambda lower: losses.lower(upper, lower), (lower,), (answer,))[1]
-            return losses.upper(upper, lower) - along
+            along = jax.lax.stop_gradient(answer(losses, fixed, lower))
+            moved = jax.jvp(lambda lower: losses.lower(upper, lower), (lower,), (along,))[1]
+            return losses.upper(upper, lower) - moved
 
         return of_upper
 
-    return HypergradientRule(ALONE, as_schedule(1.0), weights, surrogate)
+    return HypergradientRule(ALONE, as_schedule(1.0), None, surrogate)
 
 
 def decoupled() -> HypergradientRule:
@@ -325,7 +353,7 @@ def zero_order(radius: float | SigmaSchedule = 0.1, *, sampling: Sampling = "sha
 
 def in_reward(rule: HypergradientRule) -> bool:
     """Returns whether the rule's stencil lies in the reward's parameters: `zero_order`."""
-    return rule.weights is None
+    return rule.weights is None and rule.surrogate is None
 
 
 def _check_sampling(sampling: str) -> None:

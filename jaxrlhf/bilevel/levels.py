@@ -134,7 +134,7 @@ def sampled_levels(
         return jnp.where(sample.by_policy[None, None, :, None] > 0, difference, 0.0)
 
     def weights_on(view, lower, log_weights, sigma, tilt=None):
-        assert rule.weights is not None  # only zero_order has none, and it takes another path
+        assert rule.weights is not None  # checked when the algorithm was made
         return rule.weights(
             Evidence(
                 sample=view.sample,
@@ -241,6 +241,8 @@ def loss_levels(
     losses = Losses(
         upper=lambda upper, lower: upper_loss(upper, lower, data, frozen),
         lower=lambda upper, lower: lower_loss(upper, lower, data, frozen),
+        data=data,
+        frozen=frozen,
     )
 
     def tilted_loss(lower, index):
