@@ -23,7 +23,7 @@ from jaxrlhf.bilevel.hypergradient import (
     stencil,
     zero_order,
 )
-from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form, gradient, shared_adam, tangent
+from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, Slope, closed_form, gradient, of_loss, shared_adam, tangent
 from jaxrlhf.bilevel.problem import SKIPPED, BilevelProblem, Labelled, PairCost, Sample, drawn
 from jaxrlhf.bilevel.schedules import Balanced, TheoremSchedule, polynomial_decay, theorem
 from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
@@ -46,6 +46,7 @@ __all__ = [
     "LowerTask",
     "PairCost",
     "Sample",
+    "Slope",
     "Stencil",
     "TheoremSchedule",
     "Weights",
@@ -62,6 +63,7 @@ __all__ = [
     "gradient",
     "implicit",
     "known_answer",
+    "of_loss",
     "polynomial_decay",
     "shared_adam",
     "stencil",

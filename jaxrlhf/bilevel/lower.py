@@ -98,11 +98,29 @@ def gradient(optimizer: optax.GradientTransformation, *, steps: int = 1) -> Lowe
     return LowerSolver(optimizer.init, step)
 
 
+class Slope(NamedTuple):
+    """A way to estimate the gradient of -J at the policy, with a state of its own (a critic, say).
+
+    Attributes:
+        init: `() -> state`.
+        step: `(policy, state, task) -> (gradient, state)`.
+    """
+
+    init: Callable[[], Any]
+    step: Callable[[Params, Any, LowerTask], tuple[Params, Any]]
+
+
+def of_loss() -> Slope:
+    """Returns the gradient of the task's own loss at tilt 0: score functions with leave-one-out baselines."""
+    return Slope(lambda: (), lambda policy, state, task: (jax.grad(task.loss)(policy, 0), state))
+
+
 class TangentState(NamedTuple):
-    """Optimiser states of the policy and of the tangent, and the tangent itself, d lambda / ds."""
+    """States of the policy's and the tangent's optimisers and of the slope, and the tangent itself, d lambda / ds."""
 
     policy_optimizer: Any
     tangent_optimizer: Any
+    slope: Any
     tangent: Params
 
 
@@ -111,6 +129,7 @@ def tangent(
     tangent_optimizer: optax.GradientTransformation,
     *,
     steps: int = 1,
+    slope: Slope | None = None,
 ) -> LowerSolver:
     """Returns the solver for neural policies: iterates `lambda_i = lambda_0 + tilt_i * tangent`.
 
@@ -131,6 +150,8 @@ def tangent(
         policy_optimizer: moves tilt 0.
         tangent_optimizer: moves the tangent; weight decay damps the answer.
         steps: inner steps.
+        slope: where tilt 0's gradient comes from, `of_loss` by default; on long episodes a critic's
+            (`jaxrlhf.mdp.actor_critic`) is less noisy. The tangent's always comes from the loss.
 
     Raises:
         ValueError: steps < 1; or at trace time, where no single policy sampled for all tilts: a problem given as two
@@ -138,11 +159,12 @@ def tangent(
     """
     if steps < 1:
         raise ValueError(f"The lower solver needs at least 1 step, got {steps}.")
+    slope = of_loss() if slope is None else slope
 
     def init(lowers):
         policy = jax.tree.map(lambda leaf: leaf[0], lowers)
         zero = jax.tree.map(jnp.zeros_like, policy)
-        return TangentState(policy_optimizer.init(policy), tangent_optimizer.init(zero), zero)
+        return TangentState(policy_optimizer.init(policy), tangent_optimizer.init(zero), slope.init(), zero)
 
     def step(key, lowers, solver_state, task):
         del key
@@ -162,14 +184,14 @@ def tangent(
 
         def one(carry, _):
             policy, state = carry
-            gradient = jax.grad(task.loss)(policy, 0)
+            gradient, slope_state = slope.step(policy, state.slope, task)
             answers = jax.vmap(lambda index: jax.grad(proximal_loss)(along(state.tangent, tilts[index]), index))(
                 np.array(used, int)
             )
-            slope = jax.tree.map(lambda leaf: jnp.tensordot(scale.astype(leaf.dtype), leaf, axes=1), answers)
+            turning = jax.tree.map(lambda leaf: jnp.tensordot(scale.astype(leaf.dtype), leaf, axes=1), answers)
             move, policy_state = policy_optimizer.update(gradient, state.policy_optimizer, policy)
-            turn, tangent_state = tangent_optimizer.update(slope, state.tangent_optimizer, state.tangent)
-            state = TangentState(policy_state, tangent_state, optax.apply_updates(state.tangent, turn))
+            turn, tangent_state = tangent_optimizer.update(turning, state.tangent_optimizer, state.tangent)
+            state = TangentState(policy_state, tangent_state, slope_state, optax.apply_updates(state.tangent, turn))
             residuals = jnp.zeros_like(tilts).at[np.array(used, int)].set(jax.vmap(optax.tree.norm)(answers))
             return (optax.apply_updates(policy, move), state), residuals.at[0].set(optax.tree.norm(gradient))
 

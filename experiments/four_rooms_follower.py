@@ -1,0 +1,184 @@
+"""A follower that learns: a policy network moved by sampled gradients, no value iteration; how far from the best response?
+
+    python experiments/four_rooms_follower.py
+
+The leader's charges are those of `results/four_rooms/optima.json` for the cell. The follower knows neither the rooms nor
+the charges: it draws episodes, and moves by regularised policy gradient with a critic. Reported along the way: what it
+misses of the best response's regularised return, and what the leader gets from it, both exact.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from four_rooms import OPTIMA
+
+from jaxrlhf import bilevel
+from jaxrlhf.mdp import four_rooms as rooms
+from jaxrlhf.mdp import incentives, tabular
+from jaxrlhf.mdp.actor_critic import actor_critic
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.run_folder import RunFolder
+
+REWARDS = (rooms.follower_reward, rooms.leader_reward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    entropy_weight: float = 0.005
+    regulariser: float = 1.0
+    outer_steps: int = 1500
+    episodes: int = 64
+    """Drawn a goal and step."""
+    length: int = 200
+    """Steps of an episode at most."""
+    inner_steps: int = 4
+    """Policy steps on each batch of episodes."""
+    rate: float = 3e-3
+    critic_rate: float = 1e-2
+    width: int = 64
+    seeds: int = 5
+    output: pathlib.Path = pathlib.Path("runs")
+
+
+def features() -> jax.Array:
+    """Returns what the networks see, `[C, S, F]`: row, column and their Fourier features, and which goal."""
+    places = jnp.asarray(rooms.CELLS, float) / (len(rooms.GRID) - 1)
+    waves = [wave(np.pi * order * places) for order in (1, 2, 4, 8) for wave in (jnp.sin, jnp.cos)]
+    seen = jnp.concatenate([places, *waves], axis=-1)
+    goals = jnp.eye(len(rooms.GOALS))
+    return jnp.stack([jnp.concatenate([seen, jnp.tile(goal, (len(seen), 1))], axis=-1) for goal in goals])
+
+
+def network(key: jax.Array, inputs: int, width: int, outputs: int) -> list:
+    """Returns the parameters of a network with two hidden layers, its last one small."""
+    sizes = (inputs, width, width, outputs)
+    keys = jax.random.split(key, 3)
+    return [
+        (jax.random.normal(key, shape) / np.sqrt(shape[0]) * (0.01 if number == 2 else 1.0), jnp.zeros(shape[1]))
+        for number, (key, shape) in enumerate(zip(keys, itertools.pairwise(sizes), strict=True))
+    ]
+
+
+def forward(parameters: list, inputs: jax.Array) -> jax.Array:
+    """Returns the network's outputs."""
+    for number, (weight, bias) in enumerate(parameters):
+        inputs = inputs @ weight + bias
+        inputs = jnp.tanh(inputs) if number < len(parameters) - 1 else inputs
+    return inputs
+
+
+def main(config: Config) -> None:
+    """Trains the follower for every seed at once, and reports."""
+    try:
+        folder = RunFolder(config.output, "four_rooms_follower")
+        cells = json.loads(OPTIMA.read_text())["cells"]
+        cell = (config.entropy_weight, config.regulariser)
+        found = [entry for entry in cells if (entry["entropy weight"], entry["regulariser"]) == cell]
+        if not found:
+            raise ValueError(f"No charges are known for the cell {cell[0]:g},{cell[1]:g}; known are those of {OPTIMA}.")
+    except ValueError as error:
+        print(f"four_rooms_follower: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    folder.write_json("config.json", config)
+    environment, terms = rooms.four_rooms(), rooms.terms(*cell)
+    upper, seen = jnp.asarray(found[0]["weights"]), features()
+    scale = 1.0 / config.entropy_weight  # J is in units of the entropy weight
+
+    def policy(lower, frozen):
+        del frozen
+        return jax.nn.log_softmax(forward(lower, seen))
+
+    def value(critic, sample, frozen):
+        del frozen
+        table = scale * forward(critic, seen)[..., 0]
+        return jax.vmap(lambda table, states: table[states])(table, sample.responses.states)
+
+    problem = incentives.incentive_problem(*REWARDS, episodes=config.episodes, steps=config.length, policy=policy)
+    upper_loss, lower_loss = incentives.incentive_losses(*REWARDS, policy=policy)
+
+    def train(key):
+        policy_key, critic_key, key = jax.random.split(key, 3)
+        lower = network(policy_key, seen.shape[-1], config.width, len(rooms.MOVES))
+        critic = network(critic_key, seen.shape[-1], config.width, 1)
+        rate = optax.linear_schedule(config.rate, 0.0, config.outer_steps * config.inner_steps)
+        # The critic's squares are of size scale^2; Adam does not mind.
+        slope = actor_critic(problem, value, critic, optax.adam(config.critic_rate), beta=1.0)
+        solver = bilevel.tangent(optax.adam(rate), optax.sgd(0.0), steps=config.inner_steps, slope=slope)
+        algorithm = bilevel.bilevel_descent(
+            problem, bilevel.central(0.05), solver, optax.set_to_zero(), beta=1.0, annotate=incentives.unlabelled
+        )
+        state = algorithm.init(key, upper, lower)
+
+        def one(state, count):
+            own = bilevel.deployed(state)
+            worth = -lower_loss(upper, own, terms, environment), -upper_loss(upper, own, terms, environment)
+            state, _ = algorithm.step(jax.random.fold_in(key, count), state, terms, environment)
+            return state, worth
+
+        return jax.lax.scan(one, state, jnp.arange(config.outer_steps))[1]
+
+    began = time.monotonic()
+    worth, leader = (
+        np.asarray(leaf) for leaf in jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), config.seeds))
+    )
+    seconds = time.monotonic() - began
+    optimum = jax.vmap(tabular.soft_policy_iteration)(
+        jax.vmap(lambda data, here: rooms.follower_reward(upper, data, here))(terms, environment),
+        environment.mdp,
+        terms.entropy_weight,
+    )
+    best = float(jnp.sum(terms.weight * jnp.sum(environment.mdp.start * optimum.value, axis=-1)))
+    missed = best - config.entropy_weight * worth
+    exact = float(incentives.leader_value(*REWARDS, upper, terms, environment))
+    rows = [
+        {
+            "step": step,
+            "missed of the best response": float(missed[:, step].mean()),
+            "standard error": float(missed[:, step].std() / np.sqrt(config.seeds)),
+            "leader's return": float(leader[:, step].mean()),
+        }
+        for step in range(0, config.outer_steps, max(1, config.outer_steps // 50))
+    ]
+    final = {
+        "best response's regularised return": best,
+        "missed by the network, mean of the last 50 steps": float(missed[:, -50:].mean()),
+        "by seed": missed[:, -50:].mean(axis=1).tolist(),
+        "leader's return with the best response": exact,
+        "leader's return with the network": float(leader[:, -50:].mean()),
+        "leader's return by seed": leader[:, -50:].mean(axis=1).tolist(),
+        "seconds": seconds,
+    }
+    folder.write_json("results.json", {"config": config, "final": final, "curve": rows})
+    steps = [row["step"] for row in rows]
+    draw_curves(
+        folder.path / "follower.png",
+        {
+            "What the follower misses": (
+                "outer step", "of the best regularised return",
+                {f"seed {seed}": (steps, missed[seed, steps].tolist()) for seed in range(config.seeds)},
+            ),
+            "What the leader gets": (
+                "outer step", "return",
+                {f"seed {seed}": (steps, leader[seed, steps].tolist()) for seed in range(config.seeds)}
+                | {"with the best response": (steps, [exact] * len(steps))},
+            ),
+        },
+    )  # fmt: skip
+    for name, result in final.items():
+        print(f"{name}: {result if isinstance(result, list) else round(result, 4)}")
+    print(folder.path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

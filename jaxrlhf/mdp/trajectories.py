@@ -1,0 +1,129 @@
+"""Online RLHF on trajectories of any environment as a `BilevelProblem`: preferences over segments of episodes.
+
+The learner's reward is a function of observation and action. Pairs are two episodes, the policy's and the reference's (or
+two of the policy's), and what is compared, by the annotator and by the objective, is the discounted return of a segment of
+each, `sum_{t in segment} gamma^(t - first) r_t`. The policy maximises the discounted return of whole
+episodes less beta KL.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, drawn
+from jaxrlhf.mdp.environments import Actor, Environment, roll_out
+from jaxrlhf.objectives import Objective
+from jaxrlhf.types import Key, Params
+
+
+class Segments(NamedTuple):
+    """The `responses` of a sample: `[1, M, 2, T]`, zeros after an episode's end.
+
+    Attributes:
+        observations: `[1, M, 2, T, O]`.
+        actions: `[1, M, 2, T]` int, or `[1, M, 2, T, D]`.
+        gold: the environment's own reward of each step, hidden from the learner.
+        window: the weight of each step in the segment's return: gamma^(t - first) within, 0 outside.
+    """
+
+    observations: jax.Array
+    actions: jax.Array
+    gold: jax.Array
+    window: jax.Array
+
+
+def trajectory_problem(
+    environment: Environment,
+    actor: Actor,
+    reward: Callable[[Params, jax.Array, jax.Array], jax.Array],
+    objective: Objective,
+    *,
+    reference: Actor,
+    pairs: int,
+    steps: int,
+    gamma: float,
+    segment: int | None = None,
+    against_reference: bool = True,
+) -> BilevelProblem:
+    """Returns the problem; its `frozen` are the reference's parameters, its `data` is ignored.
+
+    Args:
+        environment: what episodes are drawn from.
+        actor: the policy.
+        reward: `(upper, observations [..., O], actions) -> [...]`.
+        objective: the upper objective; it compares segment returns.
+        reference: what the policy is held to, and what gives response 1 where pairs are against the reference.
+        pairs: drawn a step.
+        steps: of an episode at most.
+        gamma: the discount.
+        segment: steps compared, at a random place within each episode; None compares whole episodes.
+        against_reference: whether response 1 comes from the reference.
+
+    Raises:
+        ValueError: the objective does not suit the pairs (`Objective.check`), or a number is out of range.
+    """
+    objective.check(against_reference=against_reference, exact=False)
+    if pairs < 1 or steps < 1:
+        raise ValueError(f"Needs at least 1 pair and 1 step, got {pairs} and {steps}.")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma must lie in (0, 1], got {gamma:g}.")
+    if segment is not None and not 1 <= segment <= steps:
+        raise ValueError(f"A segment has 1 to {steps} steps, those of an episode; got {segment}.")
+    powers = gamma ** jnp.arange(steps)
+
+    def sample(key: Key, lower: Params, data, frozen: Params) -> Sample:
+        del data
+        roll_key, window_key = jax.random.split(key)
+        given = ((actor, lower), (reference, frozen) if against_reference else (actor, lower))
+        slots = [
+            roll_out(key, *policy, environment, episodes=pairs, steps=steps)
+            for key, policy in zip(jax.random.split(roll_key), given, strict=True)
+        ]
+        episodes = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1)[None], *slots)
+        discount = episodes.alive * powers[None, None, None, :]
+        window = discount if segment is None else _windows(window_key, episodes.alive, segment, gamma)
+        held_to = reference.log_prob(frozen, episodes.observations, episodes.actions)
+        measure, draws = drawn(1, pairs, dtype=discount.dtype)
+        return Sample(
+            prompts=jnp.zeros((1, 0)),
+            responses=Segments(episodes.observations, episodes.actions, episodes.reward, window),
+            behaviour_log_prob=episodes.log_prob,
+            reference_log_prob=held_to * episodes.alive,
+            discount=discount,
+            measure=measure,
+            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], discount.dtype),
+            draws=draws,
+        )
+
+    def log_prob(lower: Params, sample: Sample, frozen: Params) -> jax.Array:
+        del frozen
+        taken = actor.log_prob(lower, sample.responses.observations, sample.responses.actions)
+        return jnp.where(sample.discount > 0, taken, 0.0)
+
+    def step_reward(upper: Params, sample: Sample, frozen: Params) -> jax.Array:
+        del frozen
+        given = reward(upper, sample.responses.observations, sample.responses.actions)
+        return jnp.where(sample.discount > 0, given, 0.0)
+
+    def cost(upper: Params, reward: jax.Array, labelled: Labelled, frozen: Params) -> PairCost:
+        del upper, frozen
+        return objective.at(jnp.sum(labelled.sample.responses.window * reward, axis=-1), labelled.labels)
+
+    return BilevelProblem(sample, log_prob, step_reward, cost, kl_price=objective.kl_price)
+
+
+def gold_score(sample: Sample, frozen: Params) -> jax.Array:
+    """The annotator's hidden score: the discounted environment return of both segments, `[1, M, 2]`."""
+    del frozen
+    return jnp.sum(sample.responses.window * sample.responses.gold, axis=-1)
+
+
+def _windows(key: Key, alive: jax.Array, segment: int, gamma: float) -> jax.Array:
+    """Returns the segments' weights, each at a uniformly drawn place of those that lie within its episode."""
+    lengths = jnp.sum(alive, axis=-1, keepdims=True)
+    places = jnp.maximum(lengths - segment, 0.0) + 1.0
+    first = jnp.floor(jax.random.uniform(key, lengths.shape, alive.dtype) * places)
+    since = jnp.broadcast_to(jnp.arange(alive.shape[-1], dtype=alive.dtype), alive.shape) - first
+    return jnp.where((since >= 0) & (since < segment), gamma ** jnp.maximum(since, 0.0), 0.0) * alive

@@ -1,0 +1,197 @@
+"""Environments through their adapters; trajectory preferences against exact answers on a tabular process."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.mdp import environments, tabular
+from jaxrlhf.mdp.trajectories import gold_score, trajectory_problem
+
+
+def process():
+    keys = jax.random.split(jax.random.key(0), 3)
+    mdp = tabular.TabularMDP(
+        transition=jax.nn.softmax(2.0 * jax.random.normal(keys[0], (4, 3, 4))),
+        start=jax.nn.softmax(jax.random.normal(keys[1], (4,))),
+        ends=(jnp.arange(4) < 1).astype(float),
+        discount=jnp.asarray(0.9),
+    )
+    gold = jax.random.normal(keys[2], (4, 3))
+    return environments.tabular_environment(mdp, gold, name="Chain"), mdp, gold
+
+
+TABLE = environments.categorical_actor(lambda lower, observations: observations @ lower)
+UNIFORM = environments.categorical_actor(lambda frozen, observations: jnp.zeros((*observations.shape[:-1], 3)))
+
+
+def table_reward(upper, observations, actions):
+    return jnp.sum((observations @ upper) * jax.nn.one_hot(actions, 3), axis=-1)
+
+
+class Toy:
+    """An environment of gymnax's interface with a fault to order."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+        self.default_params = None
+        self.name = "Toy"
+
+    def action_space(self, params):
+        return type("Discrete", (), {"n": 2})
+
+    def reset_env(self, key, params):
+        return jnp.zeros(3), {"time": 0}
+
+    def step_env(self, key, state, action, params):
+        observation = jnp.zeros(2) if self.fault == "shape" else jnp.ones(3) * action
+        reward = jnp.nan if self.fault == "reward" else 1.0
+        ends = jnp.zeros(2, bool) if self.fault == "ends" else state["time"] >= 4
+        after = {} if self.fault == "state" else {"time": state["time"] + 1}
+        return observation, after, reward, ends, {}
+
+
+def test_an_environment_of_gymnaxs_interface_plugs_in():
+    environment = environments.gymnax_environment(Toy())
+    assert (environment.actions, environment.observation_size, environment.continuous) == (2, 3, False)
+    fair = environments.categorical_actor(lambda lower, observations: jnp.zeros((*observations.shape[:-1], 2)))
+    drawn = environments.roll_out(jax.random.key(0), fair, (), environment, episodes=6, steps=8)
+    np.testing.assert_array_equal(drawn.alive.sum(axis=1), np.full(6, 5))
+    np.testing.assert_array_equal(drawn.reward.sum(axis=1), np.full(6, 5))
+    assert jnp.all(drawn.observations[:, 5:] == 0) and jnp.all(drawn.actions[:, 5:] == 0)
+    np.testing.assert_array_equal(drawn.observations[:, 1:5, 0], drawn.actions[:, :4])
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("shape", r"Toy: the observation after a step has the shape \(2,\), expected \(3,\)"),
+        ("reward", "Toy: the reward is not finite"),
+        ("ends", r"Toy: the end of the episode has the shape \(2,\)"),
+        ("state", "Toy: the state changes its structure"),
+    ],
+)
+def test_a_broken_environment_is_named(fault, message):
+    with pytest.raises(ValueError, match=message):
+        environments.gymnax_environment(Toy(fault))
+
+
+@pytest.mark.parametrize("name, actions, continuous", [("CartPole-v1", 2, False), ("Pendulum-v1", 1, True)])
+def test_gymnax_itself(name, actions, continuous):
+    gymnax = pytest.importorskip("gymnax")
+    environment = environments.gymnax_environment(*gymnax.make(name))
+    assert (environment.actions, environment.continuous) == (actions, continuous)
+    if continuous:
+        actor = environments.gaussian_actor(lambda lower, observations: (jnp.zeros((*observations.shape[:-1], 1)),) * 2)
+    else:
+        actor = environments.categorical_actor(lambda lower, observations: jnp.zeros((*observations.shape[:-1], 2)))
+    drawn = jax.jit(lambda key: environments.roll_out(key, actor, (), environment, episodes=200, steps=100))(
+        jax.random.key(0)
+    )
+    lengths = drawn.alive.sum(axis=1)
+    if continuous:
+        assert jnp.all(lengths == 100) and jnp.all(drawn.reward < 0)
+    else:
+        assert 18 < lengths.mean() < 27  # a random policy balances the pole for 22 steps on average
+        np.testing.assert_array_equal(drawn.reward.sum(axis=1), lengths)
+
+
+def test_rollouts_of_a_tabular_process_follow_it():
+    environment, mdp, gold = process()
+    lower = jax.random.normal(jax.random.key(4), (4, 3))
+    drawn = jax.jit(lambda key: environments.roll_out(key, TABLE, lower, environment, episodes=4000, steps=60))(
+        jax.random.key(1)
+    )
+    log_policy = jax.nn.log_softmax(lower)
+    value = mdp.start @ tabular.policy_value(gold, log_policy, mdp)
+    returns = np.sum(np.asarray(drawn.reward) * 0.9 ** np.arange(60), axis=1)
+    assert abs(returns.mean() - value) < 5 * returns.std() / np.sqrt(4000)
+    again = TABLE.log_prob(lower, drawn.observations, drawn.actions) * drawn.alive
+    np.testing.assert_allclose(drawn.log_prob, again, atol=1e-5)
+
+
+def problem_of(objective, **settings):
+    environment, mdp, gold = process()
+    given = {"reference": UNIFORM, "pairs": 64, "steps": 40, "gamma": 0.9} | settings
+    return trajectory_problem(environment, TABLE, table_reward, objective, **given), mdp, gold
+
+
+def test_whole_episodes_are_compared_by_their_returns():
+    problem, *_ = problem_of(objectives.likelihood())
+    lower = jax.random.normal(jax.random.key(4), (4, 3))
+    sample = problem.sample(jax.random.key(0), lower, None, ())
+    assert sample.behaviour_log_prob.shape == (1, 64, 2, 40)
+    expected = np.sum(sample.discount * sample.responses.gold, axis=-1)
+    np.testing.assert_allclose(gold_score(sample, ()), expected, rtol=1e-5)
+    alive = np.asarray(sample.discount > 0)
+    np.testing.assert_allclose(sample.reference_log_prob, np.where(alive, -np.log(3), 0.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        problem.log_prob(lower, sample, ())[:, :, 0], sample.behaviour_log_prob[:, :, 0], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("segment", [1, 5, 40])
+def test_segments_lie_within_their_episodes(segment):
+    problem, *_ = problem_of(objectives.likelihood(), segment=segment, against_reference=False)
+    sample = problem.sample(jax.random.key(0), jnp.zeros((4, 3)), None, ())
+    lengths = np.sum(sample.discount > 0, axis=-1)
+    inside = np.asarray(sample.responses.window > 0)
+    np.testing.assert_array_equal(inside.sum(axis=-1), np.minimum(lengths, segment))
+    assert not np.any(inside & (np.asarray(sample.discount) == 0))
+    for window in np.asarray(sample.responses.window).reshape(-1, 40)[:50]:
+        weights = window[window > 0]
+        np.testing.assert_allclose(weights, 0.9 ** np.arange(len(weights)), rtol=1e-5)
+        places = np.flatnonzero(window)
+        assert np.all(np.diff(places) == 1)
+    if segment == 5:
+        starts = inside.argmax(axis=-1)[lengths > 5]
+        assert len(np.unique(starts)) > 5
+
+
+def test_the_stencils_gradient_is_that_of_two_exact_tilts(x64):
+    """A coupled utility of one-step segments of the first step: the tilted policies and the gradient are computable.
+
+    G = -E[P(policy's first step preferred)], so s G - J is the follower's problem with a first-step bonus. With frozen
+    lower iterates given, the estimator must return sum_i c_i grad_phi [s_i G - J](phi, lambda_i) in the mean.
+    """
+    problem, mdp, _ = problem_of(objectives.utility(kl_price=0.0), pairs=256)
+    upper = jax.random.normal(jax.random.key(5), (4, 3))
+    lower = jax.random.normal(jax.random.key(6), (4, 3))
+    sigma, beta = 0.1, 0.5
+    tilts = jnp.array([0.0, sigma, -sigma])
+    lowers = lower[None] + tilts[:, None, None] * jax.random.normal(jax.random.key(7), (4, 3))[None]
+    keep = bilevel.LowerSolver(lambda lowers: (), lambda key, lowers, state, task: (lowers, state, jnp.zeros(3)))
+    annotate = preferences.gold_annotator(gold_score)
+    algorithm = bilevel.bilevel_descent(
+        problem, bilevel.central(sigma / beta), keep, optax.sgd(1.0), beta=beta, annotate=annotate
+    )
+    state = algorithm.init(jax.random.key(0), upper, lower)._replace(lowers=lowers)
+
+    def one(key):
+        return upper - algorithm.step(key, state, None, ())[0].upper
+
+    drawn = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(8), 400))
+    # The utility does not read the reward: grad_phi h = -grad_phi J, the visits of each step.
+    visits = [
+        tabular.occupancy(jax.nn.log_softmax(each), mdp)[:, None] * jax.nn.softmax(each)
+        for each in (lowers[1], lowers[2])
+    ]
+    truth = -(visits[0] - visits[1]) / (2 * sigma)
+    error = drawn.std(axis=0) / np.sqrt(400)
+    # Episodes are cut at 40 steps.
+    assert jnp.all(jnp.abs(drawn.mean(axis=0) - truth) < 5 * error + 0.02 * jnp.linalg.norm(truth))
+    assert float(ravel_pytree(truth)[0] @ ravel_pytree(drawn.mean(axis=0))[0]) > 0
+
+
+def test_numbers_out_of_range_are_refused():
+    for settings, message in (
+        ({"segment": 41}, "A segment has 1 to 40 steps"),
+        ({"gamma": 1.5}, "gamma must lie"),
+        ({"pairs": 0}, "at least 1 pair"),
+        ({"against_reference": False}, "policy-reference pairs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            problem_of(objectives.utility(kl_price=0.1), **settings)
