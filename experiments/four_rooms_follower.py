@@ -35,9 +35,9 @@ REWARDS = (rooms.follower_reward, rooms.leader_reward)
 class Config:
     """What to run."""
 
-    entropy_weight: float = 0.005
+    entropy_weight: float = 0.003
     regulariser: float = 1.0
-    outer_steps: int = 1500
+    outer_steps: int = 600
     episodes: int = 64
     """Drawn a goal and step."""
     length: int = 200

@@ -196,7 +196,7 @@ def roll_out(key: Key, actor: Actor, lower: Params, environment: Environment, *,
         shaped = alive.reshape(alive.shape + (1,) * (leaf.ndim - 2))
         return jnp.where(shaped > 0, leaf, jnp.zeros((), leaf.dtype))
 
-    return Rollouts(*(living(leaf) for leaf in (observations, actions, log_prob, reward)), alive)
+    return Rollouts(living(observations), living(actions), living(log_prob), living(reward), alive)
 
 
 def categorical_actor(logits: Callable[[Params, jax.Array], jax.Array]) -> Actor:

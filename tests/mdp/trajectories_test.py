@@ -1,5 +1,6 @@
 """Environments through their adapters; trajectory preferences against exact answers on a tabular process."""
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,6 @@ def test_a_broken_environment_is_named(fault, message):
 
 @pytest.mark.parametrize("name, actions, continuous", [("CartPole-v1", 2, False), ("Pendulum-v1", 1, True)])
 def test_gymnax_itself(name, actions, continuous):
-    gymnax = pytest.importorskip("gymnax")
     environment = environments.gymnax_environment(*gymnax.make(name))
     assert (environment.actions, environment.continuous) == (actions, continuous)
     if continuous:
