@@ -82,9 +82,8 @@ def estimate(rule, upper, data, environment):
     return after.upper - upper, info
 
 
-@pytest.mark.parametrize("entropy_weight, regulariser", [(0.001, 5.0), (0.005, 1.0)])
-def test_the_exact_gradient_against_finite_differences(x64, entropy_weight, regulariser):
-    environment, data = rooms.four_rooms(), rooms.terms(entropy_weight, regulariser)
+def test_the_exact_gradient_against_finite_differences(x64):
+    environment, data = rooms.four_rooms(), rooms.terms(0.001, 5.0)
     upper = rooms.draw_incentives(jax.random.key(2))
     along = rooms.draw_incentives(jax.random.key(3))
     value = jax.jit(lambda upper: incentives.leader_value(*REWARDS, upper, data, environment))
@@ -153,13 +152,14 @@ def small_design(seed=0):
     return follower, leader, jax.random.normal(keys[3], (5, 3)), data, frozen
 
 
-@pytest.mark.parametrize("rule", [bilevel.central(0.02), bilevel.forward(0.005)], ids=["central", "forward"])
-def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64, rule):
+def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64):
     follower, leader, upper, data, frozen = small_design()
     truth = -jax.grad(lambda upper: incentives.leader_value(follower, leader, upper, data, frozen))(upper)
     problem = incentives.incentive_problem(follower, leader, episodes=32, steps=40)
     solver = incentives.best_response(follower, leader)
-    algorithm = bilevel.bilevel_descent(problem, rule, solver, optax.sgd(1.0), beta=1.0, annotate=incentives.unlabelled)
+    algorithm = bilevel.bilevel_descent(
+        problem, bilevel.central(0.02), solver, optax.sgd(1.0), beta=1.0, annotate=incentives.unlabelled
+    )
     state = algorithm.init(jax.random.key(0), upper, jnp.zeros((2, 5, 3)))
     # The episodes come from the policy that the state holds: the answer to this reward.
     state = state._replace(lowers=algorithm.step(jax.random.key(0), state, data, frozen)[0].lowers)
@@ -168,8 +168,8 @@ def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64, rule):
         after, info = algorithm.step(key, state, data, frozen)
         return upper - after.upper, info
 
-    estimates, info = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 1000))
-    error = estimates.std(axis=0) / np.sqrt(1000)
+    estimates, info = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 400))
+    error = estimates.std(axis=0) / np.sqrt(400)
     # Five standard errors, the stencil's bias, and the leave-one-out correction of 1 / 32 episodes.
     assert jnp.all(jnp.abs(estimates.mean(axis=0) - truth) < 5 * error + 0.02 * jnp.linalg.norm(truth))
     assert jnp.all(info.labels == 0)
