@@ -99,7 +99,7 @@ TOLERANCE = {"central": 0.02, "five_point": 0.01, "boltzmann": 1e-8, "implicit":
 def test_with_exact_lower_policies_the_gradient_is_that_of_phi(problem, rule, x64):
     given, algorithm, state = make(problem, rule)
     # Solved once, so that the sample comes from the answer at this reward.
-    solved = algorithm.step(jax.random.key(0), state, given.data, given.frozen)[0].lowers
+    solved = jax.jit(algorithm.step)(jax.random.key(0), state, given.data, given.frozen)[0].lowers
     state = state._replace(lowers=solved)
     after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, given.data, given.frozen)
     estimate = ravel_pytree(jax.tree.map(jnp.subtract, state.upper, after.upper))[0]
@@ -121,9 +121,9 @@ def test_float32_stands_a_sigma_of_1e_4():
     for relative_sigma in (1e-2, 1e-3, 1e-4):
         algorithm = given.algorithm(bilevel.central(relative_sigma), given.answer, optax.sgd(1.0))
         state = algorithm.init(jax.random.key(0), upper, lower)
-        state = state._replace(lowers=algorithm.step(jax.random.key(0), state, None, given.frozen)[0].lowers)
+        state = state._replace(lowers=jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)[0].lowers)
         assert state.lowers.dtype == jnp.float32
-        after, _ = algorithm.step(jax.random.key(0), state, None, given.frozen)
+        after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)
         assert jnp.linalg.norm(state.upper - after.upper - truth) < 0.01 * jnp.linalg.norm(truth)
 
 
@@ -177,7 +177,7 @@ def test_sigma_follows_the_inner_error():
         algorithm = given.algorithm(rule, solver, optax.sgd(0.1))
         state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
         for _ in range(3):
-            state, _ = algorithm.step(jax.random.key(0), state, None, given.frozen)
+            state, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)
         return float(rule.relative_sigma.best(state.inner_error))
 
     rough, better = (final(bilevel.gradient(optax.sgd(1.0), steps=steps)) for steps in (1, 400))
@@ -203,7 +203,7 @@ def test_annotators_who_err_reach_the_algorithm():
         bilevel.central(0.1), given.answer, optax.sgd(1.0), pairs=64, choice=preferences.Choice(skip_below=0.5)
     )
     state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
-    _, info = algorithm.step(jax.random.key(2), state, None, given.frozen)
+    _, info = jax.jit(algorithm.step)(jax.random.key(2), state, None, given.frozen)
     assert 0 < int(info.labels) < 128
 
 
@@ -215,7 +215,7 @@ def test_a_best_response_from_labels_is_the_exact_one_on_an_enumerated_sample(x6
     def estimate(solver):
         algorithm = given.algorithm(bilevel.central(0.1), solver, optax.sgd(1.0))
         state = algorithm.init(jax.random.key(0), upper, lower)
-        return upper - algorithm.step(jax.random.key(0), state, None, given.frozen)[0].upper
+        return upper - jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)[0].upper
 
     np.testing.assert_allclose(estimate(given.answer_from_labels), estimate(given.answer), rtol=1e-10)
     with pytest.raises(ValueError, match="policy-reference pairs"):
@@ -231,10 +231,10 @@ def test_a_central_step_from_labels_is_boltzmanns_in_the_mean(x64):
     truth = jax.grad(given.phi)(upper)
     algorithm = given.algorithm(bilevel.central(1e-2), given.answer_from_labels, optax.sgd(1.0), pairs=64)
     state = algorithm.init(jax.random.key(0), upper, lower)
-    state = state._replace(lowers=algorithm.step(jax.random.key(0), state, None, given.frozen)[0].lowers)
+    state = state._replace(lowers=jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)[0].lowers)
 
     def one(key):
-        return upper - algorithm.step(key, state, None, given.frozen)[0].upper
+        return upper - jax.jit(algorithm.step)(key, state, None, given.frozen)[0].upper
 
     estimates = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 3000))
     error = estimates.std(axis=0) / np.sqrt(3000)
@@ -248,7 +248,7 @@ def test_an_arm_alone_leaves_every_rule_finite():
         algorithm = given.algorithm(rule, given.answer, optax.sgd(1.0))
         state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
         for _ in range(2):
-            state, _ = algorithm.step(jax.random.key(0), state, None, given.frozen)
+            state, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)
         chex.assert_tree_all_finite((state.upper, state.lowers))
 
 
@@ -259,7 +259,7 @@ def test_a_pair_that_cannot_be_drawn_does_not_poison_a_listed_sample():
     state = algorithm.init(
         jax.random.key(0), jnp.array([3.0, -3.0, 0.0, 3.0]), given.answer_at(jnp.array([0.0, 9.0, 0.0, -9.0]))
     )
-    after, _ = algorithm.step(jax.random.key(0), state, None, given.frozen)
+    after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)
     chex.assert_tree_all_finite(after.upper)
 
 
@@ -271,7 +271,7 @@ def test_double_precision_with_parameters_in_single(x64):
         for solver in (given.answer, bilevel.gradient(optax.sgd(0.1)), bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1))):
             algorithm = given.algorithm(rule, solver, optax.sgd(1.0))
             state = algorithm.init(jax.random.key(0), upper, lower)
-            after, _ = algorithm.step(jax.random.key(0), state, None, frozen)
+            after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, frozen)
             assert after.upper.dtype == after.lowers.dtype == jnp.float32
 
 
@@ -279,7 +279,7 @@ def test_counted_draws_are_counted_as_labels_and_one_draw_says_nothing_to_boltzm
     given = known.random_bandit(objective=COUPLED)
     algorithm = given.algorithm(bilevel.boltzmann(), given.answer_from_labels, optax.sgd(1.0), counts=True)
     state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
-    _, info = algorithm.step(jax.random.key(2), state, 1000, given.frozen)
+    _, info = jax.jit(algorithm.step)(jax.random.key(2), state, 1000, given.frozen)
     assert int(info.labels) == 2000
-    _, info = algorithm.step(jax.random.key(2), state, 1, given.frozen)
+    _, info = jax.jit(algorithm.step)(jax.random.key(2), state, 1, given.frozen)
     assert int(info.labels) == 2 and float(info.coupling_share) == 0

@@ -126,7 +126,7 @@ def test_one_step_processes_have_the_bandits_gradient(x64):
         *losses, incentives.boltzmann(leader), incentives.best_response(follower, leader), optax.sgd(1.0)
     )
     state = algorithm.init(jax.random.key(0), upper, jnp.zeros((1, 1, 6)))
-    after, _ = algorithm.step(jax.random.key(0), state, data, frozen)
+    after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, data, frozen)
     policy = jax.nn.softmax(upper / 0.4)
     np.testing.assert_allclose(after.upper - upper, policy * (gold - policy @ gold) / 0.4, rtol=1e-10)
 
@@ -162,7 +162,7 @@ def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64):
     )
     state = algorithm.init(jax.random.key(0), upper, jnp.zeros((2, 5, 3)))
     # The episodes come from the policy that the state holds: the answer to this reward.
-    state = state._replace(lowers=algorithm.step(jax.random.key(0), state, data, frozen)[0].lowers)
+    state = state._replace(lowers=jax.jit(algorithm.step)(jax.random.key(0), state, data, frozen)[0].lowers)
 
     def one(key):
         after, info = algorithm.step(key, state, data, frozen)
