@@ -1,4 +1,13 @@
-"""Finite Markov decision processes with trajectory preferences, solved exactly: the oracle beyond one step."""
+"""Markov decision processes, finite and otherwise.
+
+Names here are those of short episodes solved exactly on the tree of their histories, the oracle beyond one step.
+By module:
+
+- `tabular`: processes as tables; soft optima, evaluation, visits, rollouts. `incentives`: a leader shapes a follower's
+  reward. `four_rooms`: the benchmark of that.
+- `environments`: gymnax, brax, tables or one's own as two pure functions. `trajectories`: preferences over segments of
+  their episodes as a `BilevelProblem`. `actor_critic`: a critic for the lower level.
+"""
 
 from jaxrlhf.mdp.episodes import Episodes, Trajectories, gold_score, gold_steps, random_episodes
 from jaxrlhf.mdp.optimum import best_response, judge, soft_policy, upper_value
