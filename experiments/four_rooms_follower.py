@@ -78,22 +78,21 @@ def forward(parameters: list, inputs: jax.Array) -> jax.Array:
     return inputs
 
 
-def main(config: Config) -> None:
-    """Trains the follower for every seed at once, and reports."""
-    try:
-        folder = RunFolder(config.output, "four_rooms_follower")
-        cells = json.loads(OPTIMA.read_text())["cells"]
-        cell = (config.entropy_weight, config.regulariser)
-        found = [entry for entry in cells if (entry["entropy weight"], entry["regulariser"]) == cell]
-        if not found:
-            raise ValueError(f"No charges are known for the cell {cell[0]:g},{cell[1]:g}; known are those of {OPTIMA}.")
-    except ValueError as error:
-        print(f"four_rooms_follower: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    folder.write_json("config.json", config)
-    environment, terms = rooms.four_rooms(), rooms.terms(*cell)
-    upper, seen = jnp.asarray(found[0]["weights"]), features()
-    scale = 1.0 / config.entropy_weight  # J is in units of the entropy weight
+def known_charges(cell: tuple[float, float]) -> jax.Array:
+    """Returns the leader's best known weights of a cell.
+
+    Raises:
+        ValueError: the cell is not one of the published table's.
+    """
+    for entry in json.loads(OPTIMA.read_text())["cells"]:
+        if (entry["entropy weight"], entry["regulariser"]) == cell:
+            return jnp.asarray(entry["weights"])
+    raise ValueError(f"No charges are known for the cell {cell[0]:g},{cell[1]:g}; take one of the published table.")
+
+
+def trainer(config: Config, upper: jax.Array, terms: rooms.Terms, environment: rooms.FourRooms):
+    """Returns `key -> (J in units of the entropy weight, the leader's return)`, exact, `[outer_steps]` each."""
+    seen, scale = features(), 1.0 / config.entropy_weight
 
     def policy(lower, frozen):
         del frozen
@@ -112,13 +111,12 @@ def main(config: Config) -> None:
         lower = network(policy_key, seen.shape[-1], config.width, len(rooms.MOVES))
         critic = network(critic_key, seen.shape[-1], config.width, 1)
         rate = optax.linear_schedule(config.rate, 0.0, config.outer_steps * config.inner_steps)
-        # The critic's squares are of size scale^2; Adam does not mind.
         slope = actor_critic(problem, value, critic, optax.adam(config.critic_rate), beta=1.0)
+        # The leader stands still, so the tangent is not needed and not moved.
         solver = bilevel.tangent(optax.adam(rate), optax.sgd(0.0), steps=config.inner_steps, slope=slope)
         algorithm = bilevel.bilevel_descent(
             problem, bilevel.central(0.05), solver, optax.set_to_zero(), beta=1.0, annotate=incentives.unlabelled
         )
-        state = algorithm.init(key, upper, lower)
 
         def one(state, count):
             own = bilevel.deployed(state)
@@ -126,57 +124,64 @@ def main(config: Config) -> None:
             state, _ = algorithm.step(jax.random.fold_in(key, count), state, terms, environment)
             return state, worth
 
-        return jax.lax.scan(one, state, jnp.arange(config.outer_steps))[1]
+        return jax.lax.scan(one, algorithm.init(key, upper, lower), jnp.arange(config.outer_steps))[1]
 
+    return train
+
+
+def best_return(upper: jax.Array, terms: rooms.Terms, environment: rooms.FourRooms) -> float:
+    """Returns the best response's regularised return, exact."""
+    reward = jax.vmap(lambda data, here: rooms.follower_reward(upper, data, here))(terms, environment)
+    optimum = jax.vmap(tabular.soft_policy_iteration)(reward, environment.mdp, terms.entropy_weight)
+    return float(jnp.sum(terms.weight * jnp.sum(environment.mdp.start * optimum.value, axis=-1)))
+
+
+def draw(path: pathlib.Path, missed: np.ndarray, leader: np.ndarray, exact: float) -> None:
+    """Draws both curves, `[seeds, steps]`, a line a seed."""
+    steps = list(range(0, missed.shape[1], max(1, missed.shape[1] // 50)))
+
+    def lines(curves):
+        return {f"seed {seed}": (steps, curve[steps].tolist()) for seed, curve in enumerate(curves)}
+
+    best = {"with the best response": (steps, [exact] * len(steps))}
+    panels = {
+        "What the follower misses": ("outer step", "of the best regularised return", lines(missed)),
+        "What the leader gets": ("outer step", "return", lines(leader) | best),
+    }
+    draw_curves(path, panels)
+
+
+def main(config: Config) -> None:
+    """Trains the follower for every seed at once, and reports."""
+    cell = (config.entropy_weight, config.regulariser)
+    try:
+        upper = known_charges(cell)
+        folder = RunFolder(config.output, "four_rooms_follower")
+    except ValueError as error:
+        print(f"four_rooms_follower: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    folder.write_json("config.json", config)
+    environment, terms = rooms.four_rooms(), rooms.terms(*cell)
     began = time.monotonic()
-    worth, leader = (
-        np.asarray(leaf) for leaf in jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), config.seeds))
-    )
+    keys = jax.random.split(jax.random.key(0), config.seeds)
+    worth, leader = jax.tree.map(np.asarray, jax.jit(jax.vmap(trainer(config, upper, terms, environment)))(keys))
     seconds = time.monotonic() - began
-    optimum = jax.vmap(tabular.soft_policy_iteration)(
-        jax.vmap(lambda data, here: rooms.follower_reward(upper, data, here))(terms, environment),
-        environment.mdp,
-        terms.entropy_weight,
-    )
-    best = float(jnp.sum(terms.weight * jnp.sum(environment.mdp.start * optimum.value, axis=-1)))
-    missed = best - config.entropy_weight * worth
+    best = best_return(upper, terms, environment)
     exact = float(incentives.leader_value(*REWARDS, upper, terms, environment))
-    rows = [
-        {
-            "step": step,
-            "missed of the best response": float(missed[:, step].mean()),
-            "standard error": float(missed[:, step].std() / np.sqrt(config.seeds)),
-            "leader's return": float(leader[:, step].mean()),
-        }
-        for step in range(0, config.outer_steps, max(1, config.outer_steps // 50))
-    ]
+    missed = best - config.entropy_weight * worth
     final = {
         "best response's regularised return": best,
         "missed by the network, mean of the last 50 steps": float(missed[:, -50:].mean()),
-        "by seed": missed[:, -50:].mean(axis=1).tolist(),
+        "missed by seed": missed[:, -50:].mean(axis=1).tolist(),
         "leader's return with the best response": exact,
         "leader's return with the network": float(leader[:, -50:].mean()),
         "leader's return by seed": leader[:, -50:].mean(axis=1).tolist(),
         "seconds": seconds,
     }
-    folder.write_json("results.json", {"config": config, "final": final, "curve": rows})
-    steps = [row["step"] for row in rows]
-    draw_curves(
-        folder.path / "follower.png",
-        {
-            "What the follower misses": (
-                "outer step", "of the best regularised return",
-                {f"seed {seed}": (steps, missed[seed, steps].tolist()) for seed in range(config.seeds)},
-            ),
-            "What the leader gets": (
-                "outer step", "return",
-                {f"seed {seed}": (steps, leader[seed, steps].tolist()) for seed in range(config.seeds)}
-                | {"with the best response": (steps, [exact] * len(steps))},
-            ),
-        },
-    )  # fmt: skip
+    folder.write_json("results.json", {"config": config, "final": final, "missed": missed, "leader": leader})
+    draw(folder.path / "follower.png", missed, leader, exact)
     for name, result in final.items():
-        print(f"{name}: {result if isinstance(result, list) else round(result, 4)}")
+        print(f"{name}: {np.round(result, 4)}")
     print(folder.path)
 
 

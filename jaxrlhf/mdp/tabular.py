@@ -229,7 +229,8 @@ def roll_out(key: Key, log_policy: jax.Array, mdp: TabularMDP, *, episodes: int,
         return (following, alive * (1.0 - mdp.ends[state])), seen
 
     start_key, key = jax.random.split(key)
-    first = draw(jnp.broadcast_to(jnp.cumsum(mdp.start), (episodes, len(mdp.start))), _uniform(start_key, episodes))
+    of_starts = jnp.broadcast_to(jnp.cumsum(mdp.start), (episodes, len(mdp.start)))
+    first = draw(of_starts, jax.random.uniform(start_key, (episodes,), of_starts.dtype))
     alive = jnp.ones(episodes, of_actions.dtype)
     _, seen = jax.lax.scan(step, (first, alive), jax.random.split(key, steps))
     states, actions, log_prob, alive = (leaf.T for leaf in seen)
@@ -274,7 +275,3 @@ def _soft_max(values: jax.Array, entropy_weight: float | jax.Array) -> jax.Array
 def _optimum(reward: jax.Array, value: jax.Array, mdp: TabularMDP, entropy_weight: float | jax.Array) -> SoftOptimum:
     values = action_values(reward, value, mdp)
     return SoftOptimum(jax.nn.log_softmax(values / entropy_weight, axis=-1), value, values)
-
-
-def _uniform(key: Key, count: int) -> jax.Array:
-    return jax.random.uniform(key, (count,))

@@ -1,5 +1,7 @@
 """Environments through their adapters; trajectory preferences against exact answers on a tabular process."""
 
+from typing import NamedTuple
+
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,45 @@ def test_a_broken_environment_is_named(fault, message):
         environments.gymnax_environment(Toy(fault))
 
 
+class Slide:
+    """An object of brax's interface: a point that an action pushes, over when it has gone far."""
+
+    action_size, observation_size = 1, 2
+
+    class State(NamedTuple):
+        """What brax's states hold."""
+
+        obs: jax.Array
+        reward: jax.Array
+        done: jax.Array
+
+    def reset(self, key):
+        return self.State(jnp.zeros(2), jnp.zeros(()), jnp.zeros(()))
+
+    def step(self, state, action):
+        place = state.obs + jnp.stack([action[0], 1.0])
+        return self.State(place, -jnp.abs(place[0]), (place[1] >= 3).astype(float))
+
+
+def test_an_object_of_braxs_interface_plugs_in():
+    environment = environments.brax_environment(Slide(), "Slide")
+    assert (environment.actions, environment.observation_size, environment.continuous) == (1, 2, True)
+    actor = environments.gaussian_actor(
+        lambda lower, observations: (jnp.full((*observations.shape[:-1], 1), lower),) * 2
+    )
+    lower = jnp.asarray(0.5)
+    drawn = environments.roll_out(jax.random.key(0), actor, lower, environment, episodes=500, steps=5)
+    np.testing.assert_array_equal(drawn.alive.sum(axis=1), np.full(500, 3))
+    places = np.cumsum(drawn.actions[:, :3, 0], axis=1)
+    np.testing.assert_allclose(drawn.reward[:, :3], -np.abs(places), rtol=1e-5)
+    taken = np.asarray(drawn.actions[:, :3, 0])
+    np.testing.assert_allclose(taken.mean(), 0.5, atol=5 * np.exp(0.5) / np.sqrt(1500))
+    expected = -0.5 * ((taken - 0.5) / np.exp(0.5)) ** 2 - 0.5 - 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(drawn.log_prob[:, :3], expected, atol=1e-5)
+    again = actor.log_prob(lower, drawn.observations[:, :3], drawn.actions[:, :3])
+    np.testing.assert_allclose(again, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name, actions, continuous", [("CartPole-v1", 2, False), ("Pendulum-v1", 1, True)])
 def test_gymnax_itself(name, actions, continuous):
     environment = environments.gymnax_environment(*gymnax.make(name))
@@ -152,11 +193,7 @@ def test_segments_lie_within_their_episodes(segment):
 
 
 def test_the_stencils_gradient_is_that_of_two_exact_tilts(x64):
-    """A coupled utility of one-step segments of the first step: the tilted policies and the gradient are computable.
-
-    G = -E[P(policy's first step preferred)], so s G - J is the follower's problem with a first-step bonus. With frozen
-    lower iterates given, the estimator must return sum_i c_i grad_phi [s_i G - J](phi, lambda_i) in the mean.
-    """
+    """With lower iterates given and held, the estimate is sum_i c_i grad_phi [s_i G - J](phi, lambda_i) in the mean."""
     problem, mdp, _ = problem_of(objectives.utility(kl_price=0.0), pairs=256)
     upper = jax.random.normal(jax.random.key(5), (4, 3))
     lower = jax.random.normal(jax.random.key(6), (4, 3))
