@@ -18,6 +18,8 @@ ORDER = [
     "preferences",
     "objectives",
     "policy_gradient",
+    "preference_buffer",
+    "reward_learning",
     "exact",
     "bandit",
     "mdp",

@@ -63,6 +63,7 @@ def actor_critic(
     beta: float,
     trace: float = 0.95,
     clip: float = 0.2,
+    every_response: bool = False,
 ) -> Slope:
     """Returns the slope of -J by advantages, and trains the critic on the way.
 
@@ -75,6 +76,8 @@ def actor_critic(
         beta: weight of the lower level's KL, as in `bilevel_descent`.
         trace: lambda of the advantages.
         clip: c of the clipped ratio.
+        every_response: learns also from the responses of slots that another policy filled, by their clipped ratio; for
+            opponents that are recent copies of the policy.
 
     Raises:
         ValueError: the trace lies outside of [0, 1], or the clip is not positive.
@@ -86,6 +89,8 @@ def actor_critic(
 
     def step(policy: Params, state: CriticState, task: LowerTask):
         sample, frozen = task.labelled.sample, task.frozen
+        if every_response:
+            sample = sample._replace(by_policy=jnp.ones_like(sample.by_policy))
         reward = problem.reward(task.upper_of(jnp.zeros((), jnp.int32)), sample, frozen)
         reward = reward - beta * (sample.behaviour_log_prob - sample.reference_log_prob)
         old = value(state.critic, sample, frozen)

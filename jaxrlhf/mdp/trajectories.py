@@ -1,13 +1,16 @@
 """Online RLHF on trajectories of any environment as a `BilevelProblem`: preferences over segments of episodes.
 
-The learner's reward is a function of observation and action. Pairs are two episodes, the policy's and the reference's (or
-two of the policy's), and what is compared, by the annotator and by the objective, is the discounted return of a segment of
-each, `sum_{t in segment} gamma^(t - first) r_t`. The policy maximises the discounted return of whole
-episodes less beta KL.
+The learner's reward is a function of observation and action. Pairs are two episodes, the policy's and one of the
+reference, of an opponent or of the policy again, and what is compared, by the annotator and by the objective, is the
+discounted return of a segment of each, `sum_{t in segment} gamma^(t - first) r_t`. The policy maximises the discounted
+return of whole episodes less beta KL.
+
+In control a good policy soon wins every comparison with a poor reference, and the labels say nothing more. An opponent
+that is a copy of the policy itself, renewed every few steps, keeps them informative.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,18 @@ from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, 
 from jaxrlhf.mdp.environments import Actor, Environment, roll_out
 from jaxrlhf.objectives import Objective
 from jaxrlhf.types import Key, Params
+
+
+class Held(NamedTuple):
+    """The `frozen` argument: parameters of the policies that stand still.
+
+    Attributes:
+        reference: of the reference actor.
+        opponent: of the actor itself, where pairs are against an opponent.
+    """
+
+    reference: Params = ()
+    opponent: Params = ()
 
 
 class Segments(NamedTuple):
@@ -45,26 +60,27 @@ def trajectory_problem(
     steps: int,
     gamma: float,
     segment: int | None = None,
-    against_reference: bool = True,
+    against: Literal["reference", "opponent", "policy"] = "reference",
 ) -> BilevelProblem:
-    """Returns the problem; its `frozen` are the reference's parameters, its `data` is ignored.
+    """Returns the problem; its `frozen` is a `Held`, its `data` is ignored.
 
     Args:
         environment: what episodes are drawn from.
         actor: the policy.
         reward: `(upper, observations [..., O], actions) -> [...]`.
         objective: the upper objective; it compares segment returns.
-        reference: what the policy is held to, and what gives response 1 where pairs are against the reference.
+        reference: what the policy is held to.
         pairs: drawn a step.
         steps: of an episode at most.
         gamma: the discount.
         segment: steps compared, at a random place within each episode; None compares whole episodes.
-        against_reference: whether response 1 comes from the reference.
+        against: who gives response 1: the reference, the actor with `Held.opponent`, or the policy again. Only the last is
+            counted as the policy's response; an opponent's log-probabilities are kept like the policy's own.
 
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), or a number is out of range.
     """
-    objective.check(against_reference=against_reference, exact=False)
+    objective.check(against_reference=against != "policy", exact=False)
     if pairs < 1 or steps < 1:
         raise ValueError(f"Needs at least 1 pair and 1 step, got {pairs} and {steps}.")
     if not 0 < gamma <= 1:
@@ -73,10 +89,15 @@ def trajectory_problem(
         raise ValueError(f"A segment has 1 to {steps} steps, those of an episode; got {segment}.")
     powers = gamma ** jnp.arange(steps)
 
-    def sample(key: Key, lower: Params, data, frozen: Params) -> Sample:
+    def sample(key: Key, lower: Params, data, frozen: Held) -> Sample:
         del data
         roll_key, window_key = jax.random.split(key)
-        given = ((actor, lower), (reference, frozen) if against_reference else (actor, lower))
+        others = {
+            "reference": (reference, frozen.reference),
+            "opponent": (actor, frozen.opponent),
+            "policy": (actor, lower),
+        }
+        given = ((actor, lower), others[against])
         slots = [
             roll_out(key, *policy, environment, episodes=pairs, steps=steps)
             for key, policy in zip(jax.random.split(roll_key), given, strict=True)
@@ -84,7 +105,7 @@ def trajectory_problem(
         episodes = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1)[None], *slots)
         discount = episodes.alive * powers[None, None, None, :]
         window = discount if segment is None else _windows(window_key, episodes.alive, segment, gamma)
-        held_to = reference.log_prob(frozen, episodes.observations, episodes.actions)
+        held_to = reference.log_prob(frozen.reference, episodes.observations, episodes.actions)
         measure, draws = drawn(1, pairs, dtype=discount.dtype)
         return Sample(
             prompts=jnp.zeros((1, 0)),
@@ -93,7 +114,7 @@ def trajectory_problem(
             reference_log_prob=held_to * episodes.alive,
             discount=discount,
             measure=measure,
-            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], discount.dtype),
+            by_policy=jnp.array([1.0, float(against == "policy")], discount.dtype),
             draws=draws,
         )
 

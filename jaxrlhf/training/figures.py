@@ -8,21 +8,24 @@ COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#64473a")
 
 
 def draw_curves(
-    path: pathlib.Path, panels: dict[str, tuple[str, str, dict[str, tuple[list, list]]]], *, columns: int = 2
+    path: pathlib.Path, panels: dict[str, tuple[str, str, dict[str, tuple[list, ...]]]], *, columns: int = 2
 ) -> None:
     """Draws one panel an entry into one file.
 
     Args:
         path: a .png or .svg file.
-        panels: title -> (label of x, label of y, {line's name: (xs, ys)}); an empty y value leaves a gap.
+        panels: title -> (label of x, label of y, {line's name: (xs, ys)}), or (xs, ys, lower, upper) for a
+            line with a band; an empty y value leaves a gap.
         columns: panels a row.
     """
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * min(columns, len(panels)), 3.3 * rows), layout="constrained")
     for number, (title, (x_label, y_label, lines)) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, min(columns, len(panels)), number + 1)
-        for (name, (xs, ys)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
+        for (name, (xs, ys, *band)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
             axes.plot(xs, ys, label=name, color=colour, marker="o", markersize=2.5, linewidth=1.5)
+            if band:
+                axes.fill_between(xs, *band, color=colour, alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

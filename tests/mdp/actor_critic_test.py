@@ -105,6 +105,33 @@ def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
     assert spread["exact critic, short trace"] < 0.7 * min(spread["loss"], spread["no critic"])
 
 
+def test_an_opponents_episodes_teach_as_the_policys_own(x64):
+    reward, _, lower, *_ = design()
+    problem = incentives.incentive_problem(reward, reward, episodes=8, steps=20)
+    task = task_of(problem, jax.random.key(0))
+    assert jnp.sum(task.labelled.sample.by_policy) == 1
+
+    def gradient(given, task):
+        return given.step(lower, given.init(), task)[0]
+
+    def with_slots(flags):
+        # Slot 1 repeats the first episode of slot 0.
+        sample = jax.tree.map(
+            lambda leaf: leaf if leaf.ndim < 3 else leaf.at[:, :, 1].set(leaf[:, :1, 0]), task.labelled.sample
+        )
+        return task._replace(labelled=task.labelled._replace(sample=sample._replace(by_policy=jnp.asarray(flags))))
+
+    def value(critic, sample, frozen):
+        return critic[sample.responses.states]
+
+    def make(**settings):
+        return actor_critic(problem, value, jnp.zeros(4), optax.sgd(0.0), beta=1.0, **settings)
+
+    policys = gradient(make(), with_slots([1.0, 1.0]))
+    np.testing.assert_allclose(gradient(make(every_response=True), with_slots([1.0, 0.0])), policys, rtol=1e-12)
+    assert jnp.any(jnp.abs(gradient(make(), with_slots([1.0, 0.0])) - policys) > 1e-3)
+
+
 def test_the_critic_learns_the_value(x64):
     reward, upper, lower, _, frozen = design()
     problem = incentives.incentive_problem(reward, reward, episodes=256, steps=60)

@@ -1,0 +1,38 @@
+"""State entropy against distances by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.mdp.exploration import state_entropy_bonus
+
+
+def by_hand(places, others, neighbours):
+    distances = np.sort(np.linalg.norm(places[:, None] - others[None], axis=-1), axis=1)
+    return np.log1p(distances[:, neighbours - 1])
+
+
+def test_the_bonus_is_the_log_distance_to_a_neighbour(x64):
+    observations = jax.random.normal(jax.random.key(0), (2, 3, 7, 4))
+    visited = jnp.arange(7)[None, None] < jnp.array([[7, 3, 1], [5, 7, 2]])[..., None]
+    for particles in (10, 64):
+        found = np.asarray(state_entropy_bonus(observations, visited, neighbours=3, particles=particles))
+        taken = np.asarray(visited)
+        places = np.asarray(observations)[taken]
+        others = places[np.arange(10) * 25 // 10] if particles == 10 else places
+        np.testing.assert_allclose(found[taken], by_hand(places, others, 3), rtol=1e-7)
+        assert np.all(found[~taken] == 0)
+
+
+def test_a_state_that_nobody_else_visits_is_worth_more():
+    crowd = 0.1 * jax.random.normal(jax.random.key(0), (1, 99, 2))
+    bonus = state_entropy_bonus(jnp.concatenate([crowd, jnp.full((1, 1, 2), 3.0)], axis=1), jnp.ones((1, 100)))
+    assert bonus[0, -1] > 2 * jnp.max(bonus[0, :-1])
+
+
+def test_too_few_visits_give_no_bonus_and_no_nan():
+    bonus = state_entropy_bonus(jnp.ones((4, 3)), jnp.array([True, True, False, False]), neighbours=5)
+    np.testing.assert_array_equal(bonus, np.zeros(4))
+    with pytest.raises(ValueError, match="1 neighbour and more particles"):
+        state_entropy_bonus(jnp.ones((4, 3)), jnp.ones(4), neighbours=0)
