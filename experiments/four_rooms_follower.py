@@ -8,7 +8,6 @@ misses of the best response's regularised return, and what the leader gets from 
 """
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import optax
 import tyro
 from four_rooms import OPTIMA
+from networks import forward, network
 
 from jaxrlhf import bilevel
 from jaxrlhf.mdp import four_rooms as rooms
@@ -58,24 +58,6 @@ def features() -> jax.Array:
     seen = jnp.concatenate([places, *waves], axis=-1)
     goals = jnp.eye(len(rooms.GOALS))
     return jnp.stack([jnp.concatenate([seen, jnp.tile(goal, (len(seen), 1))], axis=-1) for goal in goals])
-
-
-def network(key: jax.Array, inputs: int, width: int, outputs: int) -> list:
-    """Returns the parameters of a network with two hidden layers, its last one small."""
-    sizes = (inputs, width, width, outputs)
-    keys = jax.random.split(key, 3)
-    return [
-        (jax.random.normal(key, shape) / np.sqrt(shape[0]) * (0.01 if number == 2 else 1.0), jnp.zeros(shape[1]))
-        for number, (key, shape) in enumerate(zip(keys, itertools.pairwise(sizes), strict=True))
-    ]
-
-
-def forward(parameters: list, inputs: jax.Array) -> jax.Array:
-    """Returns the network's outputs."""
-    for number, (weight, bias) in enumerate(parameters):
-        inputs = inputs @ weight + bias
-        inputs = jnp.tanh(inputs) if number < len(parameters) - 1 else inputs
-    return inputs
 
 
 def known_charges(cell: tuple[float, float]) -> jax.Array:

@@ -25,7 +25,7 @@ def draw_curves(
         for (name, (xs, ys, *band)), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
             axes.plot(xs, ys, label=name, color=colour, marker="o", markersize=2.5, linewidth=1.5)
             if band:
-                axes.fill_between(xs, *band, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(xs, band[0], band[1], color=colour, alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

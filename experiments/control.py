@@ -1,0 +1,221 @@
+"""RLHF on trajectories: true return against labels, on Four-Rooms with a hidden reward and on control tasks of gymnax.
+
+    python experiments/control.py --tasks cartpole --methods oracle iterated "bilevel central"
+    python experiments/control.py                                   # everything, about an hour on 2 cores
+    python experiments/control.py --tasks pendulum --annotators mistaken myopic
+
+No learner sees the true reward; all buy equally many labels and draw equally many episodes. Runs of the same settings that
+are in the output folder already are not made again, so a killed study goes on where it was.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+import scipy.stats
+import tyro
+from control_methods import METHODS, Budget, trainer
+from control_tasks import TASKS, Task
+
+from jaxrlhf import preferences
+from jaxrlhf.mdp.trajectories import gold_score
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.run_folder import plain
+
+TaskName = Literal["four-rooms", "cartpole", "pendulum", "reacher"]
+AnnotatorName = Literal["rational", "mistaken", "indifferent", "left-handed", "myopic"]
+CHOICES = {
+    "rational": preferences.BRADLEY_TERRY,
+    "mistaken": preferences.Choice(mistake=0.1),
+    "indifferent": preferences.Choice(tie=1.0),
+    "left-handed": preferences.Choice(position=1.0),
+    "myopic": preferences.BRADLEY_TERRY,
+}
+MYOPIC_DECAY = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    tasks: tuple[TaskName, ...] = ("four-rooms", "cartpole", "pendulum", "reacher")
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Names in METHODS of control_methods.py."""
+    annotators: tuple[AnnotatorName, ...] = ("rational",)
+    """Rational is Bradley-Terry; mistaken errs in a tenth of the answers; indifferent calls ties; left-handed favours
+    what is shown first; myopic forgets what happened early."""
+    seeds: int = 5
+    outer_steps: int | None = None
+    """Of a run; the task's own number by default."""
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    output: pathlib.Path = pathlib.Path("runs/control")
+    """The folder of results, tables and figures."""
+
+
+def annotator_of(name: AnnotatorName, task: Task):
+    """Returns `labels a pair -> annotator`, who sees the true reward of what is compared."""
+
+    def whole(sample, frozen):
+        return task.scale * gold_score(sample, frozen)
+
+    def remembered(sample, frozen):
+        steps = preferences.myopic(lambda sample, frozen: task.scale * sample.responses.gold, decay=MYOPIC_DECAY)
+        return steps(sample._replace(discount=sample.responses.window), frozen)
+
+    score = remembered if name == "myopic" else whole
+    return lambda labels: preferences.gold_annotator(score, labels=labels, choice=CHOICES[name])
+
+
+def run(task: Task, method: str, annotator: AnnotatorName, config: Config) -> dict:
+    """Runs all seeds of one method at once: curves `[seeds, outer_steps]` and seconds."""
+    train = trainer(task, METHODS[method], config.budget, annotator_of(annotator, task))
+    keys = jax.random.split(jax.random.key(0), config.seeds)
+    began = time.monotonic()
+    compiled = jax.jit(jax.vmap(train)).lower(keys).compile()
+    ready = time.monotonic()
+    curves = jax.block_until_ready(compiled(keys))
+    seconds = {"compilation": ready - began, "run": time.monotonic() - ready}
+    return {name: np.asarray(curve).tolist() for name, curve in curves._asdict().items()} | {"seconds": seconds}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean over seeds and half of its 95% Student interval; nan where there is one seed."""
+    if len(values) < 2:
+        return float(np.mean(values)), float("nan")
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half)
+
+
+def final(curves: dict) -> np.ndarray:
+    """Returns each seed's return over the last tenth of the outer steps."""
+    returns = np.asarray(curves["returns"], float)
+    return returns[:, -max(1, returns.shape[1] // 10) :].mean(axis=1)
+
+
+def settings_of(task: Task, method: str, config: Config) -> dict:
+    """Returns what a result depends on, the rule apart, which a method's name says."""
+    numbers = {name: value for name, value in task._asdict().items() if isinstance(value, int | float | None)}
+    return json.loads(json.dumps(plain({
+        "task": numbers, "method": METHODS[method]._replace(rule=None), "budget": config.budget, "seeds": config.seeds
+    })))  # fmt: skip
+
+
+def table(results: dict[str, dict]) -> list[str]:
+    """Returns the rows of one task and annotator, best first among the learners."""
+    lines = [
+        "| method | final return | over the whole run | minus iterated, paired | labels | environment steps | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def shown(values):
+        mean, half = interval(values)
+        digits = max(0, 3 - len(str(int(abs(mean)))))
+        return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+    for name in sorted(results, key=lambda name: (METHODS[name].reward != "gold", -np.mean(final(results[name])))):
+        curves = results[name]
+        beside = None if name == "iterated" else results.get("iterated")
+        paired = shown(final(curves) - final(beside)) if beside else ""
+        labels, steps = (int(np.mean(np.sum(curves[field], axis=1))) for field in ("labels", "steps"))
+        lines.append(
+            f"| {name} | {shown(final(curves))} | {shown(np.mean(curves['returns'], axis=1))} | {paired} | {labels:,} "
+            f"| {steps:,} | {sum(curves['seconds'].values()):.0f} |"
+        )
+    return lines
+
+
+def banded(curves: dict, labels: np.ndarray) -> tuple[list, ...]:
+    """Returns labels, means and the ends of the 95% band, over blocks of outer steps."""
+    returns = np.asarray(curves["returns"], float)
+    blocks = np.array_split(np.arange(returns.shape[1]), min(24, returns.shape[1]))
+    middle, half = np.transpose([interval(returns[:, block].mean(axis=1)) for block in blocks])
+    half = np.nan_to_num(half)
+    return tuple(
+        part.tolist() for part in (labels[[block[-1] for block in blocks]], middle, middle - half, middle + half)
+    )
+
+
+FAMILIES = {
+    "bilevel": ("oracle", "bilevel central", "bilevel forward", "bilevel Brier", "iterated", "offline"),
+    "iterated": ("iterated", "iterated, entropy first", "iterated, disagreement", "iterated, replay",
+                 "iterated, all of PEBBLE", "bilevel, entropy first"),
+}  # fmt: skip
+"""The lines of the two figures."""
+
+
+def report(folder: pathlib.Path) -> str:
+    """Draws the figures and returns the tables of all results in the folder."""
+    found: dict[str, dict[str, dict]] = {}
+    for path in sorted(folder.glob("curves/*.json")):
+        result = json.loads(path.read_text())
+        place = result["task"] + ("" if result["annotator"] == "rational" else f", {result['annotator']} annotator")
+        found.setdefault(place, {})[result["method"]] = result["curves"]
+    lines = []
+    for place, results in found.items():
+        lines += ["", f"## {place[0].upper()}{place[1:]}", "", *table(results)]
+    for family, names in FAMILIES.items():
+        panels = {}
+        for place, results in found.items():
+            bought = [np.cumsum(curves["labels"][0]) for curves in results.values()]
+            labels = max(bought, key=lambda each: (each[-1], each[len(each) // 2]))
+            online = [curve for name, curve in results.items() if METHODS[name].reward == "learned"]
+            labels = np.cumsum(online[0]["labels"][0]) if online else labels
+            drawn = {name: banded(results[name], labels) for name in names if name in results}
+            if drawn and "annotator" not in place:
+                panels[place] = ("labels bought online by then", "true return", drawn)
+        if panels:
+            draw_curves(folder / f"{family}.png", panels)
+            lines += ["", f"![{family}]({family}.png)"]
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    """Runs what is missing, and reports all that is in the folder."""
+    if unknown := set(config.methods) - set(METHODS):
+        sys.exit(f"There is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}.")
+    try:
+        (config.output / "curves").mkdir(parents=True, exist_ok=True)
+        (config.output / "tables.md").touch()
+    except OSError as error:
+        sys.exit(f"The output folder {config.output} cannot be written ({error.strerror}); give --output another.")
+    wanted = list(itertools.product(config.tasks, config.annotators, config.methods))
+    began, made = time.monotonic(), 0
+    for number, (name, annotator, method) in enumerate(wanted):
+        path = config.output / "curves" / f"{name}-{annotator}-{method}.json".replace(" ", "_").replace(",", "")
+        task = TASKS[name]()
+        if config.outer_steps is not None:
+            task = task._replace(outer_steps=config.outer_steps)
+        settings = settings_of(task, method, config)
+        if path.exists() and json.loads(path.read_text())["settings"] == settings:
+            continue
+        try:
+            curves = run(task, method, annotator, config)
+        except ValueError as error:
+            sys.exit(f"control: {name}, {method}: {error}")
+        made += 1
+        result = {"task": name, "annotator": annotator, "method": method, "settings": settings, "curves": curves}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result))
+        os.replace(part, path)
+        steps = np.sum(curves["steps"])
+        left = (time.monotonic() - began) / made * (len(wanted) - number - 1)
+        print(
+            f"{name}, {annotator}, {method}: {interval(final(curves))[0]:.1f}; {steps / curves['seconds']['run']:,.0f} "
+            f"environment steps a second; at most {left / 60:.0f} min left",
+            flush=True,
+        )
+    text = report(config.output)
+    (config.output / "tables.md").write_text(text.strip() + "\n")
+    print(text)
+    print(config.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
