@@ -16,6 +16,7 @@ sys.path.append(str(EXPERIMENTS))
 
 import four_rooms  # noqa: E402
 import four_rooms_methods as methods  # noqa: E402
+import four_rooms_search  # noqa: E402
 
 from jaxrlhf.mdp import four_rooms as rooms  # noqa: E402
 
@@ -128,3 +129,18 @@ def test_the_best_known_optima_are_what_they_say(x64):
         reached = value(jnp.asarray(entry["weights"]), rooms.terms(*cell), environment)
         np.testing.assert_allclose(reached, entry["value"], atol=1e-3)
         assert reached > max(mean for mean, _ in four_rooms.PUBLISHED[cell].values())
+
+
+def test_the_search_reports_what_its_weights_reach(capsys):
+    cells, environment = [(0.003, 1.0), (0.005, 1.0)], rooms.four_rooms()
+    found = four_rooms_search.search(cells, 1, 4, four_rooms.over_seeds, environment)
+    printed = re.findall(r"(restarts|continuation 3/3), cell (\S+): (\S+)", capsys.readouterr().out)
+    by_stage = {(stage, cell): float(value) for stage, cell, value in printed}
+    for cell, entry in zip(cells, found, strict=True):
+        upper = jnp.asarray(entry["weights"])
+        np.testing.assert_allclose(
+            methods.exact_value(upper, rooms.terms(*cell), environment), entry["value"], atol=2e-3
+        )
+        name = f"{cell[0]:g},{cell[1]:g}"
+        assert by_stage["continuation 3/3", name] >= by_stage["restarts", name] > 0
+        np.testing.assert_allclose(by_stage["continuation 3/3", name], entry["value"], atol=1e-4)

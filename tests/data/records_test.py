@@ -1,0 +1,196 @@
+"""Records by format; bad lines named; HH-RLHF, all of it."""
+
+import gzip
+import json
+import pathlib
+import re
+
+import pytest
+
+from jaxrlhf.data import (
+    DataError,
+    Demonstration,
+    Judged,
+    Message,
+    Preference,
+    Prompt,
+    Ranked,
+    hh_rlhf,
+    pairs_of,
+    parse_record,
+    read_records,
+    split_prompt,
+)
+
+SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
+ASK, YES, NO = (
+    [{"role": role, "content": text}] for role, text in (("user", "Dry?"), ("assistant", "Yes."), ("assistant", "No."))
+)
+ASKED, YESES, NOES = (Message("user", "Dry?"),), (Message("assistant", "Yes."),), (Message("assistant", "No."),)
+
+
+@pytest.mark.parametrize(
+    "line, record",
+    [
+        (
+            {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+            Preference("The sky is", " blue.", " green."),
+        ),
+        (
+            {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+            Preference("The sky is", " blue.", " green."),
+        ),
+        ({"prompt": ASK, "chosen": YES, "rejected": NO, "margin": 2}, Preference(ASKED, YESES, NOES, 2.0)),
+        ({"chosen": ASK + YES, "rejected": ASK + NO}, Preference(ASKED, YESES, NOES)),
+        ({"prompt": "a", "completions": ["b", "c"]}, Ranked("a", ("b", "c"), (1, 2))),
+        (
+            {"prompt": ASK, "completions": [NO, YES, NO], "ranks": [2, 1, 2]},
+            Ranked(ASKED, (NOES, YESES, NOES), (2, 1, 2)),
+        ),
+        ({"prompt": "a", "completion": "b", "label": False}, Judged("a", "b", good=False)),
+        ({"prompt": "a", "completion": "b"}, Demonstration("a", "b")),
+        ({"messages": ASK + YES}, Demonstration((), ASKED + YESES)),
+        ({"text": "Once."}, Demonstration("", "Once.")),
+        ({"prompt": ASK}, Prompt(ASKED)),
+        ({"prompt": None, "chosen": "a b", "rejected": "a c", "source": 7}, Preference("a", " b", " c")),
+    ],
+)
+def test_a_line_is_what_its_keys_say(line, record):
+    assert parse_record(json.loads(json.dumps(line))) == record
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (["a"], "expected a JSON object, got list"),
+        ({"x": 1}, "no known format has the keys x"),
+        ({"chosen": "same", "rejected": "same"}, "are the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"chosen": "one", "rejected": "two"}, "share no beginning"),
+        ({"prompt": "a", "chosen": YES, "rejected": NO}, "must all be strings, or all lists of messages"),
+        ({"prompt": ASK, "chosen": [{"role": "assistant"}], "rejected": NO}, r"chosen\[0\] must be an object"),
+        ({"prompt": 3, "completion": "b"}, "prompt must be a string or a list of messages, got int"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "label must be true or false"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"}, "margin must be a number"),
+        ({"prompt": "a", "completions": ["b"]}, "at least two"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": [1]}, "2 completions and 1 ranks"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, True]}, "whole numbers"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said(line, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_record(line)
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, parts",
+    [
+        ("to be fair", "to be firm", ("to be", " fair", " firm")),
+        ("a  b", "a  c", ("a", "  b", "  c")),
+        ("one", "one two", ("one", "", " two")),
+        ("so-and", "so-or", ("so-", "and", "or")),
+        ("Q: x\nA: 1", "Q: x\nA: 2", ("Q: x\nA:", " 1", " 2")),
+    ],
+)
+def test_a_prompt_ends_with_a_word(chosen, rejected, parts):
+    prompt, *rest = split_prompt(chosen, rejected)
+    assert (prompt, *rest) == parts
+    assert [prompt + part for part in rest] == [chosen, rejected]
+
+
+def test_rankings_give_the_pairs_that_are_no_ties():
+    ranked = Ranked("p", ("worst", "best", "middle", "other"), (3, 1, 2, 2))
+    pairs = [(pair.chosen, pair.rejected) for pair in pairs_of(ranked)]
+    assert set(pairs) == {
+        ("best", "middle"),
+        ("best", "other"),
+        ("best", "worst"),
+        ("middle", "worst"),
+        ("other", "worst"),
+    }
+    assert len(pairs) == 5
+
+
+def write(path, lines):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    if path.suffix == ".gz":
+        with gzip.open(path, "wt") as stream:
+            stream.write(text)
+    else:
+        path.write_text(text)
+    return path
+
+
+def test_a_bad_line_is_named_or_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x"}, "", "{", {"prompt": 1}, {"prompt": "y"}])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}, line 3: not JSON .* --skip-bad\.$"):
+        read_records(path)
+    found = read_records(path, skip_bad=True)
+    assert found.records == [Prompt("x"), Prompt("y")]
+    assert [(bad.line, bad.path) for bad in found.bad] == [(3, path), (4, path)]
+    assert "prompt must be a string" in found.bad[1].reason
+
+
+def test_a_folder_is_read_by_name_and_no_further(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "b.jsonl", [{"prompt": "2"}])
+    write(folder / "a.jsonl.gz", [{"prompt": "1"}])
+    write(folder / "sub" / "c.jsonl", [{"prompt": "3"}])
+    write(folder / "notes.txt", ["no data"])
+    assert [record.prompt for record in read_records(folder).records] == ["1", "2", "3"]
+    outside = write(tmp_path / "secret.jsonl", [{"prompt": "4"}])
+    (folder / "z.jsonl").symlink_to(outside)
+    with pytest.raises(DataError, match="leads out of the folder"):
+        read_records(folder)
+
+
+def test_files_that_are_no_data_are_named(tmp_path):
+    with pytest.raises(DataError, match="There is no file or folder"):
+        read_records(tmp_path / "missing")
+    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+        read_records(tmp_path)
+    cut = write(tmp_path / "cut.jsonl.gz", [{"prompt": str(number)} for number in range(2000)])
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz, after line \d+: not readable"):
+        read_records(cut)
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"binary\.jsonl, after line 0: not readable as text"):
+        read_records(binary)
+    with pytest.raises(DataError, match="holds no line of data"):
+        read_records(write(tmp_path / "empty.jsonl", [""]))
+
+
+def test_transcripts_become_conversations():
+    told = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
+    found = hh_rlhf.parse({"chosen": told + " yes", "rejected": told + ""})
+    assert found.prompt == (Message("user", "a\n\nb"), Message("assistant", "c"), Message("user", "d"))
+    assert (found.chosen, found.rejected) == ((Message("assistant", "yes"),), (Message("assistant", ""),))
+    for line, reason in (
+        ({"chosen": told}, "strings chosen and rejected"),
+        ({"chosen": "hello", "rejected": told}, "must begin with a blank line"),
+        ({"chosen": told, "rejected": told}, "are the same"),
+        ({"chosen": told + "\n\nHuman: x", "rejected": told}, "go on with an Assistant's turn"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            hh_rlhf.parse(line)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"HH-RLHF is missing: {SHARED}")
+def test_every_published_pair_is_parsed():
+    found = read_records(SHARED / "harmless-base-test.jsonl.gz", hh_rlhf.parse)
+    assert len(found.records) == 2312 and not found.bad
+    with gzip.open(SHARED / "harmless-base-test.jsonl.gz", "rt") as stream:
+        lines = [json.loads(line) for line in stream]
+    names = {"user": "Human", "assistant": "Assistant"}
+
+    def squeezed(text):
+        return "".join(text.split())
+
+    for pair, line in zip(found.records, lines, strict=True):
+        for name in ("chosen", "rejected"):
+            told = "".join(f"{names[turn.role]}:{turn.content}" for turn in pair.prompt + getattr(pair, name))
+            assert squeezed(told) == squeezed(line[name])
+    assert sum(len(pair.chosen) + len(pair.rejected) > 2 for pair in found.records) == 5
+    assert sum(pair.chosen[0].content == "" for pair in found.records) == 4
