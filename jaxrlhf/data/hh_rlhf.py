@@ -23,7 +23,7 @@ def parse(value: Any) -> Preference:
         raise ValueError("expected an object with the strings chosen and rejected.")
     prompt, chosen, rejected = split_prompt(*(turns(value[name]) for name in ("chosen", "rejected")))
     for name, rest in (("chosen", chosen), ("rejected", rejected)):
-        if not rest or rest[0].role != "assistant":
+        if not rest or not isinstance(rest[0], Message) or rest[0].role != "assistant":
             raise ValueError(f"{name} does not go on with an Assistant's turn where the two part.")
     return Preference(prompt, chosen, rejected)
 

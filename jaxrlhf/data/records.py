@@ -177,9 +177,11 @@ def parse_record(value: Any) -> Record:
     if {"prompt", "completion", "label"} <= keys:
         if not isinstance(value["label"], bool):
             raise ValueError(f"label must be true or false, got {value['label']!r}.")
-        return Judged(*_alike(value, "prompt", "completion"), value["label"])
+        prompt, completion = _alike(value, "prompt", "completion")
+        return Judged(prompt, completion, value["label"])
     if {"prompt", "completion"} <= keys:
-        return Demonstration(*_alike(value, "prompt", "completion"))
+        prompt, completion = _alike(value, "prompt", "completion")
+        return Demonstration(prompt, completion)
     if "messages" in keys:
         return Demonstration((), text_of(value["messages"], "messages"))
     if "text" in keys:
@@ -214,7 +216,7 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same.")
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         while shared and (_inside_word(chosen, shared) or _inside_word(rejected, shared)):
             shared -= 1
         while shared and chosen[shared - 1].isspace():
@@ -254,7 +256,8 @@ def _preference(value: dict) -> Preference:
         raise ValueError(f"margin must be a number, got {margin!r}.")
     margin = None if margin is None else float(margin)
     if value.get("prompt") is None:
-        return Preference(*split_prompt(*_alike(value, "chosen", "rejected")), margin)
+        chosen, rejected = _alike(value, "chosen", "rejected")
+        return Preference(*split_prompt(chosen, rejected), margin)
     prompt, chosen, rejected = _alike(value, "prompt", "chosen", "rejected")
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same.")
