@@ -143,10 +143,9 @@ def banded(curves: dict, labels: np.ndarray) -> tuple[list, ...]:
 
 
 FAMILIES = {
-    "bilevel": ("oracle", "bilevel central", "bilevel forward", "bilevel Brier", "iterated", "offline"),
-    "iterated": ("iterated", "iterated, entropy first", "iterated, disagreement", "iterated, replay",
-                 "iterated, all of PEBBLE", "bilevel, entropy first"),
-}  # fmt: skip
+    "bilevel": ("oracle", "offline", "iterated", "iterated, disagreement", "bilevel central", "bilevel, disagreement"),
+    "iterated": ("iterated", *(name for name in METHODS if name.startswith("iterated,"))),
+}
 """The lines of the two figures."""
 
 
@@ -163,12 +162,12 @@ def report(folder: pathlib.Path) -> str:
     for family, names in FAMILIES.items():
         panels = {}
         for place, results in found.items():
-            bought = [np.cumsum(curves["labels"][0]) for curves in results.values()]
-            labels = max(bought, key=lambda each: (each[-1], each[len(each) // 2]))
             online = [curve for name, curve in results.items() if METHODS[name].reward == "learned"]
-            labels = np.cumsum(online[0]["labels"][0]) if online else labels
-            drawn = {name: banded(results[name], labels) for name in names if name in results}
-            if drawn and "annotator" not in place:
+            drawn = {}
+            if online and "annotator" not in place:
+                labels = np.cumsum(online[0]["labels"][0])
+                drawn = {name: banded(results[name], labels) for name in names if name in results}
+            if drawn:
                 panels[place] = ("labels bought online by then", "true return", drawn)
         if panels:
             draw_curves(folder / f"{family}.png", panels)

@@ -59,6 +59,7 @@ METHODS = {
     "bilevel forward": Method(rule=bilevel.forward(0.2)),
     "bilevel Brier": Method(rule=bilevel.central(0.2), objective="brier"),
     "bilevel, entropy first": Method(rule=bilevel.central(0.2), exploration=5),
+    "bilevel, disagreement": Method(rule=bilevel.central(0.2), members=3, disagreement=True),
 }
 """By the name on the command line."""
 

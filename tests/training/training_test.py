@@ -120,4 +120,9 @@ def test_an_output_that_is_no_folder_is_named(tmp_path):
 
 def test_figures_are_written(tmp_path):
     draw_curves(tmp_path / "curves.png", {"a": ("x", "y", {"one": ([0, 1], [1, 2])}), "b": ("x", "y", {})})
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plain = (tmp_path / "curves.png").read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    draw_curves(
+        tmp_path / "band.png", {"a": ("x", "y", {"one": ([0, 1], [1, 2], [0, 1], [2, 3])}), "b": ("x", "y", {})}
+    )
+    assert (tmp_path / "band.png").read_bytes() != plain
