@@ -48,6 +48,7 @@ class Method(NamedTuple):
 PEBBLE = Method(members=3, disagreement=True, replay=2, exploration=5)
 METHODS = {
     "oracle": Method(reward="gold"),
+    "oracle, replay": Method(reward="gold", replay=2),
     "offline": Method(reward="offline"),
     "iterated": Method(),
     "iterated, entropy first": Method(exploration=5),
@@ -59,6 +60,7 @@ METHODS = {
     "bilevel forward": Method(rule=bilevel.forward(0.2)),
     "bilevel Brier": Method(rule=bilevel.central(0.2), objective="brier"),
     "bilevel, entropy first": Method(rule=bilevel.central(0.2), exploration=5),
+    "bilevel, all of PEBBLE": PEBBLE._replace(rule=bilevel.central(0.2)),
     "bilevel, disagreement": Method(rule=bilevel.central(0.2), members=3, disagreement=True),
 }
 """By the name on the command line."""

@@ -167,8 +167,10 @@ def prepare(
     metadata = builder.info.metadata
     assert metadata is not None
     kind = KINDS[metadata["kind"]]
-    read: Callable = builder.as_data_source  # its decorators hide the signature
-    sources = {name: RecordSource(read(split=name), kind) for name in builder.info.splits}
+    names = list(builder.info.splits)
+    # Its decorators hide the signature.
+    examples = [builder.as_data_source(split=name) for name in names]  # pyright: ignore[reportCallIssue]
+    sources = {name: RecordSource(each, kind) for name, each in zip(names, examples, strict=True)}
     return Prepared(sources, [BadLine(pathlib.Path(file), line, reason) for file, line, reason in metadata["bad"]])
 
 
