@@ -21,13 +21,14 @@ BEGINS, ENDS = "\uf8f0", "\uf8f1"
 
 TRANSCRIPT = """\
 {%- for message in messages -%}
-{{ "\\n\\n" + {"user": "Human", "assistant": "Assistant"}[message.role] + ": " -}}
+{{ "\\n\\n" + {"user": "Human", "assistant": "Assistant"}[message.role] + ":" -}}
 {%- if message.role == "assistant" -%}
-{% generation %}{{ message.content + eos_token if loop.last else message.content }}{% endgeneration -%}
-{%- else %}{{ message.content }}{% endif -%}
+{% generation %}{{ " " + message.content + (eos_token if loop.last else "") }}{% endgeneration -%}
+{%- else %}{{ " " + message.content }}{% endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt %}{{ "\\n\\nAssistant: " }}{% endif -%}"""
-"""Human and Assistant turns as in HH-RLHF, for models that bring no template; the end of text ends the last turn."""
+{%- if add_generation_prompt %}{{ "\\n\\nAssistant:" }}{% endif -%}"""
+"""Human and Assistant turns as in HH-RLHF, for models that bring no template. The end of text ends the last turn; the
+space behind a colon is the speaker's, as tokenizers join it to the word that follows."""
 
 
 class Rendered(NamedTuple):

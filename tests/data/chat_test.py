@@ -50,7 +50,7 @@ def test_texts_are_those_of_transformers(source, count):
         (TAGGED, ["Yes, dry.</s>", "é</s>"]),
         (PLAIN, ["Yes, dry. <|end|>\n", "é<|end|>\n"]),
         (STRICT, [" Yes, dry. </s>", " é</s>"]),
-        (TRANSCRIPT, ["Yes, dry. ", "é</s>"]),
+        (TRANSCRIPT, [" Yes, dry. ", " é</s>"]),
     ],
 )
 def test_spans_are_what_the_assistant_said(source, said):
