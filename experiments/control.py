@@ -154,6 +154,8 @@ def report(folder: pathlib.Path) -> str:
     found: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("curves/*.json")):
         result = json.loads(path.read_text())
+        if result["method"] not in METHODS:
+            continue
         place = result["task"] + ("" if result["annotator"] == "rational" else f", {result['annotator']} annotator")
         found.setdefault(place, {})[result["method"]] = result["curves"]
     lines = []

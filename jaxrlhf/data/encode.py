@@ -2,7 +2,7 @@
 
 Prompt and completion are tokenised as one text, as a model sees it, and a token is the completion's if its last character
 is: one that begins before the border is learned, one that runs on into the next turn is not. Where a tokenizer joins the
-end of a prompt to what follows, the tokens before the border are fewer than the prompt's own; usual templates do not end so.
+end of a prompt to what follows, the tokens before the border are fewer than the prompt's own; templates rarely end so.
 """
 
 from typing import NamedTuple
