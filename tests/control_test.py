@@ -128,7 +128,7 @@ def test_intervals_are_students():
 
 
 def test_the_command_goes_on_where_it_was(tmp_path):
-    small = "--outer-steps 12 --budget.pairs 4 --budget.labels 2 --budget.first-steps 1 --seeds 2".split()
+    small = ("--outer-steps=12", "--budget.pairs=4", "--budget.labels=2", "--budget.first-steps=1", "--seeds=2")
     names = ("oracle", "bilevel, all of PEBBLE")
 
     def run_command(*methods):
