@@ -1,7 +1,7 @@
 """RLHF on trajectories: true return against labels, on Four-Rooms with a hidden reward and on control tasks of gymnax.
 
     python experiments/control.py --tasks cartpole --methods oracle iterated "bilevel central"
-    python experiments/control.py                                   # everything, about an hour on 2 cores
+    python experiments/control.py                                   # everything, about two hours; half in two processes
     python experiments/control.py --tasks pendulum --annotators mistaken myopic
 
 No learner sees the true reward; all buy equally many labels and draw equally many episodes. Runs of the same settings that
