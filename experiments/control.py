@@ -18,11 +18,12 @@ import time
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tyro
 from control_methods import METHODS, Budget, trainer
-from control_tasks import TASKS, Task
+from control_tasks import TASKS, WIDTH, Task
 
 from jaxrlhf import preferences
 from jaxrlhf.mdp.trajectories import gold_score
@@ -99,12 +100,27 @@ def final(curves: dict) -> np.ndarray:
     return returns[:, -max(1, returns.shape[1] // 10) :].mean(axis=1)
 
 
-def settings_of(task: Task, method: str, config: Config) -> dict:
-    """Returns what a result depends on, the rule apart, which a method's name says."""
-    numbers = {name: value for name, value in task._asdict().items() if isinstance(value, int | float | None)}
-    return json.loads(json.dumps(plain({
-        "task": numbers, "method": METHODS[method]._replace(rule=None), "budget": config.budget, "seeds": config.seeds
-    })))  # fmt: skip
+def task_of(name: TaskName, config: Config) -> Task:
+    """Returns a task, with the outer steps that were asked for."""
+    task = TASKS[name]()
+    return task if config.outer_steps is None else task._replace(outer_steps=config.outer_steps)
+
+
+def settings_of(task: Task, method: str, annotator: AnnotatorName, config: Config) -> dict:
+    """Returns what a result depends on, as JSON has it: a change of any makes a run again."""
+    rule = METHODS[method].rule
+    assert callable(rule.relative_sigma)  # a constant, here
+    settings = {
+        "task": {name: value for name, value in task._asdict().items() if isinstance(value, int | float | None)},
+        "units": task.units,
+        "width": WIDTH,
+        "method": METHODS[method]._replace(rule=None),
+        "rule": (rule.stencil, float(rule.relative_sigma(jnp.zeros((), jnp.int32))), rule.sampling),
+        "annotator": (CHOICES[annotator], MYOPIC_DECAY),
+        "budget": config.budget,
+        "seeds": config.seeds,
+    }
+    return json.loads(json.dumps(plain(settings)))
 
 
 def table(results: dict[str, dict]) -> list[str]:
@@ -149,26 +165,31 @@ FAMILIES = {
 """The lines of the two figures."""
 
 
-def report(folder: pathlib.Path) -> str:
-    """Draws the figures and returns the tables of all results in the folder."""
+def report(config: Config) -> str:
+    """Draws the figures and returns the tables of the folder's results that have these settings."""
+    folder = config.output
     found: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("curves/*.json")):
         result = json.loads(path.read_text())
-        if result["method"] not in METHODS:
+        name, method, annotator = result["task"], result["method"], result["annotator"]
+        known = name in TASKS and method in METHODS and annotator in CHOICES
+        if not known or result["settings"] != settings_of(task_of(name, config), method, annotator, config):
             continue
-        place = result["task"] + ("" if result["annotator"] == "rational" else f", {result['annotator']} annotator")
-        found.setdefault(place, {})[result["method"]] = result["curves"]
+        place = name + ("" if annotator == "rational" else f", {annotator} annotator")
+        found.setdefault(place, {})[method] = result["curves"]
     lines = []
     for place, results in found.items():
         lines += ["", f"## {place[0].upper()}{place[1:]}", "", *table(results)]
     for family, names in FAMILIES.items():
         panels = {}
         for place, results in found.items():
-            online = [curve for name, curve in results.items() if METHODS[name].reward == "learned"]
+            # Who buys none, or all at first, is drawn by what iterated has bought after as many episodes.
+            online = {name: curves for name, curves in results.items() if METHODS[name].reward == "learned"}
             drawn = {}
-            if online and "annotator" not in place:
-                labels = np.cumsum(online[0]["labels"][0])
-                drawn = {name: banded(results[name], labels) for name in names if name in results}
+            for name in names:
+                if name in results and online and "annotator" not in place:
+                    buyer = online.get(name) or online.get("iterated") or next(iter(online.values()))
+                    drawn[name] = banded(results[name], np.cumsum(buyer["labels"][0]))
             if drawn:
                 panels[place] = ("labels bought online by then", "true return", drawn)
         if panels:
@@ -178,7 +199,7 @@ def report(folder: pathlib.Path) -> str:
 
 
 def main(config: Config) -> None:
-    """Runs what is missing, and reports all that is in the folder."""
+    """Runs what is missing, and reports all of these settings that is in the folder."""
     if unknown := set(config.methods) - set(METHODS):
         sys.exit(f"There is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}.")
     try:
@@ -190,10 +211,8 @@ def main(config: Config) -> None:
     began, made = time.monotonic(), 0
     for number, (name, annotator, method) in enumerate(wanted):
         path = config.output / "curves" / f"{name}-{annotator}-{method}.json".replace(" ", "_").replace(",", "")
-        task = TASKS[name]()
-        if config.outer_steps is not None:
-            task = task._replace(outer_steps=config.outer_steps)
-        settings = settings_of(task, method, config)
+        task = task_of(name, config)
+        settings = settings_of(task, method, annotator, config)
         if path.exists() and json.loads(path.read_text())["settings"] == settings:
             continue
         try:
@@ -212,7 +231,7 @@ def main(config: Config) -> None:
             f"environment steps a second; at most {left / 60:.0f} min left",
             flush=True,
         )
-    text = report(config.output)
+    text = report(config)
     (config.output / "tables.md").write_text(text.strip() + "\n")
     print(text)
     print(config.output)

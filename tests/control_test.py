@@ -17,6 +17,7 @@ import control  # noqa: E402
 import control_methods as methods  # noqa: E402
 import control_tasks as tasks  # noqa: E402
 
+from jaxrlhf import bilevel  # noqa: E402
 from jaxrlhf.bilevel import Labelled  # noqa: E402
 from jaxrlhf.mdp import four_rooms as rooms  # noqa: E402
 from jaxrlhf.mdp.trajectories import Held  # noqa: E402
@@ -127,6 +128,24 @@ def test_intervals_are_students():
     np.testing.assert_allclose((mean, half), (7 / 3, 4.302653 * np.sqrt(7 / 9)), rtol=1e-5)
 
 
+def test_another_rule_or_budget_is_another_result(monkeypatch):
+    config, task = control.Config(), tasks.TASKS["pendulum"]()
+
+    def settings(name="bilevel central", annotator="rational", config=config):
+        return control.settings_of(task, name, annotator, config)
+
+    first = settings()
+    assert first == settings() == json.loads(json.dumps(first))
+    others = [
+        settings("bilevel forward"),
+        settings(annotator="mistaken"),
+        settings(config=control.Config(seeds=3)),
+        settings(config=control.Config(budget=methods.Budget(labels=4))),
+    ]
+    monkeypatch.setitem(methods.METHODS, "bilevel central", methods.Method(rule=bilevel.central(0.4)))
+    assert all(other != first for other in [*others, settings()])
+
+
 def test_the_command_goes_on_where_it_was(tmp_path):
     small = ("--outer-steps=12", "--budget.pairs=4", "--budget.labels=2", "--budget.first-steps=1", "--seeds=2")
     names = ("oracle", "bilevel, all of PEBBLE")
@@ -150,7 +169,8 @@ def test_the_command_goes_on_where_it_was(tmp_path):
         # A step of CartPole is worth 1: half of the steps are slot 0's, the policy's own, up to chance.
         assert np.all(np.isfinite(curves["returns"])) and np.all(curves["steps"] >= 4 * curves["returns"])
     table = (tmp_path / "tables.md").read_text()
-    assert all(f"| {name} |" in table for name in names) and (tmp_path / "bilevel.png").exists()
+    assert all(f"| {name} |" in table for name in names)
+    assert (tmp_path / "bilevel.png").exists()
     again = run_command(*names)
     assert again.returncode == 0 and "environment steps a second" not in again.stdout
     assert (tmp_path / "tables.md").read_text() == table

@@ -4,18 +4,22 @@
     prepared.splits["train"][17]                         # a `Preference`
     prepare(download("harmless-base/test", "prepared"), parse=hh_rlhf.parse, data_dir="prepared")
 
-A prepared folder is named by the content that it was made from, so that changed data are prepared anew.
+A prepared folder is named by the records in it, so that changed data, or data read otherwise, are prepared anew.
 """
 
 import hashlib
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+from tensorflow_datasets.core.download.util import DownloadError
 from tensorflow_datasets.core.utils import Size
 
 from jaxrlhf.data.records import (
@@ -29,8 +33,6 @@ from jaxrlhf.data.records import (
     Ranked,
     Record,
     Text,
-    files_of,
-    parse_record,
     read_records,
 )
 
@@ -92,27 +94,20 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
         held_out: float = 0.0,
         data_dir: str | pathlib.Path,
     ):
-        self._parse, self._skip_bad, self._held_out = parse or parse_record, skip_bad, held_out
-        self._path = pathlib.Path(path)
-        self._read = None
+        self._path, self._held_out = pathlib.Path(path), held_out
+        self._read = read_records(path, parse, skip_bad=skip_bad)
         config = tfds.core.BuilderConfig(name=self._fingerprint(), description=f"Records of {self._path}.")
         super().__init__(file_format="array_record", data_dir=str(data_dir), config=config)
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        how = (self._parse.__module__, self._parse.__qualname__, self._skip_bad, self._held_out, str(self.VERSION))
-        digest.update(json.dumps(how).encode())
-        for file in files_of(self._path):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        # Of what was read and not of the files: another parser is another folder, whatever its name.
+        digest = hashlib.sha256(repr((self._held_out, self._read.bad)).encode())
+        for record in self._read.records:
+            digest.update(repr(record).encode())
         return digest.hexdigest()[:16]
 
-    def _records(self):
-        if self._read is None:
-            self._read = read_records(self._path, self._parse, skip_bad=self._skip_bad)
-        return self._read
-
     def _info(self) -> tfds.core.DatasetInfo:
-        found = self._records()
+        found = self._read
         kinds = {type(record) for record in found.records}
         if len(kinds) != 1:
             names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none that could be read"
@@ -130,7 +125,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         parts: dict[str, list] = {"train": [], "test": []}
-        for number, record in enumerate(self._records().records):
+        for number, record in enumerate(self._read.records):
             parts["test" if _place(record) < self._held_out else "train"].append((number, record))
         return {name: self._generate_examples(part) for name, part in parts.items() if part}
 
@@ -202,19 +197,28 @@ def download(published: str | Published, data_dir: str | pathlib.Path) -> pathli
     )
     try:
         fetched = pathlib.Path(manager.download(published.address))
-    except Exception as error:  # the library raises nothing narrower
+    except NonMatchingChecksumError:
+        raise DataError(
+            f"What {published.address} gave has another checksum than {published.checksum}; it was changed or cut short, "
+            "fetch it again."
+        ) from None
+    except (DownloadError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{published.address} cannot be fetched ({first}); fetch it where there is a network and give its path."
         ) from None
-    kept.write_bytes(fetched.read_bytes())
+    # In one piece: a file that is there is a whole one.
+    part = kept.with_suffix(".part")
+    shutil.copyfile(fetched, part)
+    os.replace(part, kept)
     return kept
 
 
 def _features(kind: type) -> dict:
     text = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
     return {
-        Preference: {"prompt": text, "chosen": text, "rejected": text, "margin": np.float32},
+        # The margin as its digits, empty where there is none: numbers are stored in single precision.
+        Preference: {"prompt": text, "chosen": text, "rejected": text, "margin": tfds.features.Text()},
         # How many messages each completion has, and the messages of all.
         Ranked: {
             "prompt": text,
@@ -256,7 +260,7 @@ def _encoded(record: Record) -> dict:
         }
     texts = {name: _stored(value) for name, value in record._asdict().items() if name not in ("margin", "good")}
     if isinstance(record, Preference):
-        return texts | {"margin": np.float32(np.nan if record.margin is None else record.margin)}
+        return texts | {"margin": "" if record.margin is None else repr(record.margin)}
     return texts | ({"good": record.good} if isinstance(record, Judged) else {})
 
 
@@ -271,9 +275,9 @@ def _decoded(example: dict, kind: type) -> Record:
         )
         return Ranked(prompt, texts, tuple(int(rank) for rank in example["ranks"]))
     if kind is Preference:
-        margin = float(example["margin"])
+        margin = _string(example["margin"])
         chosen, rejected = _told(example["chosen"]), _told(example["rejected"])
-        return Preference(prompt, chosen, rejected, None if np.isnan(margin) else margin)
+        return Preference(prompt, chosen, rejected, float(margin) if margin else None)
     if kind is Prompt:
         return Prompt(prompt)
     completion = _told(example["completion"])

@@ -289,6 +289,13 @@ def _alike(value: dict, *names: str) -> list:
 
 def _object(line: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
+        # JSON can spell half of a surrogate pair, which no text file can hold.
+        json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}).") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text holds half of a surrogate pair.") from None
+    except RecursionError:
+        raise ValueError("nested too deeply.") from None
+    return value

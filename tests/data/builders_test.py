@@ -31,9 +31,9 @@ def write(path, lines):
         (
             [
                 {"prompt": "a", "chosen": "b", "rejected": "c"},
-                {"prompt": TALK, "chosen": ANSWER, "rejected": [], "margin": 0.5},
+                {"prompt": TALK, "chosen": ANSWER, "rejected": [], "margin": 0.1},
             ],
-            [Preference("a", "b", "c"), Preference(TOLD, (Message("assistant", "Yes."),), (), 0.5)],
+            [Preference("a", "b", "c"), Preference(TOLD, (Message("assistant", "Yes."),), (), 0.1)],
         ),
         (
             [
@@ -90,6 +90,13 @@ def test_what_cannot_be_prepared_is_said(tmp_path):
         download("helpful", tmp_path)
 
 
+def test_data_read_otherwise_are_prepared_anew(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    for text in ("one", "two"):
+        splits, _ = prepare(path, parse=lambda value, text=text: Prompt(text), data_dir=tmp_path / "prepared")
+        assert splits["train"][0] == Prompt(text)
+
+
 @pytest.fixture
 def address(tmp_path):
     """A server of this machine that holds one file."""
@@ -120,7 +127,7 @@ def test_a_published_file_is_checked(tmp_path, address):
 def test_a_file_of_another_checksum_is_refused(tmp_path, address):
     url, file = address
     wrong = Published(url, len(file.read_bytes()), "0" * 64)
-    with pytest.raises(DataError, match="cannot be fetched"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl gave has another checksum than 0000"):
         download(wrong, tmp_path / "data")
     assert not list((tmp_path / "data" / "downloads").glob("0000*"))
 

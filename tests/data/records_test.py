@@ -154,6 +154,9 @@ def test_files_that_are_no_data_are_named(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz, after line \d+: not readable"):
         read_records(cut)
+    half = write(tmp_path / "half.jsonl", ['{"prompt": "\\ud800"}', "[" * 100000])
+    found = read_records(half, skip_bad=True).bad
+    assert [line.reason for line in found] == ["a text holds half of a surrogate pair.", "nested too deeply."]
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"binary\.jsonl, after line 0: not readable as text"):
