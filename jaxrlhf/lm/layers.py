@@ -1,4 +1,4 @@
-"""The arithmetic of a Llama-layout layer as pure functions: norm, rotary positions, grouped-query attention.
+"""The arithmetic of a decoder's layer as pure functions: norms, positions, rotation, grouped-query attention.
 
 Products, norms and softmax are computed in float32 at least, whatever the parameters' dtype.
 
@@ -6,8 +6,12 @@ Shapes: N rows, T query columns, S key columns, K key/value heads, G query heads
 H head size.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from jaxrlhf.lm.config import RopeScaling
 
 # Finite, so that a query with no key to look at gives a finite (and unused) average instead of NaN, in
 # gradients too.
@@ -32,26 +36,71 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """
     precise = x.astype(wide(x.dtype))
     precise = precise * jax.lax.rsqrt(jnp.mean(precise * precise, axis=-1, keepdims=True) + epsilon)
-    return jnp.reshape(scale, (1,) * (x.ndim - 1) + scale.shape) * precise.astype(x.dtype)
+    return (jnp.reshape(scale, (1,) * (x.ndim - 1) + scale.shape) * precise.astype(x.dtype)).astype(x.dtype)
+
+
+def rms_norm_from_one(x: jax.Array, offset: jax.Array, epsilon: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + epsilon) * (1 + offset)`, multiplied before it is rounded to x's dtype, as Gemma does."""
+    precise = x.astype(wide(x.dtype))
+    precise = precise * jax.lax.rsqrt(jnp.mean(precise * precise, axis=-1, keepdims=True) + epsilon)
+    scale = 1.0 + offset.astype(precise.dtype)
+    return (jnp.reshape(scale, (1,) * (x.ndim - 1) + scale.shape) * precise).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """`(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias` over the last axis, in x's dtype (arXiv 1607.06450)."""
+    precise = x.astype(wide(x.dtype))
+    precise = precise - jnp.mean(precise, axis=-1, keepdims=True)
+    precise = precise * jax.lax.rsqrt(jnp.mean(precise * precise, axis=-1, keepdims=True) + epsilon)
+    scale, bias = (jnp.reshape(part.astype(precise.dtype), (1,) * (x.ndim - 1) + part.shape) for part in (scale, bias))
+    return (scale * precise + bias).astype(x.dtype)
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
-    """Number of real tokens before each column: `[N, T]` int32 from `mask [N, T]`; 0 on leading padding."""
-    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+    """Number of real tokens of the same text before each column: `[N, T]` int32, 0 on leading padding.
+
+    Args:
+        mask: `[N, T]`, True on real tokens; or numbers, 0 on padding and growing along the row from one text to the next.
+    """
+    if mask.dtype == jnp.bool_:
+        return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+    before = jnp.cumsum((mask > 0).astype(jnp.int32), axis=1) - 1
+    largest = jax.lax.cummax(mask, axis=1)
+    begins = largest > jnp.pad(largest[:, :-1], ((0, 0), (1, 0)))
+    return jnp.maximum(before - jax.lax.cummax(jnp.where(begins, before, 0), axis=1), 0)
 
 
-def rotary(positions: jax.Array, head_size: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of `position / base^(2 i / H)`.
+def frequencies(head_size: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """Radians a position of every feature pair, `base^(-2 i / H)` unless stretched.
+
+    Args:
+        head_size: H, even.
+        base: the slowest pair turns once in about `2 pi base` positions.
+        scaling: how long contexts were reached.
+
+    Returns:
+        float32 `[H / 2]` (RoFormer, arXiv 2104.09864, section 3.2.2; the stretching of Llama 3 as its weights need it).
+    """
+    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    if scaling is None:
+        return frequency
+    if scaling.low is None or scaling.high is None or scaling.original_length is None:
+        return frequency / scaling.factor
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return frequency * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotary(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of `position * frequency`.
 
     Args:
         positions: `[...]` int32.
-        head_size: H, even.
-        base: the slowest pair turns once in about `2 pi base` positions.
+        frequency: `[H / 2]`, of `frequencies`.
 
     Returns:
-        Two float32 arrays `[..., H / 2]` (RoFormer, arXiv 2104.09864, section 3.2.2).
+        Two float32 arrays `[..., H / 2]`.
     """
-    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     angle = positions[..., None].astype(jnp.float32) * jnp.reshape(frequency, (1,) * positions.ndim + (-1,))
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -72,23 +121,39 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def attend(query: jax.Array, keys: jax.Array, values: jax.Array, allowed: jax.Array) -> jax.Array:
-    """`softmax(q k / sqrt(H)) v` with grouped queries.
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap tanh(x / cap)`, or x where there is no cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    allowed: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """`softmax(q k scale) v` with grouped queries.
 
     Args:
         query: `[N, T, K, G, H]`.
         keys: `[N, K, S, H]`.
         values: `[N, K, S, H]`.
         allowed: `[N, T, S]`, True where a query may look.
+        scale: of the scores; None is `H^-1/2`.
+        cap: of the scores; see `capped`.
 
     Returns:
         `[N, T, K * G * H]` in the values' dtype (grouped queries: arXiv 2305.13245).
     """
     rows, length, heads, group, size = query.shape
+    query = query * (size**-0.5 if scale is None else scale)
     # The queries of a group share their keys: as rows of one matrix they make one product a key/value head.
-    query = jnp.transpose(query * size**-0.5, (0, 2, 3, 1, 4)).reshape(rows, heads, group * length, size)
+    query = jnp.transpose(query, (0, 2, 3, 1, 4)).reshape(rows, heads, group * length, size)
     scores = jnp.einsum("nkth,nksh->nkts", query, keys, preferred_element_type=wide(keys.dtype))
-    scores = scores.reshape(rows, heads, group, length, -1)
+    scores = capped(scores.reshape(rows, heads, group, length, -1), cap)
     scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     # Divided after the product with the values: H numbers a query instead of S.

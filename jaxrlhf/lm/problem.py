@@ -5,6 +5,7 @@ whole. The policy answers each prompt M times; each answer is paired with one fr
 of its own.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,6 +62,8 @@ def language_problem(
     temperature: float = 1.0,
     against_reference: bool = True,
     pad_id: int = 0,
+    policy_params: Callable[[Params, LanguageFrozen], Params] = lambda lower, frozen: lower,
+    reward_params: Callable[[Params, LanguageFrozen], Params] = lambda upper, frozen: upper,
 ) -> BilevelProblem:
     """Returns the problem; its `data` are `Prompts`, its `frozen` is `LanguageFrozen`.
 
@@ -75,6 +78,9 @@ def language_problem(
             is not offered: it changes the support, and no density ratio exists outside the nucleus.
         against_reference: whether the second response of a pair comes from the reference.
         pad_id: written after the end of a completion.
+        policy_params: `(lower, frozen) -> ` the policy model's parameters; the lower iterate itself by default.
+            `lora.policy_on_reference` makes iterates adapters.
+        reward_params: `(upper, frozen) -> ` the reward model's, likewise.
 
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not positive.
@@ -105,8 +111,9 @@ def language_problem(
         batch = data.tokens.shape[0]
         rows = Prompts(*(jnp.repeat(part, pairs, axis=0) for part in data))
         first_key, second_key = jax.random.split(key)
-        first = write(first_key, lower, rows)
-        second = write(second_key, frozen.reference if against_reference else lower, rows)
+        own = policy_params(lower, frozen)
+        first = write(first_key, own, rows)
+        second = write(second_key, frozen.reference if against_reference else own, rows)
 
         def pair(*parts):
             return jnp.stack([part.reshape(batch, pairs, *part.shape[1:]) for part in parts], axis=2)
@@ -130,16 +137,16 @@ def language_problem(
         )
 
     def log_prob(lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
-        del frozen
         slots = 1 if against_reference else 2  # the reference's responses do not depend on the policy
         responses = Responses(*(part[:, :, :slots] for part in sample.responses))
         prompts, (tokens, mask) = flat(sample.prompts, responses)
-        own = total_log_prob(lower, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], 1)
+        params = policy_params(lower, frozen)
+        own = total_log_prob(params, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], 1)
         return jnp.pad(own, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
 
     def score(upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
-        del frozen
-        return reward_of(reward, upper, sample.prompts, sample.responses)[..., None]
+        params = reward_params(upper, frozen)
+        return reward_of(reward, params, sample.prompts, sample.responses)[..., None]
 
     return BilevelProblem(sample, log_prob, score, objective.cost, objective.kl_price)
 

@@ -58,7 +58,9 @@ def write_json(directory: Path, name: str, content: dict[str, Any]) -> None:
     in_one_piece(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def read_tensors(directory: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def read_tensors(
+    directory: str | Path, shapes: Mapping[str, tuple[int, ...]], *, optional_prefix: str = ""
+) -> dict[str, np.ndarray]:
     """Named tensors of `model.safetensors`, or of the files that its index lists.
 
     All names, shapes and dtypes are checked before the first tensor is read.
@@ -66,6 +68,7 @@ def read_tensors(directory: str | Path, shapes: Mapping[str, tuple[int, ...]]) -
     Args:
         directory: the model directory.
         shapes: the shape that each wanted tensor must have; other tensors are left alone.
+        optional_prefix: of names, which a file may leave out.
 
     Returns:
         The tensors, in the dtype they are stored in.
@@ -77,9 +80,10 @@ def read_tensors(directory: str | Path, shapes: Mapping[str, tuple[int, ...]]) -
     try:
         files = [safe_open(path, framework="numpy") for path in tensor_files(Path(directory))]
         holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+        called = {name: name if name in holders else name.removeprefix(optional_prefix) for name in shapes}
         for name, shape in shapes.items():
-            check_tensor(Path(directory), name, shape, holders.get(name))
-        return {name: holders[name].get_tensor(name) for name in shapes}
+            check_tensor(Path(directory), called[name], shape, holders.get(called[name]))
+        return {name: holders[called[name]].get_tensor(called[name]) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"A safetensors file in {directory} is damaged or cut short ({error}): copy or save it again."

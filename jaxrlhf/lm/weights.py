@@ -1,4 +1,4 @@
-"""Decoders, reward models and tokenizers from and to Hugging Face Llama directories.
+"""Decoders, reward models and tokenizers from and to Hugging Face directories of the families in `lm.families`.
 
 Weights are read from and written to safetensors only: a pickle could run any code when it is read.
 """
@@ -11,16 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jaxrlhf.lm.llama_layout import (
-    POLICY,
-    REWARD,
-    config_from,
-    params_from,
-    settings_from,
-    tensor_shapes,
-    tensors_from,
-)
-from jaxrlhf.lm.model import DecoderConfig, decoder
+from jaxrlhf.lm.config import DecoderConfig
+from jaxrlhf.lm.families import Kind, config_from, settings_from
+from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.tensors import params_from, tensor_shapes, tensors_from
 from jaxrlhf.lm.weight_files import WeightsError, in_one_piece, read_json, read_tensors, write_json, write_tensors
 
 
@@ -39,7 +33,7 @@ class SpecialIds(NamedTuple):
 
 
 def load_decoder(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict]:
-    """A Llama language model from `config.json` and safetensors, sharded or not.
+    """A language model from `config.json` and safetensors, sharded or not.
 
     Args:
         directory: a Hugging Face model directory.
@@ -52,8 +46,8 @@ def load_decoder(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[De
     Raises:
         WeightsError: the directory cannot be read as such a model.
     """
-    config, tensors = read_model(directory, POLICY)
-    return config, on_device(params_from(tensors, config), dtype)
+    config, tensors = read_model(directory, "policy")
+    return config, on_device(params_from(tensors, config, "policy"), dtype)
 
 
 def save_decoder(
@@ -64,7 +58,7 @@ def save_decoder(
     special: SpecialIds | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
-    """Writes a directory that `load_decoder` and transformers' `LlamaForCausalLM` read.
+    """Writes a directory that `load_decoder` and transformers' `AutoModelForCausalLM` read.
 
     Args:
         directory: made if it does not exist; files of the same names are replaced.
@@ -74,14 +68,14 @@ def save_decoder(
         tokenizer: written to `tokenizer.json`.
 
     Raises:
-        WeightsError: the parameters do not belong to the configuration.
+        WeightsError: the parameters do not belong to the configuration, or its family cannot hold it.
     """
     check_params(config, params, decoder(config).init)
-    write_model(Path(directory), config, tensors_from(params, config), POLICY, special, tokenizer)
+    write_model(Path(directory), config, tensors_from(params, config, "policy"), "policy", special, tokenizer)
 
 
 def load_reward_model(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict]:
-    """A Llama sequence classifier with one label, as `reward_model(decoder(config))` reads it.
+    """A sequence classifier with one label, as `reward_model(decoder(config))` reads it.
 
     Args:
         directory: a Hugging Face model directory.
@@ -93,9 +87,10 @@ def load_reward_model(directory: str | Path, *, dtype: Any = jnp.float32) -> tup
     Raises:
         WeightsError: the directory cannot be read as such a model.
     """
-    config, tensors = read_model(directory, REWARD)
-    params = {"trunk": params_from(tensors, config), "head": tensors["score.weight"][0]}
-    return config, on_device(params, dtype)
+    config, tensors = read_model(directory, "reward")
+    trunk = params_from(tensors, config, "reward")
+    head = trunk.pop("head")
+    return config, on_device({"trunk": trunk, "head": head}, dtype)
 
 
 def save_reward_model(
@@ -106,7 +101,7 @@ def save_reward_model(
     special: SpecialIds | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
-    """Writes a directory that `load_reward_model` and transformers' `LlamaForSequenceClassification` read.
+    """Writes a directory that `load_reward_model` and transformers' `AutoModelForSequenceClassification` read.
 
     Transformers finds the last token by comparing with the pad id: without `special.pad` it scores one row at a
     time only, and a pad id that also occurs in texts misleads it.
@@ -128,9 +123,8 @@ def save_reward_model(
         return {"trunk": trunk, "head": jnp.zeros(config.width)}
 
     check_params(config, params, init)
-    tensors = tensors_from(params["trunk"], config)
-    tensors["score.weight"] = np.asarray(params["head"])[None, :]
-    write_model(Path(directory), config, tensors, REWARD, special, tokenizer)
+    tensors = tensors_from(params["trunk"] | {"head": params["head"]}, config, "reward")
+    write_model(Path(directory), config, tensors, "reward", special, tokenizer)
 
 
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
@@ -189,15 +183,18 @@ def special_ids(directory: str | Path) -> SpecialIds:
     return SpecialIds(first["bos"], ids("eos_token_id"), first["pad"])
 
 
-def read_model(directory: str | Path, architecture: str) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
+def read_model(directory: str | Path, kind: Kind) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
     """Configuration and checked tensors of a model directory."""
     settings = read_json(directory, "config.json")
-    config = config_from(settings, architecture, str(Path(directory) / "config.json"))
-    return config, read_tensors(directory, tensor_shapes(config, architecture))
+    config = config_from(settings, kind, str(Path(directory) / "config.json"))
+    # Some checkpoints of the bare decoder leave out the name of the module around it.
+    return config, read_tensors(directory, tensor_shapes(config, kind), optional_prefix="transformer.")
 
 
-def write_model(directory, config, tensors, architecture, special, tokenizer) -> None:
+def write_model(directory, config, tensors, kind: Kind, special, tokenizer) -> None:
     """Writes the files of a model directory, the weights first: without a config nobody loads half a model."""
+    dtype = next(iter(tensors.values())).dtype.name
+    settings = settings_from(config, kind, dtype)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, tensors)
     bos, eos, pad = special or SpecialIds()
@@ -206,9 +203,8 @@ def write_model(directory, config, tensors, architecture, special, tokenizer) ->
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": pad,
     }
-    dtype = tensors["model.embed_tokens.weight"].dtype.name
-    write_json(directory, "config.json", settings_from(config, architecture, dtype) | ids)
-    if architecture == POLICY:
+    write_json(directory, "config.json", settings | ids)
+    if kind == "policy":
         write_json(directory, "generation_config.json", ids)
     if tokenizer is not None:
         in_one_piece(directory / "tokenizer.json", lambda path: tokenizer.save(str(path)))

@@ -228,8 +228,8 @@ WRONG = {
     "bad-json": (lambda directory: (directory / "config.json").write_text("{"), "is not valid JSON"),
     "no-object": (lambda directory: (directory / "config.json").write_text("[]"), "holds no JSON object"),
     "architecture": (
-        settings(architectures=["MistralForCausalLM"]),
-        "describes MistralForCausalLM: only LlamaForCausalLM can be read here .* LlamaForSequenceClassification",
+        settings(architectures=["MambaForCausalLM"]),
+        "describes MambaForCausalLM: only LlamaForCausalLM, MistralForCausalLM, .*GPT2LMHeadModel can be read here",
     ),
     "no-architecture": (settings(architectures=None), "describes no architecture"),
     "missing-size": (settings(remove=["hidden_size"]), "has no hidden_size: save"),
@@ -237,14 +237,13 @@ WRONG = {
     "size-as-text": (settings(vocab_size="23"), "describes no decoder"),
     "no-heads": (settings(num_attention_heads=0, remove=["head_dim"]), "describes no decoder"),
     "rope-scaling": (
-        settings(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
-        "sets rope_scaling to .*llama3.*, which is not supported: use a model with plain rotary positions",
+        settings(rope_scaling={"rope_type": "dynamic", "factor": 8.0}),
+        "sets rope_scaling to .*dynamic.*, which is not supported: use a model with plain, linear or llama3 rotary",
     ),
     "rope-parameters": (settings(rope_parameters={"rope_type": "yarn"}), "sets rope_parameters to .*yarn"),
     "partial-rotary": (settings(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-    "attention-bias": (settings(attention_bias=True), "sets attention_bias to True, .* without biases"),
-    "mlp-bias": (settings(mlp_bias=True), "sets mlp_bias to True, .* without biases"),
-    "activation": (settings(hidden_act="gelu"), "sets hidden_act to 'gelu', .* silu"),
+    "no-bias": (settings(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias"),
+    "activation": (settings(hidden_act="relu2"), "sets hidden_act to 'relu2', .* silu"),
     "quantised": (settings(quantization_config={"bits": 4}), "sets quantization_config .* unquantised"),
     "no-weights": (lambda directory: (directory / "model.safetensors").unlink(), "has no model.safetensors"),
     "pickle": (spoil_pickle, r"pickled weights only \(pytorch_model.bin\), and reading a pickle can run any code"),
@@ -284,11 +283,11 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path):
 
 
 def test_policies_and_reward_models_are_not_confused(saved, tiny, tiny_config, tmp_path):
-    with pytest.raises(WeightsError, match="only LlamaForSequenceClassification can be read here"):
+    with pytest.raises(WeightsError, match="describes LlamaForCausalLM: a reward model is wanted here"):
         load_reward_model(saved)
     model, params = tiny
     save_reward_model(tmp_path / "reward", tiny_config, reward_model(model).from_trunk(params))
-    with pytest.raises(WeightsError, match="only LlamaForCausalLM can be read here"):
+    with pytest.raises(WeightsError, match="describes LlamaForSequenceClassification: a language model is wanted here"):
         load_decoder(tmp_path / "reward")
 
 

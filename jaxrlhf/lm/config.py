@@ -1,0 +1,118 @@
+"""The shape of a decoder: one description that holds the model families people bring."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+SIZES = (
+    "vocabulary_size",
+    "width",
+    "layers",
+    "query_heads",
+    "key_value_heads",
+    "head_size",
+    "mlp_width",
+    "context_length",
+)
+
+
+class RopeScaling(NamedTuple):
+    """How rotary frequencies were stretched for longer contexts than were trained on at first.
+
+    Attributes:
+        factor: by which frequencies are divided.
+        low, high: turns within the original context below which a frequency is divided in full, and above which it stays;
+            smooth in between (Llama 3). None: all are divided (linear, arXiv 2306.15595).
+        original_length: the context at first; read where `low` and `high` are given.
+    """
+
+    factor: float
+    low: float | None = None
+    high: float | None = None
+    original_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder. The defaults are a Llama's; `lm.layouts` knows what the other families set.
+
+    Attributes:
+        vocabulary_size: number of token ids.
+        width: size of the residual stream.
+        layers: number of blocks.
+        query_heads: number of query heads, a multiple of `key_value_heads`.
+        key_value_heads: number of key and of value heads.
+        head_size: features a head, even.
+        mlp_width: features inside the MLP.
+        norm_epsilon: added to the mean square (or variance) in every norm.
+        rope_base: base of the rotary frequencies; None learns one vector a position instead.
+        tied_embeddings: whether the logits are products with the embedding.
+        context_length: the largest number of columns a sequence may have.
+        family: what a checkpoint of it is called; the arithmetic does not depend on it.
+        norm: "rms"; "rms_from_one", whose scale is one more than its parameter; or "layer", with a bias.
+        norm_after: whether attention and MLP have a norm behind them too.
+        query_key_norm: whether every query and key has a norm of its own.
+        activation: of the MLP.
+        gated: whether the MLP's features are multiplied by a gate.
+        query_key_value_bias, output_bias, mlp_bias: which products have a bias; the output is the attention's.
+        query_scale: what scores are multiplied by; None is head_size^-1/2.
+        score_cap, logit_cap: c of `c tanh(x / c)` on attention scores and on logits; None is no cap.
+        embedding_scale: what embeddings are multiplied by on their way in.
+        window: how many tokens, its own included, a query of a windowed layer sees.
+        windowed_layers: which layers those are.
+        rope_scaling: of the rotary frequencies, in layers without a window.
+        window_rope_base: base in windowed layers; None is `rope_base`, scaled alike.
+
+    Raises:
+        ValueError: a size is no positive whole number, the query heads are no multiple of the key/value heads, the head
+            size is odd, or layers are windowed that do not exist or have no window.
+    """
+
+    vocabulary_size: int
+    width: int
+    layers: int
+    query_heads: int
+    key_value_heads: int
+    head_size: int
+    mlp_width: int
+    norm_epsilon: float = 1e-5
+    rope_base: float | None = 10000.0
+    tied_embeddings: bool = True
+    context_length: int = 2048
+    family: str = "llama"
+    norm: Literal["rms", "rms_from_one", "layer"] = "rms"
+    norm_after: bool = False
+    query_key_norm: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    query_key_value_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    rope_scaling: RopeScaling | None = None
+    window_rope_base: float | None = None
+
+    def __post_init__(self):
+        for name in SIZES:
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"DecoderConfig.{name} must be a whole number, got {getattr(self, name)!r}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"DecoderConfig.{field.name} must be positive, got {value}.")
+        if self.query_heads % self.key_value_heads:
+            raise ValueError(
+                f"DecoderConfig.query_heads ({self.query_heads}) must be a multiple of key_value_heads "
+                f"({self.key_value_heads})."
+            )
+        if self.head_size % 2 and self.rope_base is not None:
+            raise ValueError(f"DecoderConfig.head_size must be even for rotary positions, got {self.head_size}.")
+        if self.windowed_layers and (self.window is None or not set(self.windowed_layers) <= set(range(self.layers))):
+            raise ValueError(
+                f"DecoderConfig.windowed_layers {self.windowed_layers} need a window and must be among {self.layers} "
+                "layers."
+            )

@@ -1,0 +1,96 @@
+"""Low-rank adapters: one base, and for every iterate a pair of thin matrices beside each product of its layers.
+
+    W x  becomes  W x + up down x,     up = 0 at first, so that an adapter starts as the base itself
+
+(LoRA, arXiv 2106.09685, with alpha equal to the rank). The base is in `frozen` and never copied: lower iterates, reward
+and their optimisers are adapters, and the reference is the base without one.
+
+    problem = language_problem(policy, reward, objective, ..., policy_params=policy_on_reference,
+                               reward_params=reward_on_reference)
+    state = algorithm.init(key, {"adapter": init_adapter(one, base, rank=16), "head": jnp.zeros(width)},
+                           init_adapter(other, base, rank=16))
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.types import Key, Params
+
+UNREAD = ("output_head",)
+"""Of a language model's parameters, what its hidden states do not depend on."""
+
+
+def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
+    """Returns an adapter of every product in the layers of a `decoder`, in float32; its leaves follow the base's names.
+
+    `down ~ N(0, 1 / inputs)`, `[in, rank]`; `up = 0`, `[rank, ...]`. Consumes the key.
+
+    Args:
+        key: PRNG key.
+        base: the decoder's parameters, or their shapes.
+        rank: R.
+
+    Raises:
+        ValueError: the rank is not positive, or the parameters hold no product.
+    """
+    if rank < 1:
+        raise ValueError(f"The rank of an adapter must be at least 1, got {rank}.")
+    shapes = _shapes(base.get("layers", {})) if isinstance(base, dict) else {}
+    if not jax.tree.leaves(shapes):
+        raise ValueError("These parameters have no layers with products: adapters are for `decoder` models.")
+    places = list(_places(shapes))
+    keys = jax.random.split(key, len(places))
+    adapter: dict[str, Any] = {}
+    for one, (path, shape) in zip(keys, places, strict=True):
+        place = adapter
+        for name in path:
+            place = place.setdefault(name, {})
+        place["down"] = shape[0] ** -0.5 * jax.random.normal(one, (shape[0], rank), jnp.float32)
+        place["up"] = jnp.zeros((rank, *shape[1:]), jnp.float32)
+    return {"layers": adapter}
+
+
+def attach(base: Params, adapter: Params) -> Params:
+    """Returns the base with an adapter beside its products, for the functions of `decoder`; nothing is copied."""
+    if not isinstance(base, dict) or not isinstance(adapter, dict):
+        return adapter
+    return base | {name: attach(base.get(name, {}), part) for name, part in adapter.items()}
+
+
+def merge(base: Params, adapter: Params) -> Params:
+    """Returns plain parameters that compute what base and adapter do: `W + down up`, added in float32, in W's dtype.
+
+    In half precision the sum is rounded; adapters small against the base then change less than they did.
+    """
+    if "down" in adapter:
+        weight = base["weight"]
+        change = jnp.tensordot(adapter["down"], adapter["up"], axes=1)
+        return base | {"weight": (weight.astype(change.dtype) + change).astype(weight.dtype)}
+    return base | {name: merge(base[name], part) for name, part in adapter.items()}
+
+
+def policy_on_reference(lower: Params, frozen: Any) -> Params:
+    """Returns the policy's parameters: its adapter on the frozen reference."""
+    return attach(frozen.reference, lower)
+
+
+def reward_on_reference(upper: Params, frozen: Any) -> Params:
+    """Returns the reward model's parameters: its adapter on the frozen reference, and its head."""
+    base = {name: part for name, part in frozen.reference.items() if name not in UNREAD}
+    return {"trunk": attach(base, upper["adapter"]), "head": upper["head"]}
+
+
+def _shapes(layers: Params) -> Params:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), layers)
+
+
+def _places(shapes: Any, path: tuple[str, ...] = ()):
+    """Yields the paths of the products and the shapes of their weights."""
+    if isinstance(shapes, dict):
+        if isinstance(shapes.get("weight"), tuple):
+            yield path, shapes["weight"]
+        else:
+            for name in sorted(shapes):
+                yield from _places(shapes[name], (*path, name))

@@ -1,0 +1,254 @@
+"""The decoder as Flax NNX modules, up to its final norm.
+
+Shapes: N rows, T columns, P prompt columns, C cache columns, D width, K key/value heads, G query heads a key/value
+head, H head size, R rank of an adapter.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrlhf.lm.config import DecoderConfig
+from jaxrlhf.lm.layers import (
+    attend,
+    frequencies,
+    layer_norm,
+    positions_of,
+    rms_norm,
+    rms_norm_from_one,
+    rotary,
+    rotate,
+    wide,
+)
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values so far, one array a layer, so that a decoding step writes each in place.
+
+    Attributes:
+        keys: a tuple of `[N, K, C, H]`, already rotated.
+        values: a tuple of `[N, K, C, H]`.
+        valid: `[N, C]`, True where a real token has been written.
+        positions: `[N]` int32, position of the next token.
+        column: scalar int32, where the next token is written, in every row.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    valid: jax.Array
+    positions: jax.Array
+    column: jax.Array
+
+
+class Product(nnx.Module):
+    """`x W + bias + (x down) up`; the bias and the adapter of rank R only where there is one.
+
+    The adapter's products are computed in float32 at least (LoRA, arXiv 2106.09685, with alpha = R).
+    """
+
+    def __init__(
+        self, rngs: nnx.Rngs, shape: tuple[int, ...], *, scale: float = 1.0, bias: bool = False, rank: int = 0
+    ):
+        self.weight = normal(rngs, shape, scale * shape[0] ** -0.5)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape[1:]))
+        if rank:
+            self.down = normal(rngs, (shape[0], rank), shape[0] ** -0.5)
+            self.up = nnx.Param(jnp.zeros((rank, *shape[1:])))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `[N, T, out]` in x's dtype, what is behind the weight's first axis flattened."""
+        weight = self.weight[...]
+        out = x @ weight.reshape(weight.shape[0], -1).astype(x.dtype)
+        if hasattr(self, "down"):
+            precise = x.astype(wide(x.dtype)) @ self.down[...] @ self.up[...].reshape(self.up.shape[0], -1)
+            out = (out + precise).astype(x.dtype)
+        if hasattr(self, "bias"):
+            out = out + self.bias[...].reshape(1, 1, -1).astype(x.dtype)
+        return out
+
+
+class Norm(nnx.Module):
+    """One of the norms that `DecoderConfig.norm` names, over the last axis."""
+
+    def __init__(self, config: DecoderConfig, size: int):
+        self.config = config
+        from_one = config.norm == "rms_from_one"
+        self.scale = nnx.Param(jnp.zeros(size) if from_one else jnp.ones(size))
+        if config.norm == "layer":
+            self.bias = nnx.Param(jnp.zeros(size))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x, normed, in its dtype."""
+        epsilon = self.config.norm_epsilon
+        if self.config.norm == "layer":
+            return layer_norm(x, self.scale[...], self.bias[...], epsilon)
+        norm = rms_norm_from_one if self.config.norm == "rms_from_one" else rms_norm
+        return norm(x, self.scale[...], epsilon)
+
+
+class Block(nnx.Module):
+    """One layer: attention, then an MLP, each behind its norm and added to its input."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, rank: int):
+        self.config = config
+        width, mlp_width, size = config.width, config.mlp_width, config.head_size
+        # Products into the residual stream shrink with depth: its size at initialisation does not grow.
+        residual = (2 * config.layers) ** -0.5
+        self.attention_norm = Norm(config, width)
+        # Columns are grouped by key/value head (its queries, its key, its value): heads shard as one axis.
+        heads = config.query_heads + 2 * config.key_value_heads
+        self.query_key_value = Product(rngs, (width, heads * size), bias=config.query_key_value_bias, rank=rank)
+        if config.query_key_norm:
+            self.query_norm, self.key_norm = Norm(config, size), Norm(config, size)
+        attended = config.query_heads * size
+        self.attention_output = Product(rngs, (attended, width), scale=residual, bias=config.output_bias, rank=rank)
+        self.mlp_norm = Norm(config, width)
+        self.gate_up = Product(rngs, (width, 1 + config.gated, mlp_width), bias=config.mlp_bias, rank=rank)
+        self.mlp_output = Product(rngs, (mlp_width, width), scale=residual, bias=config.mlp_bias, rank=rank)
+        if config.norm_after:
+            self.attention_norm_after, self.mlp_norm_after = Norm(config, width), Norm(config, width)
+
+    def project(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None):
+        """Of `x [N, T, D]`: queries `[N, T, K, G, H]` and keys `[N, K, T, H]`, rotated; values `[N, K, T, H]`."""
+        config = self.config
+        heads, group = config.key_value_heads, config.query_heads // config.key_value_heads
+        fused = self.query_key_value(self.attention_norm(x))
+        fused = fused.reshape(*x.shape[:2], heads, group + 2, config.head_size)
+        turned = fused[..., : group + 1, :]
+        if config.query_key_norm:
+            query, key = self.query_norm(turned[..., :group, :]), self.key_norm(turned[..., group:, :])
+            turned = jnp.concatenate([query, key], axis=-2)
+        if rotation is not None:
+            shape = turned.shape
+            turned = rotate(turned.reshape(*x.shape[:2], -1, config.head_size), rotation).reshape(shape)
+        key, value = turned[..., group, :], fused[..., group + 1, :]
+        return turned[..., :group, :], jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Adds the attention's output `[N, T, K * G * H]` and the MLP to the stream `x [N, T, D]`."""
+        config = self.config
+        attended = self.attention_output(attended)
+        x = x + (self.attention_norm_after(attended) if config.norm_after else attended)
+        inner = self.gate_up(self.mlp_norm(x))
+        activation = ACTIVATIONS[config.activation]
+        if config.gated:
+            gate, up = jnp.split(inner, 2, axis=-1)
+            inner = activation(gate) * up
+        else:
+            inner = activation(inner)
+        out = self.mlp_output(inner)
+        return x + (self.mlp_norm_after(out) if config.norm_after else out)
+
+
+class Trunk(nnx.Module):
+    """A decoder up to its final norm; with `rank`, every product of its layers has an adapter."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, rank: int = 0):
+        self.config = config
+        self.embedding = normal(rngs, (config.vocabulary_size, config.width), config.width**-0.5)
+        if config.rope_base is None:
+            self.positions = normal(rngs, (config.context_length, config.width), 0.1 * config.width**-0.5)
+        self.layers = nnx.Dict({str(index): Block(config, rngs, rank) for index in range(config.layers)})
+        self.final_norm = Norm(config, config.width)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attention: Callable, dtype: jnp.dtype) -> jax.Array:
+        """Final-norm states `[N, T, D]`; `attention(index, query, key, value)` gives `[N, T, K * G * H]`."""
+        config = self.config
+        embedding = self.embedding[...]
+        x = embedding[tokens]
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = x.astype(dtype)
+        if config.rope_base is None:
+            x = x + self.positions[...][positions].astype(dtype)
+        rotations = self.rotations(positions)
+        for index in range(config.layers):
+            layer = self.layers[str(index)]
+            x = layer.finish(x, attention(index, *layer.project(x, rotations[index in config.windowed_layers])))
+        return self.final_norm(x)
+
+    def rotations(self, positions: jax.Array) -> tuple:
+        """Cosines and sines of layers without and with a window; None where there are none."""
+        config = self.config
+        if config.rope_base is None:
+            return None, None
+        plain = rotary(positions, frequencies(config.head_size, config.rope_base, config.rope_scaling))
+        if config.window_rope_base is None or not config.windowed_layers:
+            return plain, plain
+        return plain, rotary(positions, frequencies(config.head_size, config.window_rope_base))
+
+    def attend(self, query, keys, values, allowed) -> jax.Array:
+        """`layers.attend` with this decoder's scale and cap."""
+        return attend(query, keys, values, allowed, scale=self.config.query_scale, cap=self.config.score_cap)
+
+    def forward(self, tokens: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, list, list]:
+        """States `[N, T, D]` of whole rows, and each layer's keys and values `[N, K, T, H]`."""
+        columns, positions = jnp.arange(tokens.shape[1]), positions_of(mask)
+        allowed = (mask > 0)[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
+        if mask.dtype != jnp.bool_:
+            allowed &= mask[:, None, :] == mask[:, :, None]
+        windowed = allowed & self.near(positions, positions)
+        keys, values = [], []
+
+        def attention(index, query, key, value):
+            keys.append(key)
+            values.append(value)
+            seen = windowed if index in self.config.windowed_layers else allowed
+            # Scores are quadratic in T: computing them again in the backward pass beats keeping them.
+            return jax.checkpoint(self.attend)(query, key, value, seen)
+
+        return self(tokens, positions, attention, dtype), keys, values
+
+    def near(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """`[N, T, S]` or broadcast to it: whether a key `[N, S]` lies in the window of a query `[N, T]`."""
+        if not self.config.windowed_layers:
+            return jnp.ones((1, 1, 1), bool)
+        return keys[:, None, :] > queries[:, :, None] - (self.config.window or 0)
+
+    def prefill(
+        self, tokens: jax.Array, mask: jax.Array, cache_length: int, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Cache]:
+        """Last column's state `[N, D]` and a cache of `cache_length` columns that holds the prompts."""
+        hidden, keys, values = self.forward(tokens, mask, dtype)
+        room = cache_length - tokens.shape[1]
+        pads = ((0, 0), (0, 0), (0, room), (0, 0))
+        cache = Cache(
+            keys=tuple(jnp.pad(key, pads) for key in keys),
+            values=tuple(jnp.pad(value, pads) for value in values),
+            valid=jnp.pad(mask, ((0, 0), (0, room))),
+            positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
+            column=jnp.int32(tokens.shape[1]),
+        )
+        return hidden[:, -1], cache
+
+    def decode(self, tokens: jax.Array, cache: Cache, dtype: jnp.dtype) -> tuple[jax.Array, Cache]:
+        """State `[N, D]` of one more token in every row, and the cache with it."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        valid = write(cache.valid, jnp.ones((tokens.shape[0], 1), bool), cache.column, axis=1)
+        windowed = valid[:, None, :] & self.near(cache.positions[:, None], positions_of(valid))
+        keys, values = list(cache.keys), list(cache.values)
+
+        def attention(index, query, key, value):
+            keys[index] = write(keys[index], key, cache.column, axis=2)
+            values[index] = write(values[index], value, cache.column, axis=2)
+            seen = windowed if index in self.config.windowed_layers else valid[:, None, :]
+            return self.attend(query, keys[index], values[index], seen)
+
+        hidden = self(tokens[:, None], cache.positions[:, None], attention, dtype)
+        cache = Cache(tuple(keys), tuple(values), valid, cache.positions + 1, cache.column + 1)
+        return hidden[:, 0], cache
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """A normal parameter of mean zero and standard deviation `scale`."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape))

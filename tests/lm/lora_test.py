@@ -1,0 +1,190 @@
+"""Adapters: the base at first, the sum when merged, thin in memory, and the same algorithm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf.bilevel import bilevel_descent, central, deployed, tangent
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.config import DecoderConfig
+from jaxrlhf.lm.language import alphabet_gold, alphabet_language, judge_language, policy_table, reward_table, table_of
+from jaxrlhf.lm.memory import bytes_of, plan_bilevel, plan_of
+from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.weights import load_decoder, save_decoder
+from jaxrlhf.objectives import add, likelihood, utility
+from jaxrlhf.preferences import gold_annotator
+
+LLAMA_1B = DecoderConfig(
+    vocabulary_size=128256,
+    width=2048,
+    layers=16,
+    query_heads=32,
+    key_value_heads=8,
+    head_size=64,
+    mlp_width=8192,
+    rope_base=500000.0,
+)
+"""The shape of Llama 3.2 1B."""
+
+
+def lively_adapter(base, rank, seed=0, scale=0.2):
+    adapter = lora.init_adapter(jax.random.key(seed), base, rank=rank)
+    return optax.tree.random_like(jax.random.key(seed), adapter, functools.partial(_scaled, scale))
+
+
+def _scaled(scale, key, shape, dtype):
+    return scale * jax.random.normal(key, shape, dtype)
+
+
+def logits_of(model, params, seed=0):
+    tokens = jax.random.randint(jax.random.key(seed), (2, 7), 0, 23)
+    return model.logits(params, model.hidden(params, tokens, jnp.ones(tokens.shape, bool)))
+
+
+def test_a_new_adapter_is_the_base_and_a_merged_one_the_sum(tiny, tiny_config, tmp_path):
+    model, params = tiny
+    new = lora.init_adapter(jax.random.key(0), params, rank=3)
+    np.testing.assert_array_equal(logits_of(model, lora.attach(params, new)), logits_of(model, params))
+    adapter = lively_adapter(params, 3)
+    attached, merged = logits_of(model, lora.attach(params, adapter)), lora.merge(params, adapter)
+    assert float(jnp.max(jnp.abs(attached - logits_of(model, params)))) > 0.5
+    np.testing.assert_allclose(logits_of(model, merged), attached, atol=2e-4)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    save_decoder(tmp_path, tiny_config, merged)
+    np.testing.assert_array_equal(logits_of(model, load_decoder(tmp_path)[1]), logits_of(model, merged))
+
+
+def test_adapters_are_vmapped_over_one_base(tiny):
+    model, params = tiny
+    several = [lively_adapter(params, 2, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    together = jax.vmap(lambda adapter: logits_of(model, lora.attach(params, adapter)))(stacked)
+    for one, adapter in zip(together, several, strict=True):
+        np.testing.assert_allclose(one, logits_of(model, lora.merge(params, adapter)), atol=5e-4)
+
+
+def test_float32_adapters_keep_small_differences_on_a_bfloat16_base(tiny):
+    model, params = tiny
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    adapter = lively_adapter(params, 2)
+    moved = jax.tree.map(lambda leaf: leaf * (1 + 1e-4), adapter)
+    one, other = (logits_of(model, lora.attach(half, each)) for each in (adapter, moved))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    exact_one, exact_other = (logits_of(model, lora.attach(wide, each)) for each in (adapter, moved))
+    assert one.dtype == jnp.float32
+    np.testing.assert_allclose(other - one, exact_other - exact_one, atol=2e-5)
+    assert float(jnp.max(jnp.abs(exact_other - exact_one))) > 1e-4
+
+
+def test_what_is_no_decoder_or_no_rank_is_refused(tiny):
+    _, params = tiny
+    with pytest.raises(ValueError, match="rank of an adapter must be at least 1, got 0"):
+        lora.init_adapter(jax.random.key(0), params, rank=0)
+    with pytest.raises(ValueError, match="no layers with products"):
+        lora.init_adapter(jax.random.key(0), {"weights": jnp.ones(3)}, rank=1)
+
+
+def assembled(shape, base_dtype, rank, **settings):
+    """The algorithm with adapters on a base, as `align` puts it together."""
+    policy = decoder(shape)
+    reward = reward_model(policy)
+    problem = language_problem(
+        policy,
+        reward,
+        add(likelihood(coupled=False), utility(kl_price=0.05)),
+        pairs=4,
+        max_new_tokens=3,
+        stop_ids=(0,),
+        policy_params=lora.policy_on_reference,
+        reward_params=lora.reward_on_reference,
+    )
+    solver = tangent(optax.adam(5e-3), optax.adam(1e-3))
+    algorithm = bilevel_descent(problem, central(relative_sigma=0.2), solver, optax.adam(1e-2), beta=0.3, **settings)
+
+    def start(key):
+        base = jax.tree.map(lambda leaf: leaf.astype(base_dtype), policy.init(key))
+        adapter = lora.init_adapter(key, base, rank=rank)
+        upper = {
+            "adapter": lora.init_adapter(jax.random.fold_in(key, 1), base, rank=rank),
+            "head": jnp.zeros(shape.width),
+        }
+        return base, upper, adapter
+
+    return algorithm, start
+
+
+def test_the_state_of_a_1b_llama_stays_within_a_quarter_above_its_base():
+    algorithm, start = assembled(LLAMA_1B, jnp.bfloat16, 16)
+    base, upper, adapter = jax.eval_shape(start, jax.random.key(0))
+    plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, LanguageFrozen(base))
+    assert 2.4e9 < plan.parts["reference"] < 2.5e9
+    assert plan.of_base() <= 1.25
+
+
+def test_the_plan_is_what_the_arrays_take():
+    shape = DecoderConfig(
+        vocabulary_size=64, width=48, layers=2, query_heads=4, key_value_heads=2, head_size=12, mlp_width=96
+    )
+    algorithm, start = assembled(shape, jnp.bfloat16, 4)
+    base, upper, adapter = jax.jit(start)(jax.random.key(0))
+    frozen = LanguageFrozen(base)
+    plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, frozen)
+    before = {id(array) for array in jax.live_arrays()}
+    state = algorithm.init(jax.random.key(0), upper, adapter)
+    held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    assert held == plan.total - plan.parts["reference"]
+    assert plan == plan_of(state, frozen)
+    assert plan.parts["reference"] == sum(leaf.nbytes for leaf in jax.tree.leaves(base)) == bytes_of(base)
+
+
+@pytest.mark.slow
+def test_the_plan_is_what_a_1b_llama_takes():
+    algorithm, start = assembled(LLAMA_1B, jnp.bfloat16, 16)
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    base, upper, adapter = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    state = algorithm.init(jax.random.key(0), upper, adapter)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state, base)))
+    plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, LanguageFrozen(base))
+    assert held == plan.total <= 1.25 * sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+
+
+def test_bilevel_descent_on_adapters_improves_the_exact_value():
+    language = alphabet_language(letters=4, length=3, prompts=2, prompt_length=2)
+    shape = DecoderConfig(
+        vocabulary_size=5,
+        width=16,
+        layers=1,
+        query_heads=2,
+        key_value_heads=1,
+        head_size=8,
+        mlp_width=32,
+        context_length=8,
+    )
+    gold = gold_annotator(lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses, letters=4))
+    algorithm, start = assembled(shape, jnp.float32, 4, annotate=gold)
+    base, upper, adapter = start(jax.random.key(0))
+    frozen, policy = LanguageFrozen(base), decoder(shape)
+    state = algorithm.init(jax.random.key(0), upper, adapter)
+
+    def many(key, state):
+        def one(state, key):
+            return algorithm.step(key, state, language.prompts, frozen)
+
+        return jax.lax.scan(one, state, jax.random.split(key, 150))
+
+    state, _ = jax.jit(many)(jax.random.key(1), state)
+    truth = table_of(lambda prompts, responses: alphabet_gold(prompts, responses, letters=4), language)
+    reference = policy_table(policy, base, language)
+    tuned = policy_table(policy, lora.attach(base, deployed(state)), language)
+    learned = reward_table(reward_model(policy), lora.reward_on_reference(state.upper, frozen), language)
+    objective = add(likelihood(coupled=False), utility(kl_price=0.05))
+    verdict = judge_language(tuned, reference, learned, truth, objective, beta=0.3)
+    start_value = judge_language(reference, reference, learned, truth, objective, beta=0.3)
+    assert float(verdict.policy.true_return) > float(start_value.policy.true_return) + 0.5
+    np.testing.assert_allclose(policy_table(policy, lora.merge(base, deployed(state)), language), tuned, atol=1e-4)
