@@ -1,0 +1,196 @@
+"""What long work prints while it goes: a bar on a terminal, plain lines in a log file."""
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+WINDOW = 20
+SILENCE = 60.0
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, total: int, unit: str = "tokens", *, console: Console | None = None
+) -> Iterator[Callable[..., None]]:
+    """Yields `advance(amount=1, **figures)`, to be called once a step with the units the step processed.
+
+    On a terminal a live bar shows title, step, units a second over the last 20 steps, the latest figures and the time
+    left. Elsewhere (a log file, a notebook) a line is printed at the first step, at every tenth of `total`, at the first
+    step after 60 s of silence and where the work ends. The first step, which compiles, counts in no rate. Times are taken
+    at the calls: read a result of the step before calling, else they are those of its dispatch. A figure that is an array
+    is read when it is shown; one that is None leaves what was shown before.
+
+    Args:
+        title: what is done, "sft".
+        total: number of steps.
+        unit: what `amount` counts.
+        console: where to print; by default standard output.
+    """
+    console = console or Console()
+    meter = _Meter(total, unit)
+    with contextlib.ExitStack() as stack:
+        if console.is_interactive:
+            bar = stack.enter_context(Progress(*_columns(), console=console))
+            show = _bar_mover(title, meter, bar)
+        else:
+            show = _line_printer(title, meter, console)
+            stack.callback(show, last=True)
+
+        def advance(amount: float = 1, /, **figures: Any) -> None:
+            meter.add(float(amount), figures)
+            show()
+
+        yield advance
+
+
+class _Meter:
+    """Counts steps and units, and says so in words."""
+
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.done, self.units = total, unit, 0, 0.0
+        self.began, self.first = monotonic(), math.nan
+        self.now = self.began
+        self.figures: dict[str, Any] = {}
+        # The window opens at the end of the first step, so that its compilation is in no rate.
+        self.window: deque[tuple[float, float]] = deque(maxlen=WINDOW + 1)
+
+    def add(self, amount: float, figures: dict[str, Any]) -> None:
+        self.now = monotonic()
+        self.done += 1
+        self.units += amount
+        self.window.append((self.now, self.units))
+        if self.done == 1:
+            self.first = self.now
+        self.figures.update({name: value for name, value in figures.items() if value is not None})
+
+    def rate(self) -> str:
+        if len(self.window) < 2 or self.now == self.window[0][0]:
+            return ""
+        (since, before), (now, units) = self.window[0], self.window[-1]
+        return f"{_rate_text((units - before) / (now - since))} {self.unit}/s"
+
+    def latest(self) -> str:
+        return "  ".join(f"{name} {figure_text(value)}" for name, value in self.figures.items())
+
+    def time(self) -> str:
+        if self.done >= self.total:
+            return f"in {duration_text(self.now - self.began)}"
+        if self.done < 2:
+            return ""
+        left = (self.total - self.done) * (self.now - self.first) / (self.done - 1)
+        return f"{duration_text(left)} left"
+
+    def line(self) -> str:
+        return "  ".join(filter(None, [f"{self.done}/{self.total}", self.rate(), self.latest(), self.time()]))
+
+
+class _Figures(ProgressColumn):
+    """The latest figures; on a narrow terminal they are cut, and nothing else is."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """Returns the columns of the live bar."""
+    # Rich narrows first the columns that may wrap: that of the figures is the only one.
+    whole = Column(no_wrap=True)
+
+    def text(field: str) -> TextColumn:
+        return TextColumn(f"{{task.{field}}}", markup=False, table_column=whole.copy())
+
+    return (
+        text("description"),
+        BarColumn(bar_width=16, table_column=whole.copy()),
+        MofNCompleteColumn(table_column=whole.copy()),
+        text("fields[rate]"),
+        _Figures(),
+        text("fields[time]"),
+    )
+
+
+def _bar_mover(title: str, meter: _Meter, bar: Progress) -> Callable[..., None]:
+    """Returns `show()`, which moves the live bar to where the meter is."""
+    task = bar.add_task(title, total=meter.total, rate="", figures="", time="")
+
+    def show() -> None:
+        bar.update(task, completed=meter.done, rate=meter.rate(), figures=meter.latest(), time=meter.time())
+
+    return show
+
+
+def _line_printer(title: str, meter: _Meter, console: Console) -> Callable[..., None]:
+    """Returns `show(last=False)`, which prints a line where one is due."""
+    printed = {"step": 0, "time": meter.began}
+
+    def show(last: bool = False) -> None:
+        done, before = meter.done, printed["step"]
+        tenth = 10 * done // max(meter.total, 1) > 10 * before // max(meter.total, 1)
+        due = last or before == 0 or tenth or meter.now - printed["time"] >= SILENCE
+        if done > before and due:
+            # One line a step whatever the width: a log file is searched by lines.
+            console.print(f"{title}  {meter.line()}", soft_wrap=True, markup=False, highlight=False)
+            printed.update(step=done, time=meter.now)
+
+    return show
+
+
+def plan(console: Console, title: str, rows: dict[str, str]) -> None:
+    """Prints a small table of what is about to happen, a name and its value a row."""
+    table = Table(title=Text(title, "bold"), title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+
+
+def figure_text(value: Any) -> str:
+    """Returns a number with 4 significant digits, one of an integer type in full ("0.5000", "12,345"); text as it is."""
+    if isinstance(value, str):
+        return value
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, int):
+        return f"{value:,}"
+    short = float(f"{value:.4g}")
+    return f"{short:,.0f}" if 1e4 <= abs(short) < 1e9 else f"{short:#,.4g}".rstrip(".")
+
+
+def duration_text(seconds: float) -> str:
+    """Returns "4:10", or "1:04:10" from an hour on."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def bytes_text(number: float) -> str:
+    """Returns a number of bytes in powers of 1000 (not 1024), with 3 significant digits: "2.4 GB"."""
+    return _scaled(number, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def count_text(number: float) -> str:
+    """Returns a number in powers of 1000, with 3 significant digits: "260 K", "1.24 B"; up to 999 as it is."""
+    return _scaled(number, ("", "K", "M", "B", "T"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    # Rounded before it is compared: 999,900 is "1 M", not "1000 K".
+    power = 0
+    while abs(float(f"{number:.3g}")) >= 1000 and power + 1 < len(units):
+        number, power = number / 1000, power + 1
+    text = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return f"{text} {units[power]}".rstrip()
+
+
+def _rate_text(rate: float) -> str:
+    """Returns a rate with 3 significant digits, never in powers of ten: "12,300", "0.52"."""
+    short = float(f"{rate:.3g}")
+    return f"{short:,.0f}" if short >= 100 else f"{short:g}"
