@@ -4,6 +4,7 @@ Templates are Jinja from a model's folder, so they are run in a sandbox that rea
 special tokens only; no clock, so that a text is the same tomorrow.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -140,18 +141,22 @@ def split_completion(
     return before, whole[len(before) :]
 
 
-def _run(template: ChatTemplate, messages: tuple[Message, ...], generation_prompt: bool) -> str:
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    return environment.from_string(source)
 
+
+def _run(template: ChatTemplate, messages: tuple[Message, ...], generation_prompt: bool) -> str:
     def refuse(message):
         raise jinja2.TemplateError(message)
 
     told = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return environment.from_string(template.source).render(
+        return _compiled(template.source).render(
             messages=told, add_generation_prompt=generation_prompt, raise_exception=refuse, **template.tokens
         )
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:

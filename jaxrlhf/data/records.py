@@ -18,6 +18,7 @@ Where `prompt` is a list of messages `{"role", "content"}`, completions are list
 import gzip
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -255,6 +256,8 @@ def _preference(value: dict) -> Preference:
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise ValueError(f"margin must be a number, got {margin!r}.")
     margin = None if margin is None else float(margin)
+    if margin is not None and not math.isfinite(margin):
+        raise ValueError(f"margin must be finite, got {margin}.")
     if value.get("prompt") is None:
         chosen, rejected = _alike(value, "chosen", "rejected")
         return Preference(*split_prompt(chosen, rejected), margin)

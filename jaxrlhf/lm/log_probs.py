@@ -1,6 +1,6 @@
 """Log-probabilities of given completions, as the sampler saw them, and differentiable."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,13 @@ from jaxrlhf.lm.model import LanguageModel, pad_left
 
 # Logits that may exist at once when no chunk size is given: 128 MiB of float32.
 MAX_LOGITS = 2**25
+
+
+class TokenScores(NamedTuple):
+    """Of every token, `[N, L]`: its log-probability, float32, nats; and whether no token is more probable."""
+
+    log_prob: jax.Array
+    best: jax.Array
 
 
 def completion_log_probs(
@@ -64,8 +71,8 @@ def completion_log_probs(
     hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
     if chunk_size is None:
         chunk_size = max(1, MAX_LOGITS // (rows * model.vocabulary_size))
-    log_prob = token_log_probs(model, params, hidden, completions, temperature, chunk_size)
-    return jnp.where(completion_mask, log_prob, 0.0)
+    scores = token_log_probs(model, params, hidden, completions, temperature, chunk_size)
+    return jnp.where(completion_mask, scores.log_prob, 0.0)
 
 
 def token_log_probs(
@@ -75,7 +82,7 @@ def token_log_probs(
     tokens: jax.Array,
     temperature: float,
     chunk_size: int,
-) -> jax.Array:
+) -> TokenScores:
     """`log softmax(logits(hidden) / temperature)[tokens]`, at most `chunk_size` columns at a time.
 
     Args:
@@ -87,7 +94,7 @@ def token_log_probs(
         chunk_size: columns whose logits exist at once.
 
     Returns:
-        `[N, L]` float32, nats.
+        The log-probabilities, and which tokens are the most probable ones.
     """
     rows, length = tokens.shape
 
@@ -96,7 +103,8 @@ def token_log_probs(
         # A masked sum instead of a gather: its gradient is elementwise, not a scatter.
         vocabulary = jnp.arange(model.vocabulary_size, dtype=tokens.dtype)[None, None, :]
         chosen = jnp.sum(jnp.where(tokens[..., None] == vocabulary, logits, 0.0), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return TokenScores(log_prob, chosen >= jnp.max(logits, axis=-1))
 
     if chunk_size >= length:
         return log_prob(hidden, tokens)
@@ -106,4 +114,4 @@ def token_log_probs(
     tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
     by_chunk = (jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(tokens, 0, 1))
     parts = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
-    return jnp.swapaxes(parts, 0, 1).reshape(rows, -1)[:, :length]
+    return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1).reshape(rows, -1)[:, :length], parts)

@@ -72,6 +72,7 @@ def test_a_line_is_what_its_keys_say(line, record):
         ({"prompt": 3, "completion": "b"}, "prompt must be a string or a list of messages, got int"),
         ({"prompt": "a", "completion": "b", "label": 1}, "label must be true or false"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"}, "margin must be a number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "margin must be finite, got nan"),
         ({"prompt": "a", "completions": ["b"]}, "at least two"),
         ({"prompt": "a", "completions": ["b", "c"], "ranks": [1]}, "2 completions and 1 ranks"),
         ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, True]}, "whole numbers"),

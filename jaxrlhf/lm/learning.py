@@ -1,0 +1,207 @@
+"""Supervised fine-tuning and reward learning: two losses, one pure step.
+
+    algorithm = learning(supervised_loss(model), optimizer)
+    algorithm = learning(preference_loss(reward), optimizer)
+    state = algorithm.init(params)
+    state, info = jax.jit(algorithm.update)(state, batch, frozen)
+
+A loss is a pair of sums, so that its mean is over the tokens or pairs that count: padding, the way a batch is cut into
+parts, and the number of devices do not change it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf import preferences
+from jaxrlhf.lm.log_probs import MAX_LOGITS, token_log_probs
+from jaxrlhf.lm.model import LanguageModel
+from jaxrlhf.lm.reward import RewardModel
+from jaxrlhf.types import Batch, Params
+
+
+class Totals(NamedTuple):
+    """Sums over a batch, all `[]`; `loss / weight` is the loss and `correct / weight` the accuracy."""
+
+    loss: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
+Loss = Callable[[Params, Batch, Params], Totals]
+ParamsOf = Callable[[Params, Params], Params]
+
+
+class LearningState(NamedTuple):
+    """Updates taken `[]`, parameters, and their optimiser's state."""
+
+    step: jax.Array
+    params: Params
+    optimizer: Any
+
+
+class LearningInfo(NamedTuple):
+    """Of the batch before the update, all `[]`: mean loss in nats, accuracy, their weight, and the gradient's norm."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    weight: jax.Array
+    gradient_norm: jax.Array
+
+
+class LearningAlgorithm(NamedTuple):
+    """Pure functions.
+
+    Attributes:
+        init: `(params) -> LearningState`. Copies.
+        update: `(state, batch, frozen) -> (LearningState, LearningInfo)`.
+    """
+
+    init: Callable[[Params], LearningState]
+    update: Callable[[LearningState, Batch, Params], tuple[LearningState, LearningInfo]]
+
+
+def itself(params: Params, frozen: Params) -> Params:
+    """Returns the parameters: those that are trained are the model's."""
+    del frozen
+    return params
+
+
+def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int = 1) -> LearningAlgorithm:
+    """Descends `sum of losses / sum of weights` of a batch, computed in one piece or several.
+
+    Args:
+        loss: `(params, batch, frozen) -> Totals`.
+        optimizer: of the parameters.
+        parts: pieces of equal rows that a batch is computed in, one after the other, to save memory.
+
+    Raises:
+        ValueError: parts < 1; or at trace time, rows that do not divide into the parts.
+    """
+    if parts < 1:
+        raise ValueError(f"A batch is computed in at least 1 part, got {parts}.")
+
+    def init(params):
+        # The dtype is said, so that a weakly typed leaf becomes a strong one and the step is not compiled twice.
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), params)
+        return LearningState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def totals_and_gradient(params, batch, frozen):
+        def summed(params, part):
+            totals = loss(params, part, frozen)
+            return totals.loss, totals
+
+        gradient_of = jax.grad(summed, has_aux=True)
+        if parts == 1:
+            gradient, totals = gradient_of(params, batch)
+            return totals, gradient
+        rows = len(jax.tree.leaves(batch)[0])
+        if rows % parts:
+            raise ValueError(f"A batch of {rows} rows does not divide into {parts} parts.")
+        # Row r goes to part r mod parts: each part then has rows of every device that the batch is split over.
+        split = jax.tree.map(
+            lambda leaf: jnp.swapaxes(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 0, 1), batch
+        )
+
+        def one(sums, part):
+            gradient, totals = gradient_of(params, part)
+            return jax.tree.map(jnp.add, sums, (totals, gradient)), None
+
+        shapes = jax.eval_shape(lambda: gradient_of(params, jax.tree.map(lambda leaf: leaf[0], split))[::-1])
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(one, zero, split)[0]
+
+    def update(state, batch, frozen=()):
+        totals, gradient = totals_and_gradient(state.params, batch, frozen)
+        # A batch in which nothing counts moves nothing.
+        weight = jnp.maximum(totals.weight, 1e-9)
+        gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradient)
+        move, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        info = LearningInfo(totals.loss / weight, totals.correct / weight, totals.weight, optax.tree.norm(gradient))
+        return LearningState(state.step + 1, optax.apply_updates(state.params, move), optimizer_state), info
+
+    return LearningAlgorithm(init, update)
+
+
+def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = itself) -> Loss:
+    """Returns the negative log-likelihood of the tokens to be learned, in nats; its weight is their number.
+
+    Its batch has `tokens`, `segments` and `learned`, `[N, T]`, of `data.batches.Demonstrations`. The accuracy counts
+    tokens that were the most probable.
+
+    Args:
+        model: the language model.
+        params_of: `(params, frozen) -> ` the model's parameters; such as `lambda adapter, base: attach(base, adapter)`.
+    """
+
+    def loss(params, batch, frozen):
+        params = params_of(params, frozen)
+        tokens, counted = batch.tokens[:, 1:], batch.learned[:, 1:]
+        hidden = model.hidden(params, batch.tokens, batch.segments)[:, :-1]
+        chunk_size = max(1, MAX_LOGITS // (len(tokens) * model.vocabulary_size))
+        log_prob, best = token_log_probs(model, params, hidden, tokens, 1.0, chunk_size)
+        weight = jnp.sum(counted, dtype=log_prob.dtype)
+        return Totals(-jnp.sum(jnp.where(counted, log_prob, 0.0)), jnp.sum(best & counted, dtype=weight.dtype), weight)
+
+    return loss
+
+
+def preference_loss(
+    reward: RewardModel,
+    *,
+    smoothing: float = 0.0,
+    margins: bool = True,
+    choice: preferences.Choice = preferences.BRADLEY_TERRY,
+    centre: float = 0.0,
+    params_of: ParamsOf = itself,
+) -> Loss:
+    """Returns the negative log-likelihood of the labels of pairs, in nats; its weight is the number of pairs.
+
+        d = r(first) - r(second) - margin
+        Bradley-Terry:   -z log sigmoid(d) - (1 - z) log sigmoid(-d),    z = label (1 - smoothing) + (1 - label) smoothing
+
+    A tie is the label 1/2: half of each under Bradley-Terry; with `choice.tie` an outcome of its own (Rao and Kupper).
+    `centre` adds `centre (r(first) + r(second))^2`, which fixes the level that differences leave free (arXiv 2312.09244).
+    The accuracy counts pairs whose better text has the higher reward; ties count half.
+
+    Args:
+        reward: the reward model.
+        smoothing: probability in [0, 1/2) that a label is the wrong way round, to be ignored; robust to what
+            `choice.mistake` would model.
+        margins: whether the batch's margins are asked for (arXiv 2307.09288, equation 2).
+        choice: how the labels are taken to have been chosen.
+        centre: weight of the squared sum.
+        params_of: `(params, frozen) -> ` the reward model's parameters.
+
+    Raises:
+        ValueError: smoothing or centre is out of range.
+    """
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"Label smoothing must lie in [0, 1/2), got {smoothing:g}.")
+    if not centre >= 0:
+        raise ValueError(f"centre must not be negative, got {centre:g}.")
+    choice.check()
+
+    def loss(params, batch, frozen):
+        scores = pair_scores(reward, params_of(params, frozen), batch)
+        labels, asked = batch.labels, batch.margins if margins else jnp.zeros_like(batch.margins)
+        outcomes = preferences.log_outcomes(scores - jnp.stack([asked, jnp.zeros_like(asked)], axis=1), choice)
+        wins = jnp.where(labels == 0.5, labels, labels * (1 - smoothing) + (1 - labels) * smoothing)
+        tied = outcomes[:, 1] if choice.tie > 0 else 0.5 * (outcomes[:, 0] + outcomes[:, 2])
+        decided = wins * outcomes[:, 2] + (1 - wins) * outcomes[:, 0]
+        cost = -jnp.where(labels == 0.5, tied, decided) + centre * jnp.sum(scores, axis=1) ** 2
+        agreed = jnp.where(labels == 0.5, 0.5, (scores[:, 0] > scores[:, 1]) == (labels > 0.5))
+        agreed = jnp.where(scores[:, 0] == scores[:, 1], 0.5, agreed)
+        weight = batch.weight.astype(cost.dtype)
+        return Totals(jnp.sum(weight * cost), jnp.sum(weight * agreed), jnp.sum(weight))
+
+    return loss
+
+
+def pair_scores(reward: RewardModel, params: Params, batch: Batch) -> jax.Array:
+    """Returns the rewards `[N, 2]` of pairs of whole texts; `batch` has `tokens` and `mask`, `[N, 2, T]`."""
+    length = batch.tokens.shape[-1]
+    return reward.score(params, batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)).reshape(-1, 2)
