@@ -87,7 +87,7 @@ def padded_prompts(rows: Sequence[np.ndarray], length: int) -> PromptRows:
 
 
 def learned_of(row: Encoded) -> np.ndarray:
-    """Returns which tokens `[T]` of a text are to be learned: its completion's, never the first, which nothing predicts."""
+    """Returns which tokens `[T]` of a text are to be learned: its completion's, but not the first, which nothing tells."""
     return row.completion & (np.arange(len(row.tokens)) > 0)
 
 
