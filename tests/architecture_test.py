@@ -16,6 +16,7 @@ ORDER = [
     "types",
     "bilevel",
     "preferences",
+    "preference_report",
     "objectives",
     "policy_gradient",
     "preference_buffer",
@@ -27,6 +28,7 @@ ORDER = [
     "lm",
     "known",
     "training",
+    "commands",
 ]
 NEVER = {("mdp", "lm"), ("lm", "mdp")}
 OUTSIDE = {

@@ -69,6 +69,9 @@ class RecordSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            # What ends a loop over a sequence.
+            raise IndexError(f"There are {len(self)} records, not {index + 1}.")
         return _decoded(self._examples[index], self._kind)
 
 

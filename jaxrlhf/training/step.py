@@ -1,4 +1,4 @@
-"""Compilation in one place: shardings and donation for any `BilevelAlgorithm`.
+"""Compilation in one place: shardings and donation for any `BilevelAlgorithm`, and for the steps of `lm.learning`.
 
 Where older code wrote `pmap` or `pjit`, this is `jax.jit` with explicit `NamedSharding`: parameters are replicated, the
 prompts of a step are split over the mesh's `data` axis, and the compiler inserts the reductions.
@@ -59,6 +59,17 @@ def compile_algorithm(algorithm: BilevelAlgorithm, mesh: Mesh) -> CompiledAlgori
         step=jax.jit(algorithm.step, in_shardings=inputs, out_shardings=outputs, donate_argnums=1),
         propose=jax.jit(algorithm.propose, in_shardings=inputs),
         update=jax.jit(algorithm.update, in_shardings=labelled, out_shardings=outputs, donate_argnums=1),
+    )
+
+
+def compile_update(update: Callable, mesh: Mesh) -> Callable:
+    """Returns an `(state, batch, frozen) -> (state, info)`, jitted over the mesh; rows are split, the state is donated."""
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        update,
+        in_shardings=(everywhere, split, everywhere),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
     )
 
 

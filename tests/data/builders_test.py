@@ -146,3 +146,4 @@ def test_the_published_pairs(tmp_path):
     assert len(splits["train"]) + len(splits["test"]) == 2312 and not bad
     assert 150 < len(splits["test"]) < 320
     assert splits["test"][3].prompt[-1].role == "user"
+    assert len(list(splits["test"])) == len(splits["test"])

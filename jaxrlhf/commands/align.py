@@ -1,0 +1,350 @@
+"""Online RLHF as one bilevel problem, on a model and preferences that people bring: `jaxrlhf align`."""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from jaxrlhf import bilevel, objectives
+from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
+from jaxrlhf.commands.data import Format, open_records, told_of_bad
+from jaxrlhf.commands.evaluate import Judge, comparison_table, open_judge, policy_comparer
+from jaxrlhf.commands.models import Model, open_model, save_model
+from jaxrlhf.commands.reward import start_of
+from jaxrlhf.commands.stage import begin, half_or_full
+from jaxrlhf.data.fitted import described, fit_prompts
+from jaxrlhf.data.pipelines import prompt_batches
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.memory import MemoryPlan, plan_bilevel
+from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.reward import RewardModel, reward_model
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
+from jaxrlhf.training.report import Samples, rich_table, write_report
+from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step, replicate
+from jaxrlhf.training.tracking import tracker
+from jaxrlhf.types import Params
+
+Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Align:
+    """Trains policy and reward together on labels asked for as it goes.
+
+    Every step the policy answers prompts, an annotator compares its answers with the reference's, and reward and policy
+    move: the reward knowing how the policy will answer it. With --estimator decoupled it is iterated RLHF.
+    """
+
+    policy: pathlib.Path
+    """The model to align, and its reference: a Hugging Face directory, or a run's folder."""
+    data: str
+    """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records the prompts are taken."""
+    annotator: str | None = None
+    """Who compares two answers: `module:function` of (prompts, firsts, seconds), or a reward model's directory."""
+    score: str | None = None
+    """Instead of --annotator, `module:function` of (prompts, completions) to scores, which labels are drawn by."""
+    reward: pathlib.Path | None = None
+    """Reward model to start from; otherwise the policy's weights under a zero head."""
+    format: Format = "auto"
+    """How the data are written; see `jaxrlhf.data`."""
+    skip_bad: bool = False
+    """Skips lines that cannot be read, and lists them."""
+    held_out: float = 0.1
+    """Share of the prompts that the policies are compared on."""
+    steps: int = 100
+    batch_size: int = 16
+    """Prompts a step, over all devices."""
+    pairs: int = 4
+    """Pairs of answers a prompt; each costs one label."""
+    max_prompt: int = 128
+    """Tokens of a prompt; longer ones are left out, or cut with --cut-prompts."""
+    cut_prompts: bool = False
+    """Takes tokens from the beginning of long prompts."""
+    max_new_tokens: int = 48
+    beta: float = 0.2
+    """Weight of the KL to the reference, in the reward's units a nat."""
+    estimator: Estimator = "central"
+    """How the reward foresees the policy's answer."""
+    relative_sigma: float = 0.2
+    """Perturbation of a stencil, sigma / beta."""
+    utility_weight: float = 1.0
+    """Weight of the coupled utility beside the uncoupled likelihood."""
+    kl_price: float = 0.05
+    """Of the utility, a nat."""
+    policy_rate: float | None = None
+    """Learning rate; 2e-4, or 5e-4 for adapters."""
+    tangent_rate: float | None = None
+    """Of the policy's answer to the reward; a twentieth of the policy's."""
+    reward_rate: float = 1e-3
+    lora_rank: int = 0
+    """Makes the policy's iterates and the reward adapters of this rank on the reference; they are merged at the end."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the reference's weights; bfloat16 needs --lora-rank."""
+    evaluations: int = 5
+    evaluation_answers: int = 64
+    """Answers to held-out prompts that the policies are compared on."""
+    seed: int = 0
+    output: pathlib.Path = pathlib.Path("runs")
+    """Where the run's own folder is made."""
+    data_dir: pathlib.Path = pathlib.Path("runs/data")
+    """Where prepared data lie."""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """Also logs there."""
+
+
+class Assembly(NamedTuple):
+    """What a run trains.
+
+    Attributes:
+        algorithm: the bilevel algorithm.
+        upper: the reward's trained parameters at first.
+        lower: the policy's.
+        frozen: the reference, and what a traced annotator needs.
+        policy_of: `(state) -> ` the deployed policy's plain parameters.
+        reward_of: `(state) -> ` the reward model's.
+    """
+
+    algorithm: BilevelAlgorithm
+    upper: Params
+    lower: Params
+    frozen: LanguageFrozen
+    policy_of: Callable[[Any], Params]
+    reward_of: Callable[[Any], Params]
+
+
+def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembly:
+    """Returns the algorithm: the same parts whether whole models are trained or adapters.
+
+    Args:
+        config: the run's.
+        model: policy and reference.
+        start: the reward model to begin with; with adapters only its head is taken.
+        judge: who labels.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    policy, reward = decoder(model.config), reward_model(decoder(start.config))
+    if config.dtype != "float32" and not config.lora_rank:
+        raise ValueError(
+            "A policy in bfloat16 cannot be trained whole, as small steps round to nothing; give --lora-rank."
+        )
+    if config.lora_rank and config.reward is not None:
+        raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
+    if start.config.vocabulary_size != model.config.vocabulary_size:
+        raise ValueError(
+            f"The reward model reads {start.config.vocabulary_size} tokens and the policy writes "
+            f"{model.config.vocabulary_size}; take models of one tokenizer."
+        )
+    base, frozen = model.params, LanguageFrozen(model.params, judge.params)
+    keys = jax.random.split(jax.random.key(config.seed))
+    if not config.lora_rank:
+        algorithm = _algorithm(config, _problem(config, model, policy, reward), judge)
+        return Assembly(algorithm, start.params, base, frozen, deployed, lambda state: state.upper)
+    lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
+    problem = _problem(
+        config,
+        model,
+        policy,
+        reward,
+        policy_params=lora.policy_on_reference,
+        reward_params=lora.reward_on_reference,
+    )
+
+    def reward_of(state):
+        trunk = {name: part for name, part in base.items() if name not in lora.UNREAD}
+        return {"trunk": lora.merge(trunk, state.upper["adapter"]), "head": state.upper["head"]}
+
+    upper = {"adapter": adapter, "head": jnp.asarray(start.params["head"], jnp.float32)}
+    merged = lambda state: lora.merge(base, deployed(state))  # noqa: E731
+    return Assembly(_algorithm(config, problem, judge), upper, lower, frozen, merged, reward_of)
+
+
+def _problem(config: Align, model: Model, policy: Any, reward: RewardModel, **params: Any) -> BilevelProblem:
+    objective = objectives.add(
+        objectives.likelihood(coupled=False),
+        objectives.utility(weight=config.utility_weight, kl_price=config.kl_price),
+    )
+    return language_problem(
+        policy,
+        reward,
+        objective,
+        pairs=config.pairs,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=model.words.stop_ids,
+        pad_id=model.words.pad_id,
+        **params,
+    )
+
+
+def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelAlgorithm:
+    rules = {
+        "central": lambda: bilevel.central(relative_sigma=config.relative_sigma),
+        "forward": lambda: bilevel.forward(config.relative_sigma),
+        "five_point": lambda: bilevel.five_point(config.relative_sigma),
+        "boltzmann": bilevel.boltzmann,
+        "decoupled": bilevel.decoupled,
+    }
+    policy_rate = config.policy_rate or (5e-4 if config.lora_rank else 2e-4)
+    solver = tangent(optax.adam(policy_rate), optax.adam(config.tangent_rate or policy_rate / 20))
+    rule, optimizer = rules[config.estimator](), optax.adam(config.reward_rate)
+    return bilevel_descent(problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced)
+
+
+def main(config: Align) -> pathlib.Path:
+    """Runs it; returns the run's folder, with the models in `policy` and `reward`.
+
+    Raises:
+        ValueError, DataError: what is given cannot be used; the message says what to change.
+    """
+    console, began = Console(), time.monotonic()
+    _check(config)
+    dtype = half_or_full(config.dtype)
+    model = open_model(config.policy, "policy", dtype=dtype)
+    start = start_of(config.reward or config.policy, dtype)
+    judge = open_judge(config.annotator, config.score, model)
+    parts = assemble(config, model, start, judge)
+    learned, held_out, notes = _prompts(config, model)
+    mesh = data_mesh()
+    check_batch(config.batch_size, mesh)
+
+    key = jax.random.key(config.seed)
+    memory = plan_bilevel(parts.algorithm.init, key, parts.upper, parts.lower, parts.frozen)
+    folder = begin(config.output, "align", config)
+    tell_plan(console, config, model, memory, notes)
+    log = tracker(config.track, folder.path, name=folder.path.name, config=config)
+    state = replicate(parts.algorithm.init(key, parts.upper, parts.lower), mesh)
+    frozen = replicate(parts.frozen, mesh)
+    rows = (Prompts(*(jnp.asarray(part) for part in batch)) for batch in _batches(config, learned))
+    step = outer_step(compile_algorithm(parts.algorithm, mesh), judge.host)
+
+    measure = policy_comparer(model, held_out, judge, max_new_tokens=config.max_new_tokens, seed=config.seed + 1)
+    compared = {0: measure(model.params)}
+    curves: list[dict] = []
+    every = max(1, config.steps // max(1, config.evaluations))
+    # Each answer is written once; the reference's beside it.
+    units = 2 * config.batch_size * config.pairs
+    batches = (batch for _, batch in zip(range(config.steps), rows, strict=False))
+    with progress("align", config.steps, "answers", console=console) as advance:
+        for reached in outer_steps(step, state, batches, frozen, key=jax.random.fold_in(key, 1)):
+            if reached.info is not None:
+                curves.append(_noted(reached.step - (reached.latest is not None), reached.info, folder, log))
+            if reached.latest is None:
+                break
+            advance(units, **({"KL": curves[-1]["kl"]} if curves else {}))
+            state = reached.state
+            if reached.step % every == 0 or reached.step == config.steps:
+                compared[reached.step] = measure(parts.policy_of(jax.device_get(state)))
+                shown = compared[reached.step].numbers()
+                folder.append_metrics(step=reached.step, **shown)
+                log.log(reached.step, {f"held_out/{name}": value for name, value in shown.items()})
+    log.close()
+    final = jax.device_get(state)
+    aligned = model._replace(params=parts.policy_of(final))
+    save_model(folder.path / "policy", aligned, "policy")
+    save_model(folder.path / "reward", start._replace(params=parts.reward_of(final)), "reward")
+    _report(folder, config, compared, curves, notes, time.monotonic() - began, console)
+    return folder.path
+
+
+def _check(config: Align) -> None:
+    for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+
+
+def _prompts(config: Align, model: Model):
+    """Returns the rows of prompts to learn from and to compare on, and what was left out."""
+    room = model.config.context_length - config.max_new_tokens
+    if room < 2:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is "
+            f"{model.config.context_length}."
+        )
+    longest = min(config.max_prompt, room)
+    prepared = open_records(
+        config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
+    )
+    codec, notes, found = model.words.codec(), told_of_bad(prepared), {}
+    for name, what in (("train", "Prompts"), ("test", "Held-out prompts")):
+        # A few prompts make no held-out part; then the policies are compared on those that were learned from.
+        source = prepared.splits.get(name)
+        if source is None:
+            source, what = next(iter(prepared.splits.values())), f"{what} (none is held out: the same)"
+        found[name] = fit_prompts(codec, source, max_length=longest, cut_prompts=config.cut_prompts)
+        notes.append(f"{what}: {described(found[name])}.")
+    asked = itertools.islice(itertools.cycle(found["test"].rows), config.evaluation_answers)
+    return found["train"].rows, list(asked), notes
+
+
+def _batches(config: Align, rows: list[np.ndarray]):
+    multiple = min(32, config.max_prompt)
+    return iter(prompt_batches(rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple))
+
+
+def tell_plan(console: Console, config: Align, model: Model, memory: MemoryPlan, notes: list[str]) -> None:
+    """Prints what is about to happen, before its memory is taken."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    answers = 2 * config.batch_size * config.pairs
+    held = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.parts.items() if size > 1000)
+    rows = {
+        "model": f"{model.config.family}, {count_text(count)} parameters, {config.policy}",
+        "trained": f"adapters of rank {config.lora_rank}" if config.lora_rank else "all weights",
+        "memory": f"{bytes_text(memory.total)}, {memory.of_base():.2f} times the base ({held})",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "a step": f"{answers} answers of at most {config.max_new_tokens} tokens, {answers // 2} labels",
+        "in all": f"{config.steps} steps, {config.steps * answers // 2:,} labels",
+    }
+    plan(console, "Bilevel alignment", rows | {"prompts": "\n".join(notes)})
+
+
+def _noted(step: int, info: Any, folder: RunFolder, log: Any) -> dict[str, float]:
+    row = {name: float(value) for name, value in info._asdict().items()}
+    folder.append_metrics(step=step, **row)
+    log.log(step, row)
+    return {"step": step} | row
+
+
+def _report(folder, config, compared, curves, notes, seconds, console) -> None:
+    first, last = compared[0], compared[config.steps]
+    labels = sum(row["labels"] for row in curves)
+    table = comparison_table({"reference": first, "aligned": last}, labels={"reference": 0, "aligned": int(labels)})
+    steps = sorted(compared)
+    panels = {
+        name: ("step", axis, {config.estimator: (steps, [compared[step].numbers()[field] for step in steps])})
+        for name, field, axis in (
+            ("Win rate against the reference", "win_rate", "share"),
+            ("KL to the reference", "kl", "nats"),
+        )
+    }
+    ran = [row["step"] for row in curves]
+    panels["Upper loss"] = ("step", "nats", {config.estimator: (ran, [row["upper_loss"] for row in curves])})
+    panels["Coupling share"] = ("step", "share", {config.estimator: (ran, [row["coupling_share"] for row in curves])})
+    draw_curves(folder.path / "curves.png", panels)
+    results = {name: verdict.numbers() for name, verdict in (("reference", first), ("aligned", last))}
+    folder.write_json("results.json", results | {"labels": labels, "seconds": seconds})
+    write_report(
+        folder.path,
+        title="Bilevel alignment",
+        summary=f"{config.steps} steps and {labels:,.0f} labels in {seconds:.0f} s. The models are in policy and reward.",
+        tables=[table],
+        figures=["curves.png"],
+        config=config,
+        samples=[Samples("Answers to held-out prompts", ("reference", "aligned"), last.samples[:8])],
+        notes=notes,
+    )
+    console.print(rich_table(table))
+    console.print("Report, models and metrics are in:")
+    console.print(str(folder.path), soft_wrap=True)

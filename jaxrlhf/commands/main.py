@@ -1,0 +1,53 @@
+"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|export`."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
+from jaxrlhf.data.records import DataError
+
+COMMANDS = {
+    "sft": (supervised.Supervised, supervised.main),
+    "reward": (reward.Reward, reward.main),
+    "align": (align.Align, align.main),
+    "evaluate": (evaluate.Evaluate, evaluate.main),
+    "sample": (sample.Sample, sample.main),
+    "export": (export.Export, export.main),
+}
+
+
+def run(config: Any, name: str = "jaxrlhf") -> Any:
+    """Runs what a configuration asks for; ends the process with 2 and one sentence where it cannot be done.
+
+    With JAXRLHF_TRACEBACK=1 in the environment the whole traceback is shown.
+    """
+    mains: dict[type, Any] = dict(COMMANDS.values())
+    try:
+        return mains[type(config)](config)
+    except (DataError, ValueError, OSError) as error:
+        if os.environ.get("JAXRLHF_TRACEBACK"):
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what was written so far stays in the run's folder.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Reads the command line and runs it."""
+    kinds = [
+        Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
+        for name, (kind, _) in COMMANDS.items()
+    ]
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    run(tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX."))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Models on the disk as the commands see them: a Hugging Face directory, or the folder of a run that made one."""
+
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import tokenizers
+
+from jaxrlhf.data.chat import ChatTemplate, load_chat_template
+from jaxrlhf.data.encode import Codec, codec
+from jaxrlhf.lm.config import DecoderConfig
+from jaxrlhf.lm.families import Kind
+from jaxrlhf.lm.weights import (
+    SpecialIds,
+    WeightsError,
+    load_decoder,
+    load_reward_model,
+    load_tokenizer,
+    save_decoder,
+    save_reward_model,
+    special_ids,
+)
+from jaxrlhf.types import Params
+
+# What belongs to a tokenizer, and is copied as it is.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Words(NamedTuple):
+    """What turns texts into tokens: the tokenizer, special ids and chat template of a directory."""
+
+    directory: pathlib.Path
+    tokenizer: tokenizers.Tokenizer
+    special: SpecialIds
+    template: ChatTemplate | None
+
+    def codec(self) -> Codec:
+        """Returns what `jaxrlhf.data` encodes with."""
+        end = self.special.eos[0] if self.special.eos else None
+        return codec(self.tokenizer, bos=self.special.bos, eos=end, template=self.template)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion; BOS too, as some models were trained with BOS alone between texts."""
+        ends = {*self.special.eos} if self.special.bos is None else {*self.special.eos, self.special.bos}
+        return tuple(sorted(ends))
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows; masks say what is real, so any token will do."""
+        return 0 if self.special.pad is None else self.special.pad
+
+
+class Model(NamedTuple):
+    """A policy or a reward model with its words."""
+
+    config: DecoderConfig
+    params: Params
+    words: Words
+
+
+def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
+    """Returns the model directory at a path: itself, or the `policy` or `reward` that a run left in it.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    for directory in (path, path / kind):
+        if (directory / "config.json").is_file() and not _is_run(directory):
+            return directory
+    raise WeightsError(
+        f"{path} holds no {kind} model: give a Hugging Face directory, or the folder of a run that made a {kind}."
+    )
+
+
+def _is_run(directory: pathlib.Path) -> bool:
+    # A run's folder has a config.json too, of the run.
+    return any((directory / kind / "config.json").is_file() for kind in ("policy", "reward"))
+
+
+def open_words(directory: pathlib.Path) -> Words:
+    """Returns the words of a model directory."""
+    return Words(directory, load_tokenizer(directory), special_ids(directory), load_chat_template(directory))
+
+
+def open_model(path: pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32) -> Model:
+    """Returns the model at a path; see `find`."""
+    directory = find(path, kind)
+    config, params = (load_decoder if kind == "policy" else load_reward_model)(directory, dtype=dtype)
+    return Model(config, params, open_words(directory))
+
+
+def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Path:
+    """Writes a directory that this library and transformers read, tokenizer and template as they were; returns it."""
+    special = model.words.special
+    if kind == "reward" and special.pad is None:
+        # Transformers looks for the last token by the pad id, and scores one row at a time without.
+        special = special._replace(pad=model.words.pad_id)
+    save = save_decoder if kind == "policy" else save_reward_model
+    save(directory, model.config, model.params, special=special)
+    for name in TOKENIZER_FILES:
+        source = model.words.directory / name
+        if source.is_file() and source.resolve() != (directory / name).resolve():
+            shutil.copyfile(source, directory / name)
+    return directory

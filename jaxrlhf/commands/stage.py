@@ -1,0 +1,216 @@
+"""What supervised training and reward learning share: the loop around a pure step, its optimiser, its plan."""
+
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.learning import LearningAlgorithm, LearningState, ParamsOf, itself
+from jaxrlhf.lm.memory import bytes_of
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
+from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.step import check_batch, compile_update, data_mesh, replicate
+from jaxrlhf.training.tracking import Tracker
+from jaxrlhf.types import Params
+
+
+class Learner(NamedTuple):
+    """What is trained of a model: all of it, or adapters on a frozen base.
+
+    Attributes:
+        trained: the parameters that the optimiser moves.
+        frozen: the base, `()` without adapters.
+        params_of: `(trained, frozen) -> ` the model's parameters, traceable.
+        whole: `(trained) -> ` plain parameters to export.
+    """
+
+    trained: Params
+    frozen: Params
+    params_of: ParamsOf
+    whole: Callable[[Params], Params]
+
+
+def policy_learner(params: Params, rank: int, key: jax.Array) -> Learner:
+    """Returns the learner of a language model; adapters where `rank` is positive."""
+    if not rank:
+        return Learner(params, (), itself, lambda trained: trained)
+    adapter = lora.init_adapter(key, params, rank=rank)
+    return Learner(adapter, params, _attached, lambda trained: lora.merge(params, trained))
+
+
+def reward_learner(params: Params, rank: int, key: jax.Array) -> Learner:
+    """Returns the learner of a reward model `{"trunk", "head"}`; an adapter and the head where `rank` is positive."""
+    if not rank:
+        return Learner(params, (), itself, lambda trained: trained)
+    trunk = params["trunk"]
+    trained = {"adapter": lora.init_adapter(key, trunk, rank=rank), "head": params["head"]}
+
+    def whole(trained):
+        return {"trunk": lora.merge(trunk, trained["adapter"]), "head": trained["head"]}
+
+    def params_of(trained, frozen):
+        return {"trunk": lora.attach(frozen, trained["adapter"]), "head": trained["head"]}
+
+    return Learner(trained, trunk, params_of, whole)
+
+
+def _attached(adapter: Params, base: Params) -> Params:
+    return lora.attach(base, adapter)
+
+
+def adamw(rate: float, steps: int, *, warmup: float, weight_decay: float, largest_gradient: float):
+    """Returns AdamW under a linear warm-up over a share of the steps and a cosine to a tenth, gradients clipped."""
+    if not 0 <= warmup < 1:
+        raise ValueError(f"--warmup must be a share of the steps in [0, 1), got {warmup:g}.")
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else rate, rate, max(1, round(warmup * steps)), max(2, steps), 0.1 * rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(largest_gradient), optax.adamw(schedule, weight_decay=weight_decay, mask=_matrices)
+    )
+
+
+def _matrices(params: Params) -> Any:
+    # Decay pulls products towards 0; norms and biases have no business there.
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def steps_of(steps: int | None, epochs: float, rows: int, batch_size: int) -> int:
+    """Returns the number of steps: as given, or what the epochs need."""
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {steps}.")
+        return steps
+    if not epochs > 0:
+        raise ValueError(f"--epochs must be positive, got {epochs:g}.")
+    return max(1, math.ceil(epochs * rows / batch_size))
+
+
+class History(NamedTuple):
+    """Curves of a run: by step the loss on its batch, and by evaluated step what was measured on held-out data."""
+
+    steps: list[int]
+    losses: list[float]
+    evaluated: list[int]
+    measured: list[dict[str, float]]
+
+
+def descend(
+    title: str,
+    algorithm: LearningAlgorithm,
+    learner: Learner,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    count: Callable[[Any], float],
+    evaluate: Callable[[Params], dict[str, float]],
+    evaluations: int,
+    folder: RunFolder,
+    tracker: Tracker,
+    console: Console,
+) -> tuple[LearningState, History]:
+    """Takes the steps and reports them; returns the last state and the curves.
+
+    Args:
+        title: of the progress bar.
+        algorithm: the pure step.
+        learner: what is trained.
+        batches: endless.
+        steps: how many.
+        count: `(batch) -> ` its tokens, for the throughput.
+        evaluate: `(trained parameters) -> ` measurements on held-out data.
+        evaluations: how often, evenly spaced; the last step is always evaluated.
+        folder: for metrics.jsonl.
+        tracker: see `training.tracking`.
+        console: where progress is printed.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    mesh = data_mesh()
+    update = compile_update(algorithm.update, mesh)
+    state, frozen = replicate(algorithm.init(learner.trained), mesh), replicate(learner.frozen, mesh)
+    every = max(1, steps // max(1, evaluations))
+    history, late = History([], [], [], []), None
+
+    def note(number, info):
+        loss = float(info.loss)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss of step {number} is {loss}: lower --learning-rate; what was written before stays."
+            )
+        row = {"loss": loss, "accuracy": float(info.accuracy), "gradient_norm": float(info.gradient_norm)}
+        history.steps.append(number)
+        history.losses.append(loss)
+        folder.append_metrics(step=number, **row)
+        tracker.log(number, row)
+        return row
+
+    with progress(title, steps, console=console) as advance:
+        for number in range(1, steps + 1):
+            batch = next(batches)
+            check_batch(len(jax.tree.leaves(batch)[0]), mesh)
+            state, info = update(state, batch, frozen)
+            # Read one step late, so that reading never waits for the device.
+            shown = note(number - 1, late) if late is not None else {}
+            late = info
+            advance(count(batch), loss=shown.get("loss"))
+            if number % every == 0 or number == steps:
+                measured = evaluate(state.params)
+                history.evaluated.append(number)
+                history.measured.append(measured)
+                folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
+                tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
+        note(steps, late)
+    return state, history
+
+
+def draw_history(folder: RunFolder, history: History, panels: dict[str, str]) -> list[str]:
+    """Draws the loss and what was measured; `panels` names measurements and their axes. Returns the files' names."""
+    smooth = _smoothed(history.losses)
+    drawn = {"Loss on batches": ("step", "nats", {"batches, smoothed": (history.steps, smooth)})}
+    for name, axis in panels.items():
+        values = [row[name] for row in history.measured]
+        drawn[f"Held out: {name.replace('_', ' ')}"] = ("step", axis, {"held out": (history.evaluated, values)})
+    draw_curves(folder.path / "curves.png", drawn)
+    return ["curves.png"]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    width = max(1, len(values) // 50)
+    sums = np.cumsum([0.0, *values])
+    return [float((sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width)) for i in range(len(values))]
+
+
+def tell_plan(
+    console: Console, title: str, learner: Learner, optimizer: optax.GradientTransformation, rows: dict[str, str]
+) -> None:
+    """Prints what is about to happen, before the optimiser's memory is taken."""
+    trained, frozen = bytes_of(learner.trained), bytes_of(learner.frozen)
+    slots = bytes_of(jax.eval_shape(optimizer.init, learner.trained))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves((learner.trained, learner.frozen)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(learner.trained))
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    memory = f"{bytes_text(frozen + trained + slots)} of weights and optimiser, gradients {bytes_text(trained)}"
+    told = {"parameters": f"{count_text(parameters)}, {count_text(count)} of them trained", "memory": memory}
+    plan(console, title, rows | told | {"devices": devices})
+
+
+def half_or_full(name: str) -> Any:
+    """Returns the dtype of a name on the command line."""
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def begin(output: pathlib.Path, name: str, config: Any) -> RunFolder:
+    """Makes a run's folder and writes its configuration."""
+    folder = RunFolder(output, name)
+    folder.write_json("config.json", config)
+    return folder

@@ -1,0 +1,329 @@
+"""The command line end to end: every stage from the last one's folder, reports, and what cannot be done."""
+
+import dataclasses
+import html.parser
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxrlhf.commands import align, evaluate, export, models, reward, sample, supervised
+from jaxrlhf.commands.functions import load_function
+from jaxrlhf.commands.main import COMMANDS, run
+from jaxrlhf.data.records import DataError
+from jaxrlhf.lm.config import DecoderConfig
+from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.weights import SpecialIds, save_decoder
+
+WORDS = ("<s>", "</s>", "<unk>", "good", "bad", "day", "sun", "rain", "Human:", "Assistant:", "the", "a", ".", "?")
+JUDGES = """
+def score(prompts, completions):
+    return [float(text.split().count("sun")) - float(text.split().count("rain")) for text in completions]
+
+
+def prefers_sun(prompts, firsts, seconds):
+    pairs = zip(score(prompts, firsts), score(prompts, seconds))
+    return [None if a == b else float(a > b) for a, b in pairs]
+
+
+def too_few(prompts, completions):
+    return [0.0]
+
+
+def rude(prompts, firsts, seconds):
+    return [7.0] * len(prompts)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, preferences for `sun` over `rain`, prompts and a module of judges; one works in it."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    shape = DecoderConfig(
+        vocabulary_size=len(WORDS),
+        width=16,
+        layers=1,
+        query_heads=2,
+        key_value_heads=1,
+        head_size=8,
+        mlp_width=32,
+        context_length=48,
+    )
+    params = decoder(shape).init(jax.random.key(0))
+    save_decoder(folder / "base", shape, params, special=SpecialIds(0, (1,), None), tokenizer=tokenizer)
+    (folder / "base" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    source = np.random.default_rng(0)
+    lines = []
+    for _ in range(60):
+        prompt = " ".join(source.choice(["good", "bad", "day", "the", "a"], 5)) + " ?"
+        chosen = " " + " ".join(source.choice(["sun", "the", "."], 4)) + " sun"
+        rejected = " " + " ".join(source.choice(["rain", "the", "."], 4)) + " rain"
+        lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "judges.py").write_text(JUDGES)
+    return folder
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.syspath_prepend(str(world))
+    return world
+
+
+@pytest.fixture(scope="module")
+def learned(world):
+    """Folders of a supervised and a reward run."""
+    shared = {"held_out": 0.25, "data_dir": world / "prepared", "output": world / "runs", "evaluations": 1}
+    data = str(world / "pairs.jsonl")
+    first = supervised.main(
+        supervised.Supervised(
+            data=data, policy=world / "base", steps=12, batch_size=8, max_length=24, learning_rate=1e-2, **shared
+        )
+    )
+    second = reward.main(
+        reward.Reward(data=data, policy=first, steps=12, batch_size=8, max_length=24, learning_rate=1e-2, **shared)
+    )
+    return first, second
+
+
+class Balanced(html.parser.HTMLParser):
+    """Collects text, and fails on tags that do not close."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in {"meta", "img", "br", "link", "hr", "col", "input"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def told(folder):
+    page = Balanced()
+    page.feed((folder / "report.html").read_text())
+    assert not page.open
+    return " ".join(" ".join(page.text).split())
+
+
+def logits(directory, seed=0):
+    model = models.open_model(directory, "policy")
+    tokens = jax.random.randint(jax.random.key(seed), (2, 9), 0, len(WORDS))
+    language = decoder(model.config)
+    return language.logits(model.params, language.hidden(model.params, tokens, tokens >= 0))
+
+
+def test_the_stages_build_on_each_other(learned):
+    first, second = learned
+    results = json.loads((first / "results.json").read_text())
+    assert results["after"]["loss"] < 0.8 * results["before"]["loss"]
+    assert "On held-out texts" in told(first)
+    verdict = json.loads((second / "results.json").read_text())
+    assert verdict["reward"]["accuracy"] > 0.9
+    assert verdict["reward"]["low"] < verdict["reward"]["accuracy"] <= verdict["reward"]["high"]
+    assert "length of the completion" in told(second)
+    for folder, kind in ((first, "policy"), (second, "reward")):
+        assert (folder / kind / "tokenizer_config.json").exists()
+        assert (folder / "metrics.jsonl").read_text().count("\n") >= 12
+        assert json.loads((folder / "config.json").read_text())["steps"] == 12
+
+
+def test_transformers_reads_every_stage(learned):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    first, second = learned
+    tokens = np.random.default_rng(0).integers(3, len(WORDS), (2, 9))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(first / "policy")(torch.tensor(tokens)).logits
+        scores = transformers.AutoModelForSequenceClassification.from_pretrained(second / "reward")(
+            torch.tensor(tokens)
+        )
+    model = models.open_model(first, "policy")
+    language = decoder(model.config)
+    ours = language.logits(model.params, language.hidden(model.params, tokens, tokens >= 0))
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    rewards = models.open_model(second, "reward")
+    found = reward_model(decoder(rewards.config)).score(rewards.params, tokens, tokens >= 0)
+    np.testing.assert_allclose(found, scores.logits[:, 0].numpy(), atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(first / "policy")
+    assert tokenizer("good day", add_special_tokens=False)["input_ids"] == [3, 5]
+
+
+ALIGN = {"steps": 6, "batch_size": 4, "pairs": 2, "max_new_tokens": 6, "max_prompt": 16, "evaluations": 1}
+
+
+@pytest.fixture(scope="module")
+def aligned(world, learned):
+    """Runs of all weights judged by a function, and of adapters judged by the reward model."""
+    first, second = learned
+    shared = {"policy": first, "data": str(world / "pairs.jsonl"), "held_out": 0.25, "evaluation_answers": 8}
+    shared |= {"policy_rate": 1e-2, "data_dir": world / "prepared", "output": world / "runs"} | ALIGN
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(world))
+        return {
+            "whole": align.main(align.Align(score="judges:score", reward=second, **shared)),
+            "adapters": align.main(align.Align(annotator=str(second), lora_rank=2, **shared)),
+        }
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapters"])
+def test_alignment_moves_the_policy_and_reports(learned, aligned, kind):
+    first, second = learned
+    folder = aligned[kind]
+    assert float(np.max(np.abs(logits(folder) - logits(first)))) > 1e-3
+    results = json.loads((folder / "results.json").read_text())
+    assert results["labels"] == 6 * 4 * 2
+    assert 0 <= results["aligned"]["win_rate"] <= 1
+    assert results["reference"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert "Answers to held-out prompts" in told(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "upper_loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert models.open_model(folder, "reward").config == models.open_model(second, "reward").config
+
+
+def test_policies_and_rewards_are_evaluated(here, learned, aligned):
+    first, second = learned
+    shared = {"data": "pairs.jsonl", "held_out": 0.25}
+    judge = {"annotator": "judges:prefers_sun", "prompts": 8, "max_new_tokens": 6}
+    folder = evaluate.main(evaluate.Evaluate(policy=aligned["whole"], reference=first, **judge, **shared))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["kl"] != 0
+    assert "win rate against the reference" in told(folder)
+    pairs = evaluate.main(evaluate.Evaluate(reward=second, split="test", **shared))
+    kept = json.loads((second / "results.json").read_text())["reward"]
+    again = json.loads((pairs / "results.json").read_text())["reward"]
+    assert again["pairs"] == kept["pairs"]
+    assert again["log_loss"] == pytest.approx(kept["log_loss"], rel=1e-4)
+
+
+def test_samples_repeat_and_begin_with_their_prompt(here, learned, capsys):
+    first, _ = learned
+    settings = sample.Sample(policy=first, prompt="good day ?", max_new_tokens=5, number=3, seed=4)
+    one, other = sample.main(settings), sample.main(settings)
+    assert one == other
+    assert len(set(one)) > 1
+    printed = capsys.readouterr().out
+    assert printed.count("good day ?") == 6
+    greedy = sample.main(dataclasses.replace(settings, temperature=0.0, number=2))
+    assert greedy[0] == greedy[1]
+    # Nothing but the beginning of a text.
+    assert len(sample.main(dataclasses.replace(settings, prompt="", number=1))) == 1
+
+
+def test_the_real_model_writes_its_text(capsys):
+    stories = pathlib.Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
+    if not stories.is_dir():
+        pytest.skip(f"the pretrained model is missing: {stories} does not exist")
+    run(sample.Sample(policy=stories, prompt="Once upon a time", temperature=0.0, max_new_tokens=40))
+    expected = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert capsys.readouterr().out.startswith(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_the_model_again(here, learned, tmp_path, dtype):
+    first, second = learned
+    for kind, source in (("policy", first), ("reward", second)):
+        export.main(export.Export(source=source, to=tmp_path / kind, kind=kind, dtype=dtype))
+        one, other = (models.open_model(place, kind).params for place in (source, tmp_path / kind))
+        rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), one)
+        jax.tree.map(np.testing.assert_array_equal, rounded, other)
+    with pytest.raises(ValueError, match="is the source itself"):
+        export.main(export.Export(source=first, to=first / "policy"))
+
+
+def test_adapters_learn_in_every_stage(here, learned):
+    first, _ = learned
+    shared = {"data": "pairs.jsonl", "held_out": 0.25, "steps": 8, "batch_size": 8, "evaluations": 1, "lora_rank": 2}
+    tuned = supervised.main(
+        supervised.Supervised(policy=first, packed=False, parts=2, learning_rate=3e-2, max_length=24, **shared)
+    )
+    results = json.loads((tuned / "results.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"]
+    judged = reward.main(reward.Reward(policy=first, learning_rate=3e-2, max_length=24, ties=0.1, **shared))
+    assert json.loads((judged / "results.json").read_text())["reward"]["accuracy"] > 0.8
+
+
+WRONG = {
+    "no-model": (lambda: sample.Sample(policy=pathlib.Path("none")), "none holds no policy model: give a Hugging Face"),
+    "two-judges": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="a:b", annotator="c:d"),
+        "Give --annotator or --score, one of the two",
+    ),
+    "no-function": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:scores"),
+        "The module judges has no function scores",
+    ),
+    "no-module": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judge:score"),
+        "There is no module judge here or among the installed ones",
+    ),
+    "too-few": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:too_few", **ALIGN),
+        r"judges:too_few gave \(1,\) numbers for 6[0-9] texts",
+    ),
+    "no-label": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", annotator="judges:rude", **ALIGN),
+        "judges:rude answered 7; a label is 1, 0, 1/2 or None",
+    ),
+    "half-precision": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:score", dtype="bfloat16"),
+        "A policy in bfloat16 cannot be trained whole.* give --lora-rank",
+    ),
+    "no-data": (lambda: reward.Reward(policy=pathlib.Path("base"), data="none.jsonl"), "no file or folder none.jsonl"),
+    "no-start": (
+        lambda: supervised.Supervised(data="pairs.jsonl"),
+        "Give --policy to start from a model, or --tokenizer",
+    ),
+    "no-room": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:score", max_new_tokens=48),
+        "leaves no room for a prompt: the model's context is 48",
+    ),
+    "nothing": (lambda: evaluate.Evaluate(data="pairs.jsonl"), "Give --policy with --reference, or --reward"),
+    "diverged": (
+        lambda: supervised.Supervised(
+            data="pairs.jsonl", policy=pathlib.Path("base"), steps=6, learning_rate=1e30, batch_size=8, max_length=24
+        ),
+        "The loss of step . is nan: lower --learning-rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_done_is_one_sentence(here, capsys, case):
+    config, message = WRONG[case]
+    with pytest.raises((ValueError, DataError), match=message):
+        dict(COMMANDS.values())[type(config())](config())
+    with pytest.raises(SystemExit) as caught:
+        run(config())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_is_installed_and_says_what_it_can_do():
+    command = pathlib.Path(sys.executable).with_name("jaxrlhf")
+    shown = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
+    for name in ("sft", "reward", "align", "evaluate", "sample", "export"):
+        assert name in shown
+
+
+def test_functions_are_found_by_name_only():
+    assert load_function("math:sqrt")(4) == 2
+    for name in ("math", "math:", ":sqrt", ""):
+        with pytest.raises(ValueError, match="names no function; write module:function"):
+            load_function(name)
