@@ -28,6 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import tabular
+from jaxrlhf.training.report import Table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 
 PUBLISHED = {
@@ -229,6 +230,15 @@ def main(config: Config) -> None:
         draw_curves_of(folder.path / f"curves_{name}.png", {method: kept[method, cell][1] for method in config.methods})
         folder.write_json(f"incentives_{name}.json", {"value": float(exact_value(upper, rooms.terms(*cell), environment)),
                                                       "weights": np.asarray(upper)})  # fmt: skip
+    shown = [name for name, value in rows[0].items() if isinstance(value, str | int | float)]
+    write_report(
+        folder.path,
+        title="Incentive design in Four-Rooms",
+        summary=text.split("\n\n")[0],
+        tables=[Table("Every method and cell", shown, [[row[name] for name in shown] for row in rows])],
+        figures=sorted(path.name for path in folder.path.glob("*.png")),
+        config=config,
+    )
     print("\n" + text)
     print(folder.path)
 

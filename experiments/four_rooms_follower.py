@@ -26,6 +26,7 @@ from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives, tabular
 from jaxrlhf.mdp.actor_critic import actor_critic
 from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.report import Table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 
 REWARDS = (rooms.follower_reward, rooms.leader_reward)
@@ -162,6 +163,15 @@ def main(config: Config) -> None:
     }
     folder.write_json("results.json", {"config": config, "final": final, "missed": missed, "leader": leader})
     draw(folder.path / "follower.png", missed, leader, exact)
+    told = [(name, value) for name, value in final.items() if isinstance(value, float)]
+    write_report(
+        folder.path,
+        title="A network follower in Four-Rooms",
+        summary=f"{config.seeds} seeds in {seconds:.0f} s.",
+        tables=[Table("After training", ("", "value"), told)],
+        figures=["follower.png"],
+        config=config,
+    )
     for name, result in final.items():
         print(f"{name}: {np.round(result, 4)}")
     print(folder.path)

@@ -21,11 +21,11 @@ import tyro
 from online_rlhf_tasks import Task, enumerable_task, pretrained_task
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from jaxrlhf import bilevel, objectives
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step, replicate
 
@@ -208,15 +208,13 @@ def draw(folder: RunFolder, histories: dict[str, list[dict]]) -> None:
 
 def tabulate(config: Settings, histories: dict[str, list[dict]]) -> Table:
     """Returns the table of the last evaluations, and of the reference."""
-    table = Table(title="exact" if config.policy is None else "estimated from samples", title_justify="left")
-    table.add_column("method")
-    for name in NAMES:
-        table.add_column(name.replace("_", " "), justify="right")
     first = next(iter(histories.values()))[0] | {"labels": 0}
+    rows = []
     for method, row in {"reference": first, **{method: rows[-1] for method, rows in histories.items()}}.items():
-        cells = (row["labels"] if name == "labels" else row[name] for name in NAMES)
-        table.add_row(method, *("" if c is None else f"{c:,}" if isinstance(c, int) else f"{c:.3f}" for c in cells))
-    return table
+        cells = (row[name] for name in NAMES)
+        rows.append((method, *(f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells)))
+    title = "exact" if config.policy is None else "estimated from samples"
+    return Table(title, ("method", *(name.replace("_", " ") for name in NAMES)), rows)
 
 
 def report(folder: RunFolder, config: Settings, task: Task, histories, samples, seconds, console: Console):
@@ -242,11 +240,21 @@ def report(folder: RunFolder, config: Settings, task: Task, histories, samples, 
         lines += [f"## {method}", *(f"[{prompt}] {text}" for prompt, text in rows), ""]
     folder.write_text("samples.txt", "\n".join(lines))
     draw(folder, histories)
-    console.print(tabulate(config, histories))
-    console.print(
-        f"Gold reward of the reference: {first['true_return']:.3f}, standard deviation {task.spread:.3f}. "
-        f"{seconds:.0f} s. Config, metrics, results, samples and figures are in:"
+    table = tabulate(config, histories)
+    told = f"Gold reward of the reference: {first['true_return']:.3f}, standard deviation {task.spread:.3f}."
+    texts = zip(*([text for _, text in rows] for rows in samples.values()), strict=True)
+    prompts = (prompt for prompt, _ in next(iter(samples.values())))
+    write_report(
+        folder.path,
+        title="Online RLHF as one bilevel problem",
+        summary=f"{told} {seconds:.0f} s.",
+        tables=[table],
+        figures=["curves.png"],
+        config=config,
+        samples=[Samples("Completions", tuple(samples), list(zip(prompts, texts, strict=True)))],
     )
+    console.print(rich_table(table))
+    console.print(f"{told} {seconds:.0f} s. Report, config, metrics, results, samples and figures are in:")
     console.print(str(folder.path), soft_wrap=True)
 
 

@@ -1,8 +1,10 @@
-"""Language models: a decoder, its sampler and log-probabilities, rewards, weights, and RLHF as a bilevel problem."""
+"""Language models: decoders, sampler, log-probabilities, rewards, adapters, losses, weights, and RLHF as a bilevel problem."""
 
 from jaxrlhf.lm.generate import Completions, generate
+from jaxrlhf.lm.learning import LearningAlgorithm, learning, preference_loss, supervised_loss
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import DecoderConfig, LanguageModel, decoder
+from jaxrlhf.lm.lora import attach, init_adapter, merge, policy_on_reference, reward_on_reference
+from jaxrlhf.lm.model import DecoderConfig, LanguageModel, decoder, without_cache
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem
 from jaxrlhf.lm.reward import RewardModel, reward_model
 from jaxrlhf.lm.weights import (
@@ -21,20 +23,30 @@ __all__ = [
     "DecoderConfig",
     "LanguageFrozen",
     "LanguageModel",
+    "LearningAlgorithm",
     "Prompts",
     "Responses",
     "RewardModel",
     "SpecialIds",
     "WeightsError",
+    "attach",
     "completion_log_probs",
     "decoder",
     "generate",
+    "init_adapter",
     "language_problem",
+    "learning",
     "load_decoder",
     "load_reward_model",
     "load_tokenizer",
+    "merge",
+    "policy_on_reference",
+    "preference_loss",
     "reward_model",
+    "reward_on_reference",
     "save_decoder",
     "save_reward_model",
     "special_ids",
+    "supervised_loss",
+    "without_cache",
 ]
