@@ -1,4 +1,4 @@
-"""Language models: decoders, sampler, log-probabilities, rewards, adapters, losses, weights, and RLHF as a bilevel problem."""
+"""Language models: decoders, sampler, log-probabilities, rewards, adapters, losses, weights, and RLHF as one problem."""
 
 from jaxrlhf.lm.generate import Completions, generate
 from jaxrlhf.lm.learning import LearningAlgorithm, learning, preference_loss, supervised_loss

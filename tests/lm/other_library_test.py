@@ -47,6 +47,13 @@ def tunix_llama(config) -> LanguageModel:
     return without_cache(init, hidden, logits, vocabulary_size=config.vocab_size, context_length=64)
 
 
+@pytest.fixture(autouse=True)
+def their_ranks():
+    """Their code adds arrays of different ranks, which ours must not."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def config():
     return llama3.ModelConfig(
