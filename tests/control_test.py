@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1] / "experiments"
 sys.path.append(str(EXPERIMENTS))
@@ -40,7 +41,7 @@ def sample_of(task, pairs=6, seed=0):
     budget = methods.Budget(pairs=pairs)
     problem = methods.problem_of(task, budget, likelihood(coupled=False), methods.member_reward(task))
     _, lower, _ = task.first(jax.random.key(seed))
-    return problem.sample(jax.random.key(seed), lower, None, Held((), lower))
+    return jax.jit(problem.sample)(jax.random.key(seed), lower, None, Held((), lower))
 
 
 def test_every_learner_buys_equally_many_labels():
@@ -70,7 +71,7 @@ def test_costs_of_a_share_are_those_of_all_pairs_in_the_mean():
             given = jnp.where(asked[None, :, None] > 0, labels, -1.0)
             return jnp.mean(objective.at(returns, given).coupled)
 
-        drawn = jax.vmap(cost)(jax.random.split(jax.random.key(1), 4000))
+        drawn = jax.jit(jax.vmap(cost))(jax.random.split(jax.random.key(1), 4000))
         expected = jnp.mean(whole.at(returns, labels).coupled)
         assert abs(drawn.mean() - expected) < 5 * drawn.std() / np.sqrt(4000)
 
@@ -88,7 +89,7 @@ def test_replay_drops_the_oldest_pairs(pendulum):
 def test_doubt_is_where_the_members_differ(pendulum):
     sample = sample_of(pendulum)
     members = jax.vmap(lambda key: pendulum.first(key)[0])(jax.random.split(jax.random.key(3), 3))
-    found = methods.in_doubt(pendulum, members, sample, 2)
+    found = jax.jit(lambda members, sample: methods.in_doubt(pendulum, members, sample, 2))(members, sample)
     chances = []
     for number in range(3):
         member = jax.tree.map(lambda leaf, number=number: leaf[number], members)
@@ -146,20 +147,22 @@ def test_another_rule_or_budget_is_another_result(monkeypatch):
     assert all(other != first for other in [*others, settings()])
 
 
-def test_the_command_goes_on_where_it_was(tmp_path):
+def test_the_command_goes_on_where_it_was(tmp_path, capsys):
     small = ("--outer-steps=12", "--budget.pairs=4", "--budget.labels=2", "--budget.first-steps=1", "--seeds=2")
     names = ("oracle", "bilevel, all of PEBBLE")
 
-    def run_command(*methods):
-        command = [sys.executable, str(EXPERIMENTS / "control.py"), "--tasks", "cartpole", "--output", str(tmp_path)]
-        return subprocess.run(
-            [*command, *small, "--methods", *methods], capture_output=True, text=True, timeout=300, check=False
-        )
+    def arguments(*methods):
+        return ["--tasks", "cartpole", "--output", str(tmp_path), *small, "--methods", *methods]
 
-    refused = run_command("newton")
-    assert refused.returncode == 1 and "There is no method newton; there are oracle" in refused.stderr
-    done = run_command(*names)
+    def run_here(*methods):
+        control.main(tyro.cli(control.Config, args=arguments(*methods)))
+
+    with pytest.raises(SystemExit, match="There is no method newton; there are oracle"):
+        run_here("newton")
+    command = [sys.executable, str(EXPERIMENTS / "control.py"), *arguments(*names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("environment steps a second") == len(names)
     results = [json.loads(path.read_text()) for path in sorted((tmp_path / "curves").iterdir())]
     assert {result["method"] for result in results} == set(names)
     for result in results:
@@ -171,6 +174,8 @@ def test_the_command_goes_on_where_it_was(tmp_path):
     table = (tmp_path / "tables.md").read_text()
     assert all(f"| {name} |" in table for name in names)
     assert (tmp_path / "bilevel.png").exists()
-    again = run_command(*names)
-    assert again.returncode == 0 and "environment steps a second" not in again.stdout
+    capsys.readouterr()
+    run_here(*names)
+    again = capsys.readouterr().out
+    assert table.strip() in again and "environment steps a second" not in again
     assert (tmp_path / "tables.md").read_text() == table

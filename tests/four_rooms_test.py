@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1] / "experiments"
 sys.path.append(str(EXPERIMENTS))
@@ -79,7 +80,14 @@ def test_the_command_leaves_a_table_and_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     left = {path.name for path in folder.iterdir()}
-    assert {"table.md", "results.json", "rooms_0.003_1.png", "curves_0.003_1.png", "incentives_0.003_1.json"} <= left
+    assert {
+        "table.md",
+        "report.html",
+        "results.json",
+        "rooms_0.003_1.png",
+        "curves_0.003_1.png",
+        "incentives_0.003_1.json",
+    } <= left
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == list(names)
     assert [row["solves"] for row in rows] == [10, 4, 10, 2, 2, 4]
@@ -112,9 +120,10 @@ def test_the_follower_learns_within_few_batches(tmp_path):
         (("--seeds", "0"), "--seeds must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, arguments, message):
-    done = run_command("--output", str(tmp_path), *arguments)
-    assert done.returncode == 2 and message in done.stderr
+def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        four_rooms.main(tyro.cli(four_rooms.Config, args=["--output", str(tmp_path), *arguments]))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -47,10 +47,12 @@ def test_a_reward_model_directory_labels_by_its_score(tmp_path):
     labels = annotate(jax.random.key(3), sample, LanguageFrozen((), loaded))
     assert labels.shape == (2, 3, 4000)
 
+    scored = jax.jit(model.score)
+
     def score(prompt, pair, response):
         length = int(mask[prompt, pair, response].sum())
         real = [*prompts.tokens[prompt][prompts.mask[prompt]], *tokens[prompt, pair, response, :length]]
-        return model.score(params, jnp.array([real]), jnp.ones((1, len(real)), bool))[0]
+        return scored(params, jnp.array([real]), jnp.ones((1, len(real)), bool))[0]
 
     for prompt in range(2):
         for pair in range(3):

@@ -182,7 +182,7 @@ def test_drawn_samples_are_unbiased(name, make_rule):
     truth = ravel(one_step(name, make_rule, sigmas)(jax.random.key(0), frozen, upper, 0))
     keys = jax.random.split(jax.random.key(5), 4000)
     draw = one_step(name, make_rule, sigmas, pairs=3)
-    estimates = jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0)))(keys)
+    estimates = jax.jit(jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0))))(keys)
     error = estimates.std(axis=0) / np.sqrt(len(keys))
     assert jnp.all(jnp.abs(estimates.mean(axis=0) - truth) < 5 * error)
     # The interval is narrow enough to notice a missing factor.
@@ -196,7 +196,7 @@ def test_samples_of_their_own_are_unbiased_too(name, sampling):
     truth = ravel(one_step(name, bilevel.central, (0.5,))(jax.random.key(0), frozen, upper, 0))
     keys = jax.random.split(jax.random.key(5), 4000)
     draw = one_step(name, functools.partial(bilevel.central, sampling=sampling), (0.5,), pairs=24)
-    estimates = jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0)))(keys)
+    estimates = jax.jit(jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0))))(keys)
     error = estimates.std(axis=0) / np.sqrt(len(keys))
     assert jnp.all(jnp.abs(estimates.mean(axis=0) - truth) < 5 * error)
     assert jnp.linalg.norm(error) < 0.15 * jnp.linalg.norm(truth)
@@ -244,7 +244,8 @@ def test_zero_order_is_the_slope_along_its_direction(name):
     direction = optax.tree.random_like(jax.random.split(update_key)[1], upper, jax.random.normal)
     slope = optax.tree.vdot(gradient, direction)
     assert distance(estimate, jax.tree.map(lambda leaf: slope * leaf, direction)) < 1e-4
-    estimates = jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0)))(jax.random.split(jax.random.key(1), 4000))
+    keys = jax.random.split(jax.random.key(1), 4000)
+    estimates = jax.jit(jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0))))(keys)
     error = estimates.std(axis=0) / np.sqrt(4000)
     assert jnp.all(jnp.abs(estimates.mean(axis=0) - ravel(gradient)) < 5 * error)
 
@@ -278,7 +279,7 @@ def test_a_bound_of_the_weights_is_off_by_default_and_acts_when_set():
         )
         # The sample comes from the reference, far from the solved policies: weights above 1.5 exist.
         state = algorithm.init(jax.random.key(0), upper, frozen.reference)
-        return ravel(algorithm.step(jax.random.key(0), state, None, frozen)[0].upper)
+        return ravel(jax.jit(algorithm.step)(jax.random.key(0), state, None, frozen)[0].upper)
 
     free = change(None)
     np.testing.assert_allclose(change(1e6), free, rtol=1e-12)

@@ -74,7 +74,7 @@ def make_theirs():
                     # Gemma's scales are one more than their parameters.
                     parameter.uniform_(*((-0.5, 0.5) if "Gemma" in family else (0.5, 1.5)))
                 else:
-                    parameter.normal_(0.0, 0.3)
+                    parameter.normal_(0.0, 2.0 if "score" in name else 0.3)
         return model
 
     return make

@@ -1,5 +1,7 @@
 """Advantages against their definition; the critic's slope against the exact gradient, and its noise."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +81,7 @@ def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
     reward, upper, lower, data, frozen = design()
     problem = incentives.incentive_problem(reward, reward, episodes=16, steps=60)
     _, lower_loss = incentives.incentive_losses(reward, reward)
-    truth = jax.grad(lower_loss, argnums=1)(upper, lower, data, frozen)
+    truth = jax.jit(jax.grad(lambda lower: lower_loss(upper, lower, data, frozen)))(lower)
     log_policy = jax.nn.log_softmax(lower)[0]
     here = jax.tree.map(lambda leaf: leaf[0], frozen.mdp)
     exact = tabular.policy_value(upper / 0.5 - log_policy, log_policy, here)
@@ -108,28 +110,28 @@ def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
 def test_an_opponents_episodes_teach_as_the_policys_own(x64):
     reward, _, lower, *_ = design()
     problem = incentives.incentive_problem(reward, reward, episodes=8, steps=20)
-    task = task_of(problem, jax.random.key(0))
-    assert jnp.sum(task.labelled.sample.by_policy) == 1
 
-    def gradient(given, task):
-        return given.step(lower, given.init(), task)[0]
-
-    def with_slots(flags):
+    def with_slots(task, flags):
         # Slot 1 repeats the first episode of slot 0.
         sample = jax.tree.map(
             lambda leaf: leaf if leaf.ndim < 3 else leaf.at[:, :, 1].set(leaf[:, :1, 0]), task.labelled.sample
         )
-        return task._replace(labelled=task.labelled._replace(sample=sample._replace(by_policy=jnp.asarray(flags))))
+        return task._replace(labelled=task.labelled._replace(sample=sample._replace(by_policy=flags)))
 
     def value(critic, sample, frozen):
         return critic[sample.responses.states]
 
-    def make(**settings):
-        return actor_critic(problem, value, jnp.zeros(4), optax.sgd(0.0), beta=1.0, **settings)
+    @functools.partial(jax.jit, static_argnames="every_response")
+    def gradient(flags, every_response=False):
+        given = actor_critic(problem, value, jnp.zeros(4), optax.sgd(0.0), beta=1.0, every_response=every_response)
+        task = task_of(problem, jax.random.key(0))
+        return given.step(lower, given.init(), with_slots(task, flags))[0], task.labelled.sample.by_policy
 
-    policys = gradient(make(), with_slots([1.0, 1.0]))
-    np.testing.assert_allclose(gradient(make(every_response=True), with_slots([1.0, 0.0])), policys, rtol=1e-12)
-    assert jnp.any(jnp.abs(gradient(make(), with_slots([1.0, 0.0])) - policys) > 1e-3)
+    both, first = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0])
+    policys, by_policy = gradient(both)
+    assert jnp.sum(by_policy) == 1
+    np.testing.assert_allclose(gradient(first, every_response=True)[0], policys, rtol=1e-12)
+    assert jnp.any(jnp.abs(gradient(first)[0] - policys) > 1e-3)
 
 
 def test_the_critic_learns_the_value(x64):

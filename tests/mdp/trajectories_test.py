@@ -163,7 +163,7 @@ def problem_of(objective, **settings):
 def test_whole_episodes_are_compared_by_their_returns():
     problem, *_ = problem_of(objectives.likelihood())
     lower = jax.random.normal(jax.random.key(4), (4, 3))
-    sample = problem.sample(jax.random.key(0), lower, None, Held())
+    sample = jax.jit(problem.sample)(jax.random.key(0), lower, None, Held())
     assert sample.behaviour_log_prob.shape == (1, 64, 2, 40)
     expected = np.sum(sample.discount * sample.responses.gold, axis=-1)
     np.testing.assert_allclose(gold_score(sample, Held()), expected, rtol=1e-5)
@@ -177,7 +177,7 @@ def test_whole_episodes_are_compared_by_their_returns():
 def test_an_opponent_plays_by_its_own_parameters():
     problem, *_ = problem_of(objectives.utility(kl_price=0.1), against="opponent")
     lower, opponent = jax.random.normal(jax.random.key(4), (2, 4, 3))
-    sample = problem.sample(jax.random.key(0), lower, None, Held(opponent=opponent))
+    sample = jax.jit(problem.sample)(jax.random.key(0), lower, None, Held(opponent=opponent))
     np.testing.assert_array_equal(sample.by_policy, [1.0, 0.0])
     for slot, parameters in enumerate((lower, opponent)):
         np.testing.assert_allclose(
@@ -189,7 +189,7 @@ def test_an_opponent_plays_by_its_own_parameters():
 @pytest.mark.parametrize("segment", [1, 5, 40])
 def test_segments_lie_within_their_episodes(segment):
     problem, *_ = problem_of(objectives.likelihood(), segment=segment, against="policy")
-    sample = problem.sample(jax.random.key(0), jnp.zeros((4, 3)), None, Held())
+    sample = jax.jit(problem.sample)(jax.random.key(0), jnp.zeros((4, 3)), None, Held())
     lengths = np.sum(sample.discount > 0, axis=-1)
     inside = np.asarray(sample.responses.window > 0)
     np.testing.assert_array_equal(inside.sum(axis=-1), np.minimum(lengths, segment))
