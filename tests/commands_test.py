@@ -212,6 +212,16 @@ def test_policies_and_rewards_are_evaluated(here, learned, aligned):
     assert again["log_loss"] == pytest.approx(kept["log_loss"], rel=1e-4)
 
 
+def test_a_reward_goes_on_from_a_reward_and_starts_from_a_policy(learned, aligned):
+    first, second = learned
+    fresh, again = models.open_reward(first), models.open_reward(second)
+    assert not np.any(fresh.params["head"])
+    assert np.any(again.params["head"])
+    jax.tree.map(np.testing.assert_array_equal, models.open_reward(second / "reward").params, again.params)
+    # Of a run that left both.
+    assert np.any(models.open_reward(aligned["whole"]).params["head"])
+
+
 def test_samples_repeat_and_begin_with_their_prompt(here, learned, capsys):
     first, _ = learned
     settings = sample.Sample(policy=first, prompt="good day ?", max_new_tokens=5, number=3, seed=4)
@@ -283,7 +293,7 @@ WRONG = {
     ),
     "half-precision": (
         lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:score", dtype="bfloat16"),
-        "A policy in bfloat16 cannot be trained whole.* give --lora-rank",
+        "Weights in bfloat16 cannot be trained whole.* give --lora-rank",
     ),
     "no-data": (lambda: reward.Reward(policy=pathlib.Path("base"), data="none.jsonl"), "no file or folder none.jsonl"),
     "no-start": (

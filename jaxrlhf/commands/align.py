@@ -17,8 +17,7 @@ from jaxrlhf import bilevel, objectives
 from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.evaluate import Judge, comparison_table, open_judge, policy_comparer
-from jaxrlhf.commands.models import Model, open_model, save_model
-from jaxrlhf.commands.reward import start_of
+from jaxrlhf.commands.models import Model, open_model, open_reward, reward_on, save_model
 from jaxrlhf.commands.stage import begin, half_or_full
 from jaxrlhf.data.fitted import described, fit_prompts
 from jaxrlhf.data.pipelines import prompt_batches
@@ -130,19 +129,13 @@ def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembl
     Args:
         config: the run's.
         model: policy and reference.
-        start: the reward model to begin with; with adapters only its head is taken.
+        start: the reward model to begin with; not read with adapters.
         judge: who labels.
 
     Raises:
         ValueError: settings that do not go together.
     """
     policy, reward = decoder(model.config), reward_model(decoder(start.config))
-    if config.dtype != "float32" and not config.lora_rank:
-        raise ValueError(
-            "A policy in bfloat16 cannot be trained whole, as small steps round to nothing; give --lora-rank."
-        )
-    if config.lora_rank and config.reward is not None:
-        raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
     if start.config.vocabulary_size != model.config.vocabulary_size:
         raise ValueError(
             f"The reward model reads {start.config.vocabulary_size} tokens and the policy writes "
@@ -167,7 +160,7 @@ def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembl
         trunk = {name: part for name, part in base.items() if name not in lora.UNREAD}
         return {"trunk": lora.merge(trunk, state.upper["adapter"]), "head": state.upper["head"]}
 
-    upper = {"adapter": adapter, "head": jnp.asarray(start.params["head"], jnp.float32)}
+    upper = {"adapter": adapter, "head": jnp.zeros(model.config.width, jnp.float32)}
     merged = lambda state: lora.merge(base, deployed(state))  # noqa: E731
     return Assembly(_algorithm(config, problem, judge), upper, lower, frozen, merged, reward_of)
 
@@ -211,9 +204,8 @@ def main(config: Align) -> pathlib.Path:
     """
     console, began = Console(), time.monotonic()
     _check(config)
-    dtype = half_or_full(config.dtype)
-    model = open_model(config.policy, "policy", dtype=dtype)
-    start = start_of(config.reward or config.policy, dtype)
+    model = open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
+    start = _start(config, model)
     judge = open_judge(config.annotator, config.score, model)
     parts = assemble(config, model, start, judge)
     learned, held_out, notes = _prompts(config, model)
@@ -259,7 +251,16 @@ def main(config: Align) -> pathlib.Path:
     return folder.path
 
 
+def _start(config: Align, model: Model) -> Model:
+    if config.lora_rank:
+        # The reward is an adapter on the policy's own weights: no copy of them is made.
+        return model
+    return reward_on(model) if config.reward is None else open_reward(config.reward)
+
+
 def _check(config: Align) -> None:
+    if config.lora_rank and config.reward is not None:
+        raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
     for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")

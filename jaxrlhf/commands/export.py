@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 
 from jaxrlhf.commands.models import find, open_model, save_model
-from jaxrlhf.commands.stage import half_or_full
 from jaxrlhf.training.progress import bytes_text
 
 
@@ -36,7 +35,7 @@ def main(config: Export) -> pathlib.Path:
     source = find(config.source, config.kind)
     if config.to.exists() and config.to.resolve() == source.resolve():
         raise ValueError(f"{config.to} is the source itself; give another directory.")
-    dtype = half_or_full(config.dtype)
+    dtype = jnp.dtype(config.dtype)
     model = open_model(source, config.kind, dtype=dtype)
     save_model(config.to, model, config.kind)
     again = open_model(config.to, config.kind, dtype=dtype)

@@ -11,6 +11,9 @@ from jaxrlhf.data.chat import ChatTemplate, load_chat_template
 from jaxrlhf.data.encode import Codec, codec
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.families import Kind
+from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.weight_files import read_json
 from jaxrlhf.lm.weights import (
     SpecialIds,
     WeightsError,
@@ -79,6 +82,12 @@ def _is_run(directory: pathlib.Path) -> bool:
     return any((directory / kind / "config.json").is_file() for kind in ("policy", "reward"))
 
 
+def kind_of(directory: pathlib.Path) -> Kind:
+    """Returns whether a model directory holds a policy or a reward model."""
+    named = read_json(directory, "config.json").get("architectures") or []
+    return "reward" if any(str(name).endswith("ForSequenceClassification") for name in named) else "policy"
+
+
 def open_words(directory: pathlib.Path) -> Words:
     """Returns the words of a model directory."""
     return Words(directory, load_tokenizer(directory), special_ids(directory), load_chat_template(directory))
@@ -89,6 +98,22 @@ def open_model(path: pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32) -> M
     directory = find(path, kind)
     config, params = (load_decoder if kind == "policy" else load_reward_model)(directory, dtype=dtype)
     return Model(config, params, open_words(directory))
+
+
+def open_reward(path: pathlib.Path, *, dtype: Any = jnp.float32) -> Model:
+    """Returns the reward model at a path, or one with a zero head on the trunk of the policy there.
+
+    Of a run that left both, the reward model.
+    """
+    directory = path / "reward" if (path / "reward" / "config.json").is_file() else find(path, "policy")
+    if kind_of(directory) == "reward":
+        return open_model(directory, "reward", dtype=dtype)
+    return reward_on(open_model(directory, "policy", dtype=dtype))
+
+
+def reward_on(policy: Model) -> Model:
+    """Returns a reward model with a zero head on a copy of a policy's trunk."""
+    return policy._replace(params=reward_model(decoder(policy.config)).from_trunk(policy.params))
 
 
 def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Path:

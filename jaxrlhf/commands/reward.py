@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxrlhf import preferences
 from jaxrlhf.commands.data import Format, open_records, splits_of, told_of_bad
-from jaxrlhf.commands.models import Model, find, open_model, save_model
+from jaxrlhf.commands.models import open_reward, save_model
 from jaxrlhf.commands.stage import (
     adamw,
     begin,
@@ -99,7 +99,7 @@ def main(config: Reward) -> pathlib.Path:
         ValueError, DataError: what is given cannot be used; the message says what to change.
     """
     console, began = Console(), time.monotonic()
-    start = start_of(config.policy, half_or_full(config.dtype))
+    start = open_reward(config.policy, dtype=half_or_full(config.dtype, config.lora_rank))
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
@@ -187,15 +187,6 @@ def main(config: Reward) -> pathlib.Path:
     console.print("Report, model and metrics are in:")
     console.print(str(folder.path), soft_wrap=True)
     return folder.path
-
-
-def start_of(path: pathlib.Path, dtype: Any) -> Model:
-    """Returns the reward model at a path, or one with a zero head on the trunk of the policy there."""
-    try:
-        return open_model(find(path, "reward"), "reward", dtype=dtype)
-    except ValueError:
-        policy = open_model(path, "policy", dtype=dtype)
-    return policy._replace(params=reward_model(decoder(policy.config)).from_trunk(policy.params))
 
 
 def scores_of(score: Any, rows: list[PairRow], batch_size: int) -> np.ndarray:

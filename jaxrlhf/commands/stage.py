@@ -51,7 +51,7 @@ def reward_learner(params: Params, rank: int, key: jax.Array) -> Learner:
     if not rank:
         return Learner(params, (), itself, lambda trained: trained)
     trunk = params["trunk"]
-    trained = {"adapter": lora.init_adapter(key, trunk, rank=rank), "head": params["head"]}
+    trained = {"adapter": lora.init_adapter(key, trunk, rank=rank), "head": jnp.asarray(params["head"], jnp.float32)}
 
     def whole(trained):
         return {"trunk": lora.merge(trunk, trained["adapter"]), "head": trained["head"]}
@@ -204,9 +204,17 @@ def tell_plan(
     plan(console, title, rows | told | {"devices": devices})
 
 
-def half_or_full(name: str) -> Any:
-    """Returns the dtype of a name on the command line."""
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+def half_or_full(name: str, rank: int) -> Any:
+    """Returns the dtype of a name on the command line.
+
+    Raises:
+        ValueError: whole weights are to be trained in bfloat16.
+    """
+    if name != "float32" and not rank:
+        raise ValueError(
+            f"Weights in {name} cannot be trained whole, as small steps round to nothing; give --lora-rank."
+        )
+    return jnp.dtype(name)
 
 
 def begin(output: pathlib.Path, name: str, config: Any) -> RunFolder:

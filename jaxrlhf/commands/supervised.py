@@ -197,7 +197,7 @@ def _start(config: Supervised) -> Model:
     if (config.policy is None) == (config.tokenizer is None):
         raise ValueError("Give --policy to start from a model, or --tokenizer to start from random weights.")
     if config.policy is not None:
-        return open_model(config.policy, "policy", dtype=half_or_full(config.dtype))
+        return open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
     words = open_words(find(config.tokenizer, "policy"))  # pyright: ignore[reportArgumentType]
     shape = new_shape(words, width=config.width, layers=config.layers, heads=config.heads, context=config.max_length)
     return Model(shape, decoder(shape).init(jax.random.key(config.seed)), words)
