@@ -15,8 +15,8 @@ from rich.console import Console
 
 from jaxrlhf import bilevel, objectives
 from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
+from jaxrlhf.commands.comparison import Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
-from jaxrlhf.commands.evaluate import Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.models import Model, open_model, open_reward, reward_on, save_model
 from jaxrlhf.commands.stage import begin, half_or_full
 from jaxrlhf.data.fitted import described, fit_prompts

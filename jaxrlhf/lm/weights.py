@@ -12,8 +12,9 @@ import numpy as np
 import tokenizers
 
 from jaxrlhf.lm.config import DecoderConfig
-from jaxrlhf.lm.families import Kind, config_from, settings_from
+from jaxrlhf.lm.families import Kind, config_from
 from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.settings import settings_from
 from jaxrlhf.lm.tensors import params_from, tensor_shapes, tensors_from
 from jaxrlhf.lm.weight_files import WeightsError, in_one_piece, read_json, read_tensors, write_json, write_tensors
 
