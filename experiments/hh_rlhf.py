@@ -78,7 +78,7 @@ def main(config: Config) -> pathlib.Path:
                 )
             )
             found[name].append(json.loads((run / "results.json").read_text()))
-    table = tabulate(found)
+    table = tabulate(found, config.seeds)
     draw(folder.path / "reliability.png", found)
     folder.write_json("results.json", found | {"seconds": time.monotonic() - began})
     folder.write_text("table.txt", as_text(table))
@@ -87,13 +87,13 @@ def main(config: Config) -> pathlib.Path:
     return folder.path
 
 
-def tabulate(found: dict[str, list[dict]]) -> Table:
+def tabulate(found: dict[str, list[dict]], seeds: tuple[int, ...]) -> Table:
     """Returns every reward of every seed, and the baselines on the same pairs."""
     rows = []
     for name, runs in found.items():
-        for seed, run in enumerate(runs):
+        for seed, run in zip(seeds, runs, strict=True):
             gained = f"{run['length']['reward_gains']:+.3f} ± {run['length']['reward_gains_half_interval']:.3f}"
-            rows.append((f"reward, {name}, run {seed}", *_cells(run["reward"]), gained))
+            rows.append((f"reward, {name}, seed {seed}", *_cells(run["reward"]), gained))
     first = next(run for runs in found.values() for run in runs)
     rows += [(name, *_cells(first[name]), None) for name in ("length", "majority")]
     columns = ("predictor", "accuracy", "95% interval", "nats a pair", "calibration error", "better than length by")

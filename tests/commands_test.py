@@ -173,7 +173,7 @@ def aligned(world, learned):
     """Runs of all weights judged by a function, and of adapters judged by the reward model."""
     first, second = learned
     shared = {"policy": first, "data": str(world / "pairs.jsonl"), "held_out": 0.25, "evaluation_answers": 8}
-    shared |= {"policy_rate": 1e-2, "data_dir": world / "prepared", "output": world / "runs"} | ALIGN
+    shared |= {"policy_rate": 1e-2, "warmup": 1, "data_dir": world / "prepared", "output": world / "runs"} | ALIGN
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
         return {

@@ -87,6 +87,9 @@ class Align:
     tangent_rate: float | None = None
     """Of the policy's answer to the reward; a twentieth of the policy's."""
     reward_rate: float = 1e-3
+    warmup: int = 10
+    """Steps over which the three rates rise from 0. The first gradients are next to nothing, as the reward still is, and
+    Adam makes full steps of them."""
     lora_rank: int = 0
     """Makes the policy's iterates and the reward adapters of this rank on the reference; they are merged at the end."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -190,9 +193,13 @@ def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelA
         "boltzmann": bilevel.boltzmann,
         "decoupled": bilevel.decoupled,
     }
+
+    def adam(rate):
+        return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
+
     policy_rate = config.policy_rate or (5e-4 if config.lora_rank else 2e-4)
-    solver = tangent(optax.adam(policy_rate), optax.adam(config.tangent_rate or policy_rate / 20))
-    rule, optimizer = rules[config.estimator](), optax.adam(config.reward_rate)
+    solver = tangent(adam(policy_rate), adam(config.tangent_rate or policy_rate / 20))
+    rule, optimizer = rules[config.estimator](), adam(config.reward_rate)
     return bilevel_descent(problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced)
 
 
@@ -259,6 +266,8 @@ def _start(config: Align, model: Model) -> Model:
 
 
 def _check(config: Align) -> None:
+    if config.warmup < 0:
+        raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
     if config.lora_rank and config.reward is not None:
         raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
     for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
