@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import tokenizers
 from jaxrlhf.commands import align, evaluate, export, models, reward, sample, supervised
 from jaxrlhf.commands.functions import load_function
 from jaxrlhf.commands.main import COMMANDS, run
+from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import DataError
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.model import decoder
@@ -30,6 +32,14 @@ def score(prompts, completions):
 def prefers_sun(prompts, firsts, seconds):
     pairs = zip(score(prompts, firsts), score(prompts, seconds))
     return [None if a == b else float(a > b) for a, b in pairs]
+
+
+def signs(prompts, firsts, seconds):
+    return [-1.0] * len(prompts)
+
+
+def silent(prompts, firsts, seconds):
+    return None
 
 
 def too_few(prompts, completions):
@@ -245,6 +255,42 @@ def test_the_real_model_writes_its_text(capsys):
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_nothing_of_another_model_is_left_in_an_export(learned, tmp_path):
+    first, second = learned
+    stale = {"bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 9}
+    for kind, source in (("policy", first), ("reward", second)):
+        target = tmp_path / kind
+        target.mkdir()
+        (target / "chat_template.jinja").write_text("old")
+        (target / "generation_config.json").write_text(json.dumps(stale))
+        export.main(export.Export(source=source, to=target, kind=kind))
+        words = models.open_words(target)
+        assert words.template is None
+        assert (words.special.bos, words.special.eos) == (0, (1,))
+
+
+def test_a_reward_model_pads_with_what_no_text_ends_with(learned, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model = models.open_model(learned[1], "reward")
+    words = model.words._replace(special=SpecialIds(0, (1,), 1))
+    models.save_model(tmp_path, model._replace(words=words), "reward")
+    tokens = np.array([[0, 3, 5, 6, 1]])
+    with torch.no_grad():
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)(torch.tensor(tokens)).logits
+    ours = reward_model(decoder(model.config)).score(model.params, tokens, tokens >= 0)
+    np.testing.assert_allclose(ours, theirs[:, 0].numpy(), atol=1e-4)
+
+
+def test_texts_begin_as_the_tokenizer_says(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "plain")
+    settings = {"bos_token": None, "eos_token": "</s>", "add_bos_token": False}
+    (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoded = [
+        encode_prompt(models.open_words(place).codec(), "good day") for place in (world / "base", tmp_path / "plain")
+    ]
+    assert [tokens.tolist() for tokens in encoded] == [[0, 3, 5], [3, 5]]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_is_the_model_again(here, learned, tmp_path, dtype):
     first, second = learned
@@ -253,6 +299,8 @@ def test_an_export_is_the_model_again(here, learned, tmp_path, dtype):
         one, other = (models.open_model(place, kind).params for place in (source, tmp_path / kind))
         rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), one)
         jax.tree.map(np.testing.assert_array_equal, rounded, other)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        export.main(export.Export(source=first, to=here / "pairs.jsonl"))
     with pytest.raises(ValueError, match="is the source itself"):
         export.main(export.Export(source=first, to=first / "policy"))
 
@@ -290,6 +338,24 @@ WRONG = {
     "no-label": (
         lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", annotator="judges:rude", **ALIGN),
         "judges:rude answered 7; a label is 1, 0, 1/2 or None",
+    ),
+    "signs": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", annotator="judges:signs", **ALIGN),
+        "judges:signs answered -1; a label is 1, 0, 1/2 or None",
+    ),
+    "silent": (
+        lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", annotator="judges:silent", **ALIGN),
+        "judges:silent did not give a list of numbers",
+    ),
+    "no-reward": (
+        lambda: align.Align(
+            policy=pathlib.Path("base"), reward=pathlib.Path("base"), data="pairs.jsonl", score="judges:score"
+        ),
+        "a reward model is wanted here",
+    ),
+    "empty-batch": (
+        lambda: supervised.Supervised(data="pairs.jsonl", policy=pathlib.Path("base"), batch_size=0),
+        "--parts 1 must divide --batch-size 0",
     ),
     "half-precision": (
         lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:score", dtype="bfloat16"),

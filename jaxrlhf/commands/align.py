@@ -17,7 +17,7 @@ from jaxrlhf import bilevel, objectives
 from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
 from jaxrlhf.commands.comparison import Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
-from jaxrlhf.commands.models import Model, open_model, open_reward, reward_on, save_model
+from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
 from jaxrlhf.commands.stage import begin, half_or_full
 from jaxrlhf.data.fitted import described, fit_prompts
 from jaxrlhf.data.pipelines import prompt_batches
@@ -226,6 +226,8 @@ def main(config: Align) -> pathlib.Path:
     log = tracker(config.track, folder.path, name=folder.path.name, config=config)
     state = replicate(parts.algorithm.init(key, parts.upper, parts.lower), mesh)
     frozen = replicate(parts.frozen, mesh)
+    # The state holds copies: what they were made of need not be kept.
+    parts, start = parts._replace(upper=(), lower=()), start._replace(params={})
     rows = (Prompts(*(jnp.asarray(part) for part in batch)) for batch in _batches(config, learned))
     step = outer_step(compile_algorithm(parts.algorithm, mesh), judge.host)
 
@@ -262,7 +264,7 @@ def _start(config: Align, model: Model) -> Model:
     if config.lora_rank:
         # The reward is an adapter on the policy's own weights: no copy of them is made.
         return model
-    return reward_on(model) if config.reward is None else open_reward(config.reward)
+    return reward_on(model) if config.reward is None else open_model(config.reward, "reward")
 
 
 def _check(config: Align) -> None:
@@ -357,4 +359,4 @@ def _report(folder, config, compared, curves, notes, seconds, console) -> None:
     )
     console.print(rich_table(table))
     console.print("Report, models and metrics are in:")
-    console.print(str(folder.path), soft_wrap=True)
+    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)

@@ -9,13 +9,15 @@ from rich.console import Console
 
 from jaxrlhf.commands.comparison import comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
-from jaxrlhf.commands.models import open_model
+from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward import compare, draw_reliability, results_of, scores_of, verdict_table
 from jaxrlhf.commands.stage import begin
 from jaxrlhf.data.fitted import described, fit_pairs, fit_prompts
 from jaxrlhf.lm.learning import pair_scores
+from jaxrlhf.lm.memory import bytes_of
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.training.progress import bytes_text, count_text, plan
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 
 
@@ -64,6 +66,8 @@ def main(config: Evaluate) -> pathlib.Path:
     Raises:
         ValueError, DataError: what is given cannot be used; the message says what to change.
     """
+    if config.prompts < 1 or config.batch_size < 1:
+        raise ValueError("--prompts and --batch-size must be at least 1.")
     if (config.reward is None) == (config.policy is None):
         raise ValueError("Give --policy with --reference, or --reward: one thing is evaluated at a time.")
     prepared = open_records(
@@ -81,6 +85,7 @@ def _reward(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
     length = min(config.max_length, model.config.context_length)
     fitted = fit_pairs(model.words.codec(), records, max_length=length, cut_prompts=config.cut_prompts)
     score = jax.jit(lambda batch: pair_scores(reward_model(decoder(model.config)), model.params, batch))
+    _tell(model, {"pairs": described(fitted)})
     scores = scores_of(score, fitted.rows, config.batch_size)
     judged = compare(scores[:, 0] - scores[:, 1], None, fitted, seed=config.seed)
     folder, table = begin(config.output, "evaluate", config), verdict_table(judged)
@@ -100,12 +105,21 @@ def _policies(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path
     longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
     fitted = fit_prompts(model.words.codec(), records, max_length=longest, cut_prompts=config.cut_prompts)
     asked = fitted.rows[: config.prompts]
+    answers = f"{2 * len(asked)} of at most {config.max_new_tokens} tokens, {len(asked)} labels"
+    _tell(model, {"prompts": described(fitted), "answers": answers})
     compare_with = policy_comparer(reference, asked, judge, max_new_tokens=config.max_new_tokens, seed=config.seed)
     verdict = compare_with(model.params)
     folder, table = begin(config.output, "evaluate", config), comparison_table({"policy": verdict}, labels={})
     folder.write_json("results.json", verdict.numbers())
     samples = [Samples("Answers", ("reference", "policy"), verdict.samples[:12])]
     return _finish(folder, config, table, [], [*notes, described(fitted) + "."], samples)
+
+
+def _tell(model: Model, rows: dict[str, str]) -> None:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    held = f"{count_text(parameters)} parameters, {bytes_text(bytes_of(model.params))}"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    plan(Console(), "Evaluation", {"model": f"{model.config.family}, {held}"} | rows | {"devices": devices})
 
 
 def _finish(
@@ -124,5 +138,5 @@ def _finish(
     console = Console()
     console.print(rich_table(table))
     console.print("The report is in:")
-    console.print(str(folder.path), soft_wrap=True)
+    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
     return folder.path

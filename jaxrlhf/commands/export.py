@@ -42,9 +42,13 @@ def main(config: Export) -> pathlib.Path:
     same = jax.tree.map(
         lambda one, other: bool(np.all(np.asarray(one) == np.asarray(other))), model.params, again.params
     )
-    if again.config != model.config or not all(jax.tree.leaves(same)):
+    words = (again.words.template, again.words.tokenizer.to_str()) == (
+        model.words.template,
+        model.words.tokenizer.to_str(),
+    )
+    if again.config != model.config or not all(jax.tree.leaves(same)) or not words:
         raise ValueError(f"What was written to {config.to} reads otherwise than {source}; is the disk full?")
     size = sum(leaf.size * jnp.dtype(dtype).itemsize for leaf in jax.tree.leaves(model.params))
     Console().print(f"A {config.kind} of {bytes_text(size)} in {config.dtype}, read back and found equal, is in:")
-    Console().print(str(config.to), soft_wrap=True)
+    Console().print(str(config.to), soft_wrap=True, markup=False, highlight=False)
     return config.to

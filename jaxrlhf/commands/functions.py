@@ -96,11 +96,14 @@ def host_annotator(
     def annotate(key, sample):
         del key
         prompts, firsts, seconds = texts_of(tokenizer, sample)
-        answers = [SKIPPED if answer is None else answer for answer in judge(prompts, firsts, seconds)]
+        # None is NaN for a moment: no other answer out of range is an omission.
+        given = judge(prompts, firsts, seconds)
+        answers = given if given is None else [np.nan if answer is None else answer for answer in given]
         labels = _numbers(answers, len(prompts), name)
-        wrong = labels[(labels != SKIPPED) & ~((labels >= 0) & (labels <= 1))]
+        wrong = labels[(labels < 0) | (labels > 1)]
         if wrong.size:
             raise ValueError(f"{name} answered {wrong[0]:g}; a label is 1, 0, 1/2 or None.")
+        labels = np.where(np.isnan(labels), np.float32(SKIPPED), labels)
         return jnp.asarray(labels.reshape(*sample.measure.shape, 1))
 
     return annotate

@@ -13,7 +13,7 @@ from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.families import Kind
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weight_files import read_json
+from jaxrlhf.lm.weight_files import read_json, write_json
 from jaxrlhf.lm.weights import (
     SpecialIds,
     WeightsError,
@@ -37,11 +37,15 @@ class Words(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     special: SpecialIds
     template: ChatTemplate | None
+    size: int
+    begins: bool
+    """Whether texts begin with BOS: not where the tokenizer's own settings say that they do not."""
 
     def codec(self) -> Codec:
         """Returns what `jaxrlhf.data` encodes with."""
         end = self.special.eos[0] if self.special.eos else None
-        return codec(self.tokenizer, bos=self.special.bos, eos=end, template=self.template)
+        begin = self.special.bos if self.begins else None
+        return codec(self.tokenizer, bos=begin, eos=end, template=self.template, size=self.size)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -70,16 +74,12 @@ def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
         WeightsError: there is none.
     """
     for directory in (path, path / kind):
-        if (directory / "config.json").is_file() and not _is_run(directory):
+        # A run's folder has a config.json too, of the run.
+        if (directory / "config.json").is_file() and "architectures" in read_json(directory, "config.json"):
             return directory
     raise WeightsError(
         f"{path} holds no {kind} model: give a Hugging Face directory, or the folder of a run that made a {kind}."
     )
-
-
-def _is_run(directory: pathlib.Path) -> bool:
-    # A run's folder has a config.json too, of the run.
-    return any((directory / kind / "config.json").is_file() for kind in ("policy", "reward"))
 
 
 def kind_of(directory: pathlib.Path) -> Kind:
@@ -90,7 +90,12 @@ def kind_of(directory: pathlib.Path) -> Kind:
 
 def open_words(directory: pathlib.Path) -> Words:
     """Returns the words of a model directory."""
-    return Words(directory, load_tokenizer(directory), special_ids(directory), load_chat_template(directory))
+    name = "tokenizer_config.json"
+    settings = read_json(directory, name) if (directory / name).is_file() else {}
+    begins = settings.get("bos_token", "") is not None and settings.get("add_bos_token") is not False
+    tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
+    size = read_json(directory, "config.json")["vocab_size"]
+    return Words(directory, tokenizer, special_ids(directory), template, size, begins)
 
 
 def open_model(path: pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32) -> Model:
@@ -118,14 +123,37 @@ def reward_on(policy: Model) -> Model:
 
 def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Path:
     """Writes a directory that this library and transformers read, tokenizer and template as they were; returns it."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; name a directory to write the model to.")
     special = model.words.special
-    if kind == "reward" and special.pad is None:
-        # Transformers looks for the last token by the pad id, and scores one row at a time without.
-        special = special._replace(pad=model.words.pad_id)
+    if kind == "reward":
+        special = special._replace(pad=_reward_pad(special))
     save = save_decoder if kind == "policy" else save_reward_model
     save(directory, model.config, model.params, special=special)
     for name in TOKENIZER_FILES:
         source = model.words.directory / name
         if source.is_file() and source.resolve() != (directory / name).resolve():
             shutil.copyfile(source, directory / name)
+        elif not source.is_file():
+            # Another model's would be believed.
+            (directory / name).unlink(missing_ok=True)
+    if kind == "reward" and (directory / "tokenizer_config.json").is_file():
+        settings = read_json(directory, "tokenizer_config.json")
+        write_json(
+            directory,
+            "tokenizer_config.json",
+            settings | {"pad_token": model.words.tokenizer.id_to_token(special.pad or 0)},
+        )
     return directory
+
+
+def _reward_pad(special: SpecialIds) -> int:
+    """Returns a pad id for a reward model: transformers looks for the last token of a text by it.
+
+    It must not be one that texts end with, or their last token would count as padding.
+    """
+    if special.pad is not None and special.pad not in special.eos:
+        return special.pad
+    if special.bos is not None and special.bos not in special.eos:
+        return special.bos
+    return next(token for token in range(len(special.eos) + 1) if token not in special.eos)

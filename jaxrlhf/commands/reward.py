@@ -109,7 +109,7 @@ def main(config: Reward) -> pathlib.Path:
         for part in splits_of(prepared)
     )
     notes = [*told_of_bad(prepared), f"Learned from: {described(fitted)}.", f"Held out: {described(held_out)}."]
-    steps = steps_of(config.steps, config.epochs, len(fitted.rows), config.batch_size)
+    steps = steps_of(config.steps, config.epochs, len(fitted.rows), config.batch_size, config.parts)
     learner = reward_learner(start.params, config.lora_rank, jax.random.key(config.seed))
     optimizer = adamw(
         config.learning_rate,
@@ -129,6 +129,10 @@ def main(config: Reward) -> pathlib.Path:
     )
     score = jax.jit(lambda trained, frozen, batch: pair_scores(model, learner.params_of(trained, frozen), batch))
     labels = np.array([row.label for row in held_out.rows])
+    if np.all(labels == 0.5):
+        raise ValueError(
+            "All held-out pairs are ties, which say nothing of accuracy; give more data or another --held-out."
+        )
 
     def differences(trained):
         found = scores_of(lambda batch: score(trained, learner.frozen, batch), held_out.rows, config.batch_size)
@@ -185,7 +189,7 @@ def main(config: Reward) -> pathlib.Path:
     )
     console.print(rich_table(table))
     console.print("Report, model and metrics are in:")
-    console.print(str(folder.path), soft_wrap=True)
+    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
     return folder.path
 
 

@@ -49,7 +49,9 @@ def main(config: Sample) -> list[str]:
     text = (Message("user", config.prompt),) if config.chat else config.prompt
     prompt = encode_prompt(model.words.codec(), text)
     if not len(prompt):
-        raise ValueError("This model has no token that begins a text; give a --prompt.")
+        if model.words.special.bos is None:
+            raise ValueError("This model has no token that begins a text; give a --prompt.")
+        prompt = np.array([model.words.special.bos], np.int32)
     texts = write_texts(
         model,
         [prompt] * config.number,

@@ -83,8 +83,14 @@ def _matrices(params: Params) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def steps_of(steps: int | None, epochs: float, rows: int, batch_size: int) -> int:
-    """Returns the number of steps: as given, or what the epochs need."""
+def steps_of(steps: int | None, epochs: float, rows: int, batch_size: int, parts: int) -> int:
+    """Returns the number of steps: as given, or what the epochs need.
+
+    Raises:
+        ValueError: a number is out of range, or the parts do not divide the batch.
+    """
+    if batch_size < 1 or parts < 1 or batch_size % parts:
+        raise ValueError(f"--parts {parts} must divide --batch-size {batch_size}, and both be at least 1.")
     if steps is not None:
         if steps < 1:
             raise ValueError(f"--steps must be at least 1, got {steps}.")
@@ -194,7 +200,9 @@ def tell_plan(
     console: Console, title: str, learner: Learner, optimizer: optax.GradientTransformation, rows: dict[str, str]
 ) -> None:
     """Prints what is about to happen, before the optimiser's memory is taken."""
-    trained, frozen = bytes_of(learner.trained), bytes_of(learner.frozen)
+    trained = bytes_of(learner.trained)
+    # Beside what is trained, the model that it began as is kept, to compare with.
+    frozen = bytes_of(learner.frozen) or trained
     slots = bytes_of(jax.eval_shape(optimizer.init, learner.trained))
     parameters = sum(leaf.size for leaf in jax.tree.leaves((learner.trained, learner.frozen)))
     count = sum(leaf.size for leaf in jax.tree.leaves(learner.trained))

@@ -108,7 +108,7 @@ def main(config: Supervised) -> pathlib.Path:
     # A packed row is nearly full.
     tokens = sum(len(row.tokens) for row in fitted.rows)
     rows = math.ceil(tokens / max_length) if config.packed else len(fitted.rows)
-    steps = steps_of(config.steps, config.epochs, rows, config.batch_size)
+    steps = steps_of(config.steps, config.epochs, rows, config.batch_size, config.parts)
     learner = policy_learner(start.params, config.lora_rank, jax.random.key(config.seed))
     optimizer = adamw(
         config.learning_rate,
@@ -189,7 +189,7 @@ def main(config: Supervised) -> pathlib.Path:
     )
     console.print(rich_table(table))
     console.print("Report, model and metrics are in:")
-    console.print(str(folder.path), soft_wrap=True)
+    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
     return folder.path
 
 

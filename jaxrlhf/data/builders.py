@@ -289,6 +289,9 @@ def _decoded(example: dict, kind: type) -> Record:
 
 def _place(record: Record) -> float:
     """Returns a number in [0, 1) that the prompt determines, or the text where there is none."""
-    named = record.prompt or (record.completion if isinstance(record, Demonstration) else "")
-    digest = hashlib.sha256(json.dumps(_stored(named)).encode()).digest()
+    if record.prompt or isinstance(record, Demonstration):
+        named = json.dumps(_stored(record.prompt or getattr(record, "completion", "")))
+    else:
+        named = repr(record)
+    digest = hashlib.sha256(named.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

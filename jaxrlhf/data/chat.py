@@ -82,7 +82,10 @@ def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
         source = named.get("default")
     alone = directory / "chat_template.jinja"
     if alone.exists():
-        source = alone.read_text(encoding="utf-8")
+        try:
+            source = alone.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{alone} is not readable as text ({error}); copy it again.") from None
     if source is None:
         return None
     if not isinstance(source, str):
@@ -159,7 +162,16 @@ def _run(template: ChatTemplate, messages: tuple[Message, ...], generation_promp
         return _compiled(template.source).render(
             messages=told, add_generation_prompt=generation_prompt, raise_exception=refuse, **template.tokens
         )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"The chat template fails on a conversation of {len(messages)} messages: {error}.") from None
 
 

@@ -37,12 +37,14 @@ class Codec(NamedTuple):
         bos: the id that begins a text, or None.
         eos: the text that ends one, such as "</s>"; empty where there is none.
         template: of conversations.
+        size: of the model's vocabulary, or None; a text with a token beyond it cannot be encoded.
     """
 
     tokenizer: tokenizers.Tokenizer
     bos: int | None
     eos: str
     template: ChatTemplate
+    size: int | None = None
 
 
 def codec(
@@ -51,6 +53,7 @@ def codec(
     bos: int | None = None,
     eos: int | None = None,
     template: ChatTemplate | None = None,
+    size: int | None = None,
 ) -> Codec:
     """Returns a codec; conversations are transcripts where the model has no template.
 
@@ -61,7 +64,7 @@ def codec(
         if token is not None and tokenizer.id_to_token(token) is None:
             raise ValueError(f"The {name} id {token} is not one of the tokenizer's; take ids of the same model.")
     end = "" if eos is None else str(tokenizer.id_to_token(eos))
-    return Codec(tokenizer, bos, end, template or ChatTemplate(TRANSCRIPT, {"eos_token": end}))
+    return Codec(tokenizer, bos, end, template or ChatTemplate(TRANSCRIPT, {"eos_token": end}), size)
 
 
 def encode(codec: Codec, prompt: Text, completion: Text) -> Encoded:
@@ -106,15 +109,16 @@ def encode_prompt(codec: Codec, prompt: Text) -> np.ndarray:
 
 def _spanned(codec: Codec, text: str, spans: tuple[tuple[int, int], ...]) -> Encoded:
     found = codec.tokenizer.encode(text, add_special_tokens=False)
-    tokens, learned = list(found.ids), [_inside(place, spans) for place in found.offsets]
+    tokens, learned, reached = list(found.ids), [], 0
+    if codec.size is not None and max(tokens, default=0) >= codec.size:
+        raise ValueError(f"A text holds the token {codec.tokenizer.id_to_token(max(tokens))}, which the model has not.")
+    for begin, end in found.offsets:
+        # A token without characters of its own belongs to where it stands; one of spaces whose offsets were trimmed, to
+        # the spaces that no other token covers.
+        ends_at = end - 1 if end > begin or reached < begin else begin
+        learned.append(any(first <= ends_at < last for first, last in spans))
+        reached = max(reached, end)
     if codec.bos is not None and tokens[:1] != [codec.bos]:
         # A template may have written it already.
         tokens, learned = [codec.bos, *tokens], [False, *learned]
     return Encoded(np.array(tokens, np.int32), np.array(learned, bool))
-
-
-def _inside(place: tuple[int, int], spans: tuple[tuple[int, int], ...]) -> bool:
-    begin, end = place
-    # A token without characters of its own belongs to where it stands.
-    ends_at = max(begin, end - 1)
-    return any(first <= ends_at < last for first, last in spans)

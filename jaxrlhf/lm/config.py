@@ -15,6 +15,18 @@ SIZES = (
 )
 
 
+SCALES = (
+    "norm_epsilon",
+    "rope_base",
+    "window_rope_base",
+    "query_scale",
+    "score_cap",
+    "logit_cap",
+    "embedding_scale",
+    "window",
+)
+
+
 class RopeScaling(NamedTuple):
     """How rotary frequencies were stretched for longer contexts than were trained on at first.
 
@@ -100,6 +112,15 @@ class DecoderConfig:
         for name in SIZES:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"DecoderConfig.{name} must be a whole number, got {getattr(self, name)!r}.")
+        scaling = () if self.rope_scaling is None else self.rope_scaling
+        for name, value in (
+            *((name, getattr(self, name)) for name in SCALES),
+            *(("rope_scaling", one) for one in scaling),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"DecoderConfig.{name} must be a number, got {value!r}.")
+        if self.rope_scaling is not None and not (self.rope_scaling.factor or 0) > 0:
+            raise ValueError(f"DecoderConfig.rope_scaling needs a positive factor, got {self.rope_scaling.factor!r}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:

@@ -105,6 +105,8 @@ def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
         WeightsError: it is none of them, or of the other kind.
     """
     found = settings.get("architectures") or ["no architecture"]
+    if not isinstance(found, list):
+        raise WeightsError(f"{source} has no list of architectures but {found!r}: save the model again.")
     for name, family in FAMILIES.items():
         if getattr(family, kind) in found:
             return name
@@ -143,7 +145,7 @@ def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderCon
         raise WeightsError(
             f"{source} has no {error.args[0]}: save the model again with its full configuration."
         ) from error
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{source} describes no decoder ({error}): correct the value.") from error
@@ -160,7 +162,7 @@ def _llama_like(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         _refuse(source, "hidden_activation" if gemma else "hidden_act", activation, f"use a model with {known}")
-    windowed = _windowed_layers(name, given)
+    windowed = _windowed_layers(name, given, source)
     base, scaling, local = _rope(name, given, source)
     if gemma and given.get("use_bidirectional_attention"):
         _refuse(source, "use_bidirectional_attention", True, "use a causal model")
@@ -239,14 +241,17 @@ def _gpt2(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
     )
 
 
-def _windowed_layers(name: str, given: dict[str, Any]) -> tuple[int, ...]:
+def _windowed_layers(name: str, given: dict[str, Any], source: str) -> tuple[int, ...]:
     layers = range(given["num_hidden_layers"])
     if not given.get("sliding_window") or name == "llama":
         return ()
     if name.startswith("qwen") and not given.get("use_sliding_window"):
         return ()
-    if given.get("layer_types") and name != "mistral":
-        return tuple(index for index, kind in enumerate(given["layer_types"]) if kind == WINDOWED)
+    kinds = given.get("layer_types")
+    if kinds and name != "mistral":
+        if len(kinds) != len(layers) or not set(kinds) <= {WINDOWED, FULL}:
+            _refuse(source, "layer_types", kinds, f"give every layer {WINDOWED} or {FULL}")
+        return tuple(index for index, kind in enumerate(kinds) if kind == WINDOWED)
     if name == "mistral":
         return tuple(layers)
     if name.startswith("qwen"):

@@ -129,7 +129,7 @@ def save_reward_model(
 
 
 def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a model directory.
+    """The tokenizer of a model directory; it neither cuts nor fills texts, whatever it was saved with.
 
     Args:
         directory: holds `tokenizer.json` and the `config.json` of the model it belongs to.
@@ -138,7 +138,7 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
         The tokenizer.
 
     Raises:
-        WeightsError: either file is missing or damaged, or the tokenizer knows more tokens than the model.
+        WeightsError: either file is missing or damaged, or the tokenizer knows more words than the model.
     """
     size = read_json(directory, "config.json").get("vocab_size")
     read_json(directory, "tokenizer.json")
@@ -147,7 +147,11 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise WeightsError(f"{path} is not a tokenizer ({error}): copy or save it again.") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    # What it was saved with would cut and fill texts in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Some models have added tokens beyond their vocabulary, for pictures say, which no text may use.
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if isinstance(size, int) and largest >= size:
         raise WeightsError(
             f"{path} has token ids up to {largest} but the model's vocabulary ends at {size - 1}: use the "
@@ -207,6 +211,9 @@ def write_model(directory, config, tensors, kind: Kind, special, tokenizer) -> N
     write_json(directory, "config.json", settings | ids)
     if kind == "policy":
         write_json(directory, "generation_config.json", ids)
+    else:
+        # Another model's would be believed.
+        (directory / "generation_config.json").unlink(missing_ok=True)
     if tokenizer is not None:
         in_one_piece(directory / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 

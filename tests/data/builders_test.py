@@ -70,6 +70,12 @@ def test_prompts_stay_on_their_side(tmp_path):
     assert len(more["train"]) < len(splits["train"])
 
 
+def test_records_without_a_prompt_are_held_out_one_by_one(tmp_path):
+    lines = [{"prompt": "", "chosen": f"{number}", "rejected": "x"} for number in range(200)]
+    splits, _ = prepare(write(tmp_path / "a.jsonl", lines), held_out=0.2, data_dir=tmp_path / "prepared")
+    assert 15 < len(splits["test"]) < 65
+
+
 def test_skipped_lines_are_remembered(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": 3}, {"prompt": "y"}])
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: prompt must be a string"):

@@ -77,6 +77,7 @@ def test_an_end_of_text_after_the_last_turn_alone_is_no_word_of_the_others():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|access"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe|access"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
         ("{% for i in range(10000000000) %}{% endfor %}", "[Rr]ange"),
     ],
 )

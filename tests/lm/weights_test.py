@@ -244,6 +244,17 @@ WRONG = {
     "partial-rotary": (settings(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     "no-bias": (settings(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias"),
     "activation": (settings(hidden_act="relu2"), "sets hidden_act to 'relu2', .* silu"),
+    "rope-as-text": (settings(rope_scaling="linear"), "describes no decoder .*correct the value"),
+    "norm-as-text": (settings(rms_norm_eps="1e-5"), "norm_epsilon must be a number, got '1e-5'"),
+    "factor-as-text": (
+        settings(rope_scaling={"rope_type": "linear", "factor": "2"}),
+        "rope_scaling must be a number, got '2'",
+    ),
+    "architectures": (settings(architectures=5), "has no list of architectures but 5"),
+    "unknown-layers": (
+        settings(architectures=["Qwen3ForCausalLM"], use_sliding_window=True, layer_types=["linear_attention"] * 2),
+        "sets layer_types to .*linear_attention.*, which is not supported",
+    ),
     "quantised": (settings(quantization_config={"bits": 4}), "sets quantization_config .* unquantised"),
     "no-weights": (lambda directory: (directory / "model.safetensors").unlink(), "has no model.safetensors"),
     "pickle": (spoil_pickle, r"pickled weights only \(pytorch_model.bin\), and reading a pickle can run any code"),
@@ -311,6 +322,16 @@ def test_a_tokenizer_that_is_absent_damaged_or_too_large_is_named(saved):
     (saved / "tokenizer.json").unlink()
     with pytest.raises(WeightsError, match=r"has no tokenizer\.json"):
         load_tokenizer(saved)
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_whatever_it_was_saved_with(saved):
+    tokenizer = load_tokenizer(saved)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.add_special_tokens(["<picture>"])
+    tokenizer.save(str(saved / "tokenizer.json"))
+    # An added token beyond the vocabulary is no reason to refuse the others.
+    assert len(load_tokenizer(saved).encode("w7").ids) == 1
 
 
 def test_special_ids_that_are_no_numbers_are_named(saved):
