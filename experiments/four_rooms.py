@@ -213,6 +213,10 @@ def main(config: Config) -> None:
     if config.search:
         found = search(cells, config.seeds, config.steps, over_seeds, environment)
         folder.write_json("optima.json", {"command": "python experiments/four_rooms.py --search", "cells": found})
+        rows = [(entry["entropy weight"], entry["regulariser"], entry["value"]) for entry in found]
+        optima = Table("Best return found", ("entropy weight", "regulariser", "return"), rows)
+        title = "Optima of Four-Rooms"
+        write_report(folder.path, title=title, summary="", tables=[optima], figures=[], config=config)
         for entry in found:
             print(f"{entry['entropy weight']:g},{entry['regulariser']:g}: {entry['value']:.4f}")
         print(f"\n{folder.path}")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from jaxrlhf.commands import reward, supervised
 from jaxrlhf.data.records import DataError
-from jaxrlhf.training.report import Table, as_text, rich_table
+from jaxrlhf.training.report import Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 
 
@@ -81,7 +81,14 @@ def main(config: Config) -> pathlib.Path:
     table = tabulate(found, config.seeds)
     draw(folder.path / "reliability.png", found)
     folder.write_json("results.json", found | {"seconds": time.monotonic() - began})
-    folder.write_text("table.txt", as_text(table))
+    write_report(
+        folder.path,
+        title="Rewards from human preferences",
+        summary=f"{config.data}, {len(config.seeds)} seeds.",
+        tables=[table],
+        figures=["reliability.png"],
+        config=config,
+    )
     Console().print(rich_table(table))
     Console().print(str(folder.path), soft_wrap=True)
     return folder.path

@@ -250,9 +250,14 @@ def test_the_real_model_writes_its_text(capsys):
     stories = pathlib.Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
     if not stories.is_dir():
         pytest.skip(f"the pretrained model is missing: {stories} does not exist")
-    run(sample.Sample(policy=stories, prompt="Once upon a time", temperature=0.0, max_new_tokens=40))
-    expected = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-    assert capsys.readouterr().out.startswith(expected)
+    # An empty prompt is the beginning of a text alone.
+    run(sample.Sample(policy=stories, prompt="", temperature=0.0, max_new_tokens=256))
+    expected = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she"
+    )
+    written = capsys.readouterr().out
+    assert written.startswith(expected)
+    assert written.endswith('"Don\'t worry, Lily. We can help you."\n')
 
 
 def test_nothing_of_another_model_is_left_in_an_export(learned, tmp_path):

@@ -83,10 +83,11 @@ class Align:
     kl_price: float = 0.05
     """Of the utility, a nat."""
     policy_rate: float | None = None
-    """Learning rate; 2e-4, or 5e-4 for adapters."""
+    """Learning rate; 2e-4, or 1e-3 for adapters."""
     tangent_rate: float | None = None
     """Of the policy's answer to the reward; a twentieth of the policy's."""
-    reward_rate: float = 1e-3
+    reward_rate: float | None = None
+    """1e-3, or 2e-3 for adapters."""
     warmup: int = 10
     """Steps over which the three rates rise from 0. The first gradients are next to nothing, as the reward still is, and
     Adam makes full steps of them."""
@@ -197,9 +198,10 @@ def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelA
     def adam(rate):
         return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
 
-    policy_rate = config.policy_rate or (5e-4 if config.lora_rank else 2e-4)
+    policy_rate = config.policy_rate or (1e-3 if config.lora_rank else 2e-4)
+    reward_rate = config.reward_rate or (2e-3 if config.lora_rank else 1e-3)
     solver = tangent(adam(policy_rate), adam(config.tangent_rate or policy_rate / 20))
-    rule, optimizer = rules[config.estimator](), adam(config.reward_rate)
+    rule, optimizer = rules[config.estimator](), adam(reward_rate)
     return bilevel_descent(problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced)
 
 

@@ -152,6 +152,7 @@ def main(config: Reward) -> pathlib.Path:
             "model": f"{start.config.family}, {config.policy}",
             "learned from": described(fitted),
             "held out": described(held_out),
+            "bad lines": f"{len(prepared.bad)} skipped, listed in the report" if prepared.bad else "none",
             "steps": f"{steps} of {config.batch_size} pairs, at most {2 * config.batch_size * max_length:,} tokens each",
         },
     )

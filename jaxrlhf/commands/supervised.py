@@ -142,6 +142,7 @@ def main(config: Supervised) -> pathlib.Path:
             "model": f"{start.config.family}, {config.policy or 'new'}",
             "learned from": described(fitted),
             "held out": described(held_out),
+            "bad lines": f"{len(prepared.bad)} skipped, listed in the report" if prepared.bad else "none",
             "steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each",
         },
     )

@@ -12,7 +12,8 @@ A text is a string, or a conversation: a tuple of messages. One line of a file i
 | whole texts | `text`, or `messages` | `Demonstration` without a prompt |
 | prompts alone | `prompt` | `Prompt` |
 
-Where `prompt` is a list of messages `{"role", "content"}`, completions are lists of messages too.
+Where `prompt` is a list of messages `{"role", "content"}`, completions are lists of messages too. A `.txt` file is one whole
+text a line.
 """
 
 import gzip
@@ -97,10 +98,11 @@ class Records(NamedTuple):
 def read_records(
     path: str | pathlib.Path, parse: Callable[[Any], Any] | None = None, *, skip_bad: bool = False
 ) -> Records:
-    """Reads a `.jsonl` or `.jsonl.gz` file, or every such file below a folder, by name.
+    """Reads a `.jsonl` or `.txt` file, gzipped (`.gz`) or not, or the files below a folder, by name.
 
     Args:
-        path: the file or folder. Links that lead out of a folder are refused.
+        path: the file or folder. Of a folder, `.txt` files are data where there is no `.jsonl` file, else notes. Links that
+            lead out of it are refused.
         parse: from a line's JSON value to a record, raising ValueError with a reason; `parse_record` by default.
         skip_bad: collects bad lines in place of stopping at the first.
 
@@ -112,7 +114,7 @@ def read_records(
     for file in files_of(path):
         for number, line in lines_of(file):
             try:
-                records.append(parse(_object(line)))
+                records.append(parse({"text": line.rstrip("\r\n")} if _is_plain(file) else _object(line)))
             except ValueError as error:
                 bad.append(BadLine(file, number, str(error)))
                 if not skip_bad:
@@ -136,12 +138,16 @@ def files_of(path: str | pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         raise DataError(f"There is no file or folder {path}.")
     root = path.resolve()
-    found = sorted(file for pattern in ("*.jsonl", "*.jsonl.gz") for file in path.rglob(pattern) if file.is_file())
+
+    def below(*patterns: str) -> list[pathlib.Path]:
+        return sorted(file for pattern in patterns for file in path.rglob(pattern) if file.is_file())
+
+    found = below("*.jsonl", "*.jsonl.gz") or below("*.txt", "*.txt.gz")
     for file in found:
         if not file.resolve().is_relative_to(root):
             raise DataError(f"{file} leads out of the folder {path}; copy the file into it.")
     if not found:
-        raise DataError(f"The folder {path} holds no .jsonl or .jsonl.gz file.")
+        raise DataError(f"The folder {path} holds no .jsonl or .txt file, gzipped or not.")
     return found
 
 
@@ -288,6 +294,10 @@ def _alike(value: dict, *names: str) -> list:
     if len(kinds) > 1:
         raise ValueError(f"{', '.join(names)} must all be strings, or all lists of messages.")
     return texts
+
+
+def _is_plain(file: pathlib.Path) -> bool:
+    return file.name.endswith((".txt", ".txt.gz"))
 
 
 def _object(line: str) -> Any:

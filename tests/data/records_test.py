@@ -198,3 +198,16 @@ def test_every_published_pair_is_parsed():
             assert squeezed(told) == squeezed(line[name])
     assert sum(len(pair.chosen) + len(pair.rejected) > 2 for pair in found.records) == 5
     assert sum(pair.chosen[0].content == "" for pair in found.records) == 4
+
+
+def test_plain_text_is_one_demonstration_a_line(tmp_path):
+    (tmp_path / "b.txt").write_text("Once there was a dog.\n\n  It ran. \n")
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as stream:
+        stream.write('{"prompt": "not JSON here"}\n')
+    records, bad = read_records(tmp_path)
+    assert [record.completion for record in records] == [
+        '{"prompt": "not JSON here"}',
+        "Once there was a dog.",
+        "  It ran. ",
+    ]
+    assert not bad and all(record.prompt == "" for record in records)
