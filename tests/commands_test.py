@@ -257,7 +257,7 @@ def test_the_real_model_writes_its_text(capsys):
     )
     written = capsys.readouterr().out
     assert written.startswith(expected)
-    assert written.endswith('"Don\'t worry, Lily. We can help you."\n')
+    assert written.endswith("Don't worry, Lily. We can help you.\n")
 
 
 def test_nothing_of_another_model_is_left_in_an_export(learned, tmp_path):

@@ -12,8 +12,8 @@ A text is a string, or a conversation: a tuple of messages. One line of a file i
 | whole texts | `text`, or `messages` | `Demonstration` without a prompt |
 | prompts alone | `prompt` | `Prompt` |
 
-Where `prompt` is a list of messages `{"role", "content"}`, completions are lists of messages too. A `.txt` file is one whole
-text a line.
+Where `prompt` is a list of messages `{"role", "content"}`, completions are lists of messages too. A `.txt` file is one
+whole text a line.
 """
 
 import gzip
@@ -101,8 +101,8 @@ def read_records(
     """Reads a `.jsonl` or `.txt` file, gzipped (`.gz`) or not, or the files below a folder, by name.
 
     Args:
-        path: the file or folder. Of a folder, `.txt` files are data where there is no `.jsonl` file, else notes. Links that
-            lead out of it are refused.
+        path: the file or folder. Of a folder, `.txt` files are data where there is no `.jsonl` file, else notes. Links
+            that lead out of it are refused.
         parse: from a line's JSON value to a record, raising ValueError with a reason; `parse_record` by default.
         skip_bad: collects bad lines in place of stopping at the first.
 
