@@ -150,8 +150,9 @@ def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     # What it was saved with would cut and fill texts in silence.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # Some models have added tokens beyond their vocabulary, for pictures say, which no text may use.
-    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    # Some models have special tokens beyond their vocabulary, for pictures say, which no text may use.
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    largest = max({*tokenizer.get_vocab(with_added_tokens=True).values()} - special, default=0)
     if isinstance(size, int) and largest >= size:
         raise WeightsError(
             f"{path} has token ids up to {largest} but the model's vocabulary ends at {size - 1}: use the "

@@ -330,7 +330,7 @@ def test_a_tokenizer_neither_cuts_nor_fills_whatever_it_was_saved_with(saved):
     tokenizer.enable_padding(length=9)
     tokenizer.add_special_tokens(["<picture>"])
     tokenizer.save(str(saved / "tokenizer.json"))
-    # An added token beyond the vocabulary is no reason to refuse the others.
+    # A special token beyond the vocabulary is no reason to refuse the others.
     assert len(load_tokenizer(saved).encode("w7").ids) == 1
 
 
