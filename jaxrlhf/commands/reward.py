@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,64 +12,40 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from jaxrlhf import preferences
-from jaxrlhf.commands.data import Format, open_records, splits_of, told_of_bad
+from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
 from jaxrlhf.commands.models import open_reward, save_model
 from jaxrlhf.commands.stage import (
-    adamw,
-    begin,
-    descend,
+    Training,
     draw_history,
     half_or_full,
     reward_learner,
     steps_of,
-    tell_plan,
+    train,
 )
 from jaxrlhf.data.batches import Pairs, padded_pairs
 from jaxrlhf.data.fitted import Fitted, PairRow, described, fit_pairs
 from jaxrlhf.data.pipelines import in_order, pair_batches
-from jaxrlhf.lm.learning import learning, pair_scores, preference_loss
+from jaxrlhf.lm.learning import pair_scores, preference_loss
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.preference_report import PairVerdict, fit_one_feature, gain, judge_differences
 from jaxrlhf.training.report import Table, rich_table, write_report
-from jaxrlhf.training.tracking import tracker
 
 
-@dataclasses.dataclass(frozen=True)
-class Reward:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(Training):
     """Fits a reward model to preferences, and measures it on held-out ones.
 
     Reads pairs (`prompt`, `chosen`, `rejected`, perhaps `margin`), rankings (equal ranks are ties), or completions called
     good and bad.
     """
 
-    data: str
-    """A .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME for a published file."""
     policy: pathlib.Path
     """Model whose trunk the reward starts from, or a reward model to go on with: a directory, or a run's folder."""
-    format: Format = "auto"
-    """How the data are written; see `jaxrlhf.data`."""
-    skip_bad: bool = False
-    """Skips lines that cannot be read, and lists them."""
-    held_out: float = 0.1
-    """Share of the prompts that is not learned from but measured on."""
-    steps: int | None = None
-    """Optimiser steps; otherwise --epochs says."""
-    epochs: float = 1.0
-    batch_size: int = 32
-    """Pairs a step, over all devices."""
-    parts: int = 1
-    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same."""
     max_length: int = 512
     """Tokens of prompt and completion; longer completions are cut at their end."""
     cut_prompts: bool = False
     """Takes tokens from the beginning of long prompts; otherwise pairs with prompts too long are left out, and counted."""
-    learning_rate: float = 1e-4
-    warmup: float = 0.1
-    """Share of the steps."""
-    weight_decay: float = 0.01
-    largest_gradient: float = 1.0
-    """Norm that gradients are clipped to."""
     smoothing: float = 0.0
     """Probability that a label is taken to be the wrong way round."""
     margins: bool = True
@@ -78,18 +54,6 @@ class Reward:
     """Half the zone in which an annotator calls a tie (Rao-Kupper); 0 counts a tie half for each side."""
     centre: float = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them around 0."""
-    lora_rank: int = 0
-    """Trains adapters of this rank in place of the weights; they are merged at the end."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; in bfloat16 give --lora-rank, as small steps round to nothing."""
-    evaluations: int = 8
-    seed: int = 0
-    output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
-    data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where prepared data lie."""
-    track: Literal["tensorboard", "wandb"] | None = None
-    """Also logs there."""
 
 
 def main(config: Reward) -> pathlib.Path:
@@ -109,15 +73,8 @@ def main(config: Reward) -> pathlib.Path:
         for part in splits_of(prepared)
     )
     notes = [*told_of_bad(prepared), f"Learned from: {described(fitted)}.", f"Held out: {described(held_out)}."]
-    steps = steps_of(config.steps, config.epochs, len(fitted.rows), config.batch_size, config.parts)
+    steps = steps_of(config, len(fitted.rows))
     learner = reward_learner(start.params, config.lora_rank, jax.random.key(config.seed))
-    optimizer = adamw(
-        config.learning_rate,
-        steps,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        largest_gradient=config.largest_gradient,
-    )
     model = reward_model(decoder(start.config))
     loss = preference_loss(
         model,
@@ -142,13 +99,19 @@ def main(config: Reward) -> pathlib.Path:
         verdict = judge_differences(differences(trained), labels)
         return {name: getattr(verdict, name) for name in ("log_loss", "accuracy", "calibration_error")}
 
-    folder = begin(config.output, "reward", config)
-    tell_plan(
-        console,
+    multiple = min(128, max_length)
+    batches = iter(pair_batches(fitted.rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple))
+    done = train(
+        config,
         "Reward learning",
+        "reward",
+        loss,
         learner,
-        optimizer,
-        {
+        batches,
+        steps=steps,
+        count=_tokens_of,
+        evaluate=evaluate,
+        told={
             "model": f"{start.config.family}, {config.policy}",
             "learned from": described(fitted),
             "held out": described(held_out),
@@ -156,25 +119,10 @@ def main(config: Reward) -> pathlib.Path:
             "steps": f"{steps} of {config.batch_size} pairs, at most {2 * config.batch_size * max_length:,} tokens each",
         },
     )
-    log = tracker(config.track, folder.path, name=folder.path.name, config=config)
-    multiple = min(128, max_length)
-    state, history = descend(
-        "reward",
-        learning(loss, optimizer, parts=config.parts),
-        learner,
-        iter(pair_batches(fitted.rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple)),
-        steps=steps,
-        count=_tokens_of,
-        evaluate=evaluate,
-        evaluations=config.evaluations,
-        folder=folder,
-        tracker=log,
-        console=console,
-    )
-    log.close()
-    trained = start._replace(params=learner.whole(jax.device_get(state.params)))
+    folder, history = done.folder, done.history
+    trained = start._replace(params=learner.whole(done.params))
     save_model(folder.path / "reward", trained, "reward")
-    judged = compare(differences(state.params), fitted, held_out, seed=config.seed)
+    judged = compare(differences(done.params), fitted, held_out, seed=config.seed)
     table = verdict_table(judged)
     seconds = time.monotonic() - began
     folder.write_json("results.json", {"steps": steps, "seconds": seconds} | results_of(judged))

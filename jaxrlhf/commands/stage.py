@@ -1,9 +1,10 @@
 """What supervised training and reward learning share: the loop around a pure step, its optimiser, its plan."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,55 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from jaxrlhf.commands.data import Format
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.learning import LearningAlgorithm, LearningState, ParamsOf, itself
+from jaxrlhf.lm.learning import Loss, ParamsOf, itself, learning
 from jaxrlhf.lm.memory import bytes_of
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.step import check_batch, compile_update, data_mesh, replicate
-from jaxrlhf.training.tracking import Tracker
+from jaxrlhf.training.tracking import tracker as open_tracker
 from jaxrlhf.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What supervised training and reward learning are told alike."""
+
+    data: str
+    """A .jsonl, .txt or gzipped file, a folder of them, or hh-rlhf:NAME for a published file."""
+    format: Format = "auto"
+    """How the data are written; see `jaxrlhf.data`."""
+    skip_bad: bool = False
+    """Skips lines that cannot be read, and lists them."""
+    held_out: float = 0.1
+    """Share of the prompts that is not learned from but measured on."""
+    steps: int | None = None
+    """Optimiser steps; otherwise --epochs says."""
+    epochs: float = 1.0
+    batch_size: int = 32
+    """Rows or pairs a step, over all devices."""
+    parts: int = 1
+    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same."""
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    """Share of the steps."""
+    weight_decay: float = 0.01
+    largest_gradient: float = 1.0
+    """Norm that gradients are clipped to."""
+    lora_rank: int = 0
+    """Trains adapters of this rank in place of the weights; they are merged at the end."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; bfloat16 needs --lora-rank, as small steps round to nothing."""
+    evaluations: int = 8
+    seed: int = 0
+    output: pathlib.Path = pathlib.Path("runs")
+    """Where the run's own folder is made."""
+    data_dir: pathlib.Path = pathlib.Path("runs/data")
+    """Where prepared data lie."""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """Also logs there."""
 
 
 class Learner(NamedTuple):
@@ -66,15 +107,17 @@ def _attached(adapter: Params, base: Params) -> Params:
     return lora.attach(base, adapter)
 
 
-def adamw(rate: float, steps: int, *, warmup: float, weight_decay: float, largest_gradient: float):
+def adamw(config: Training, steps: int) -> optax.GradientTransformation:
     """Returns AdamW under a linear warm-up over a share of the steps and a cosine to a tenth, gradients clipped."""
+    rate, warmup = config.learning_rate, config.warmup
     if not 0 <= warmup < 1:
         raise ValueError(f"--warmup must be a share of the steps in [0, 1), got {warmup:g}.")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else rate, rate, max(1, round(warmup * steps)), max(2, steps), 0.1 * rate
     )
     return optax.chain(
-        optax.clip_by_global_norm(largest_gradient), optax.adamw(schedule, weight_decay=weight_decay, mask=_matrices)
+        optax.clip_by_global_norm(config.largest_gradient),
+        optax.adamw(schedule, weight_decay=config.weight_decay, mask=_matrices),
     )
 
 
@@ -83,12 +126,13 @@ def _matrices(params: Params) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def steps_of(steps: int | None, epochs: float, rows: int, batch_size: int, parts: int) -> int:
+def steps_of(config: Training, rows: int) -> int:
     """Returns the number of steps: as given, or what the epochs need.
 
     Raises:
         ValueError: a number is out of range, or the parts do not divide the batch.
     """
+    steps, epochs, batch_size, parts = config.steps, config.epochs, config.batch_size, config.parts
     if batch_size < 1 or parts < 1 or batch_size % parts:
         raise ValueError(f"--parts {parts} must divide --batch-size {batch_size}, and both be at least 1.")
     if steps is not None:
@@ -109,42 +153,55 @@ class History(NamedTuple):
     measured: list[dict[str, float]]
 
 
-def descend(
+class Trained(NamedTuple):
+    """The run's folder, the trained parameters on the host, what was measured before the first step, and the curves."""
+
+    folder: RunFolder
+    params: Params
+    before: dict[str, float]
+    history: History
+
+
+def train(
+    config: Training,
     title: str,
-    algorithm: LearningAlgorithm,
+    name: str,
+    loss: Loss,
     learner: Learner,
     batches: Iterator[Any],
     *,
     steps: int,
     count: Callable[[Any], float],
     evaluate: Callable[[Params], dict[str, float]],
-    evaluations: int,
-    folder: RunFolder,
-    tracker: Tracker,
-    console: Console,
-) -> tuple[LearningState, History]:
-    """Takes the steps and reports them; returns the last state and the curves.
+    told: dict[str, str],
+) -> Trained:
+    """Makes the run's folder, prints the plan, takes the steps and reports them.
 
     Args:
-        title: of the progress bar.
-        algorithm: the pure step.
+        config: optimiser, evaluations, output and tracking.
+        title: of the plan.
+        name: of the folder and the progress bar.
+        loss: of `lm.learning`.
         learner: what is trained.
         batches: endless.
         steps: how many.
         count: `(batch) -> ` its tokens, for the throughput.
-        evaluate: `(trained parameters) -> ` measurements on held-out data.
-        evaluations: how often, evenly spaced; the last step is always evaluated.
-        folder: for metrics.jsonl.
-        tracker: see `training.tracking`.
-        console: where progress is printed.
+        evaluate: `(trained parameters) -> ` measurements on held-out data; the last step is always evaluated.
+        told: further rows of the plan.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: a setting is out of range, or the loss is not finite.
     """
+    console, optimizer = Console(), adamw(config, steps)
+    algorithm = learning(loss, optimizer, parts=config.parts)
+    folder = begin(config.output, name, config)
+    tell_plan(console, title, learner, optimizer, told)
+    tracker = open_tracker(config.track, folder.path, name=folder.path.name, config=config)
+    before = evaluate(learner.trained)
     mesh = data_mesh()
     update = compile_update(algorithm.update, mesh)
     state, frozen = replicate(algorithm.init(learner.trained), mesh), replicate(learner.frozen, mesh)
-    every = max(1, steps // max(1, evaluations))
+    every = max(1, steps // max(1, config.evaluations))
     history, late = History([], [], [], []), None
 
     def note(number, info):
@@ -160,7 +217,7 @@ def descend(
         tracker.log(number, row)
         return row
 
-    with progress(title, steps, console=console) as advance:
+    with progress(name, steps, console=console) as advance:
         for number in range(1, steps + 1):
             batch = next(batches)
             check_batch(len(jax.tree.leaves(batch)[0]), mesh)
@@ -176,7 +233,8 @@ def descend(
                 folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
                 tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
         note(steps, late)
-    return state, history
+    tracker.close()
+    return Trained(folder, jax.device_get(state.params), before, history)
 
 
 def draw_history(folder: RunFolder, history: History, panels: dict[str, str]) -> list[str]:

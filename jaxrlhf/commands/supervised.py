@@ -4,46 +4,41 @@ import dataclasses
 import math
 import pathlib
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from jaxrlhf.commands.data import Format, open_records, splits_of, told_of_bad
+from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
 from jaxrlhf.commands.models import Model, Words, find, open_model, open_words, save_model
 from jaxrlhf.commands.sample import write_texts
 from jaxrlhf.commands.stage import (
-    adamw,
-    begin,
-    descend,
+    Training,
     draw_history,
     half_or_full,
     policy_learner,
     steps_of,
-    tell_plan,
+    train,
 )
 from jaxrlhf.data.batches import Demonstrations, padded_demonstrations
 from jaxrlhf.data.fitted import described, fit_demonstrations, fit_prompts
 from jaxrlhf.data.pipelines import demonstration_batches, in_order, packed_demonstrations
 from jaxrlhf.data.records import DataError
 from jaxrlhf.lm.config import DecoderConfig
-from jaxrlhf.lm.learning import learning, supervised_loss
+from jaxrlhf.lm.learning import supervised_loss
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
-from jaxrlhf.training.tracking import tracker
 
 
-@dataclasses.dataclass(frozen=True)
-class Supervised:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised(Training):
     """Teaches a language model to write what demonstrations show.
 
     Reads demonstrations (`prompt` and `completion`, `messages`, `text`), or the preferred side of preferences. Only the
     assistant's words are learned.
     """
 
-    data: str
-    """A .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME for a published file."""
     policy: pathlib.Path | None = None
     """Model to start from: a Hugging Face directory, or a run's folder."""
     tokenizer: pathlib.Path | None = None
@@ -52,19 +47,8 @@ class Supervised:
     """Of a new model; as are --layers and --heads."""
     layers: int = 4
     heads: int = 4
-    format: Format = "auto"
-    """How the data are written; see `jaxrlhf.data`."""
-    skip_bad: bool = False
-    """Skips lines that cannot be read, and lists them."""
     held_out: float = 0.05
     """Share of the prompts that is not learned from but measured on."""
-    steps: int | None = None
-    """Optimiser steps; otherwise --epochs says."""
-    epochs: float = 1.0
-    batch_size: int = 32
-    """Rows a step, over all devices."""
-    parts: int = 1
-    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same."""
     max_length: int = 256
     """Tokens of a row; longer texts are cut at their end."""
     packed: bool = True
@@ -72,21 +56,7 @@ class Supervised:
     learning_rate: float = 1e-3
     warmup: float = 0.05
     """Share of the steps."""
-    weight_decay: float = 0.01
-    largest_gradient: float = 1.0
-    """Norm that gradients are clipped to."""
-    lora_rank: int = 0
-    """Trains adapters of this rank in place of the weights; they are merged at the end."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; in bfloat16 give --lora-rank, as small steps round to nothing."""
     evaluations: int = 10
-    seed: int = 0
-    output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
-    data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where prepared data lie."""
-    track: Literal["tensorboard", "wandb"] | None = None
-    """Also logs there."""
 
 
 def main(config: Supervised) -> pathlib.Path:
@@ -100,23 +70,16 @@ def main(config: Supervised) -> pathlib.Path:
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
-    train, test = splits_of(prepared)
+    shown, kept = splits_of(prepared)
     words, model = start.words, decoder(start.config)
     max_length = min(config.max_length, start.config.context_length)
-    fitted, held_out = (fit_demonstrations(words.codec(), part, max_length=max_length) for part in (train, test))
+    fitted, held_out = (fit_demonstrations(words.codec(), part, max_length=max_length) for part in (shown, kept))
     notes = [*told_of_bad(prepared), f"Learned from: {described(fitted)}.", f"Held out: {described(held_out)}."]
     # A packed row is nearly full.
     tokens = sum(len(row.tokens) for row in fitted.rows)
     rows = math.ceil(tokens / max_length) if config.packed else len(fitted.rows)
-    steps = steps_of(config.steps, config.epochs, rows, config.batch_size, config.parts)
+    steps = steps_of(config, rows)
     learner = policy_learner(start.params, config.lora_rank, jax.random.key(config.seed))
-    optimizer = adamw(
-        config.learning_rate,
-        steps,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        largest_gradient=config.largest_gradient,
-    )
     loss = supervised_loss(model, params_of=learner.params_of)
     totals = jax.jit(loss)
 
@@ -132,13 +95,20 @@ def main(config: Supervised) -> pathlib.Path:
             "accuracy": sums[1] / sums[2],
         }
 
-    folder = begin(config.output, "sft", config)
-    tell_plan(
-        console,
+    make = packed_demonstrations if config.packed else demonstration_batches
+    shape: dict[str, Any] = {"length": max_length} if config.packed else {"multiple": min(128, max_length)}
+    batches = iter(make(fitted.rows, batch_size=config.batch_size, seed=config.seed, **shape))
+    done = train(
+        config,
         "Supervised fine-tuning",
+        "sft",
+        loss,
         learner,
-        optimizer,
-        {
+        batches,
+        steps=steps,
+        count=_tokens_of,
+        evaluate=evaluate,
+        told={
             "model": f"{start.config.family}, {config.policy or 'new'}",
             "learned from": described(fitted),
             "held out": described(held_out),
@@ -146,26 +116,8 @@ def main(config: Supervised) -> pathlib.Path:
             "steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each",
         },
     )
-    make = packed_demonstrations if config.packed else demonstration_batches
-    shape: dict[str, Any] = {"length": max_length} if config.packed else {"multiple": min(128, max_length)}
-    batches = iter(make(fitted.rows, batch_size=config.batch_size, seed=config.seed, **shape))
-    log = tracker(config.track, folder.path, name=folder.path.name, config=config)
-    before = evaluate(learner.trained)
-    state, history = descend(
-        "sft",
-        learning(loss, optimizer, parts=config.parts),
-        learner,
-        batches,
-        steps=steps,
-        count=_tokens_of,
-        evaluate=evaluate,
-        evaluations=config.evaluations,
-        folder=folder,
-        tracker=log,
-        console=console,
-    )
-    log.close()
-    trained = start._replace(params=learner.whole(jax.device_get(state.params)))
+    folder, history = done.folder, done.history
+    trained = start._replace(params=learner.whole(done.params))
     save_model(folder.path / "policy", trained, "policy")
     after = history.measured[-1]
     table = Table(
@@ -173,11 +125,11 @@ def main(config: Supervised) -> pathlib.Path:
         ("model", "loss (nats a token)", "perplexity", "next token right"),
         [
             (name, row["loss"], row["perplexity"], row["accuracy"])
-            for name, row in (("before", before), ("after", after))
+            for name, row in (("before", done.before), ("after", after))
         ],
     )
     seconds = time.monotonic() - began
-    folder.write_json("results.json", {"before": before, "after": after, "steps": steps, "seconds": seconds})
+    folder.write_json("results.json", {"before": done.before, "after": after, "steps": steps, "seconds": seconds})
     write_report(
         folder.path,
         title="Supervised fine-tuning",
@@ -185,7 +137,7 @@ def main(config: Supervised) -> pathlib.Path:
         tables=[table],
         figures=draw_history(folder, history, {"loss": "nats a token", "accuracy": "share"}),
         config=config,
-        samples=[_samples(start, trained, test, max_length)],
+        samples=[_samples(start, trained, kept, max_length)],
         notes=notes,
     )
     console.print(rich_table(table))
