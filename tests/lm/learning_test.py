@@ -135,7 +135,9 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(whole_and_cut, seed):
         np.testing.assert_allclose(info.loss, same.loss, rtol=1e-5)
         np.testing.assert_allclose(info.gradient_norm, same.gradient_norm, rtol=1e-5)
         assert float(info.weight) == float(same.weight)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, other.params)
+        apart = optax.tree.norm(optax.tree.sub(one.params, other.params))
+        # Parameters of about 1 are rounded to 6e-8.
+        assert float(apart) <= 1e-5 * float(info.gradient_norm) + 2e-6
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
