@@ -28,6 +28,7 @@ from control_tasks import TASKS, WIDTH, Task
 from jaxrlhf import preferences
 from jaxrlhf.mdp.trajectories import gold_score
 from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.report import tables_of, write_report
 from jaxrlhf.training.run_folder import plain
 
 TaskName = Literal["four-rooms", "cartpole", "pendulum", "reacher"]
@@ -233,6 +234,14 @@ def main(config: Config) -> None:
         )
     text = report(config)
     (config.output / "tables.md").write_text(text.strip() + "\n")
+    write_report(
+        config.output,
+        title="Preferences over trajectories",
+        summary="True return, which no learner sees, after equal labels and episodes.",
+        tables=tables_of(text),
+        figures=sorted(path.name for path in config.output.glob("*.png")),
+        config=config,
+    )
     print(text)
     print(config.output)
 

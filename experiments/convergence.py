@@ -21,6 +21,8 @@ from typing import Literal
 import jax
 import tyro
 
+from jaxrlhf.training.report import tables_of, write_report
+
 Study = Literal["optima", "bias", "variance", "global_convergence", "domination", "sample_complexity", "objectives"]
 ORDER: tuple[Study, ...] = Study.__args__  # type: ignore[attr-defined]
 
@@ -86,7 +88,16 @@ def main(config: Config) -> None:
         seconds[study] = round(time.monotonic() - began)
         record.write_text(json.dumps(seconds) + "\n")
         print(f"{study}: {seconds[study]} s", flush=True)
-        (config.output / "README.md").write_text(report(config, seconds))
+        text = report(config, seconds)
+        (config.output / "README.md").write_text(text)
+        write_report(
+            config.output,
+            title="What the theory claims, measured",
+            summary=text.split("\n\n")[1],
+            tables=tables_of(text),
+            figures=sorted(path.name for path in config.output.glob("*.png")),
+            config=config,
+        )
     print(f"\n{config.output / 'README.md'}")
 
 

@@ -172,6 +172,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, capsys):
         # A step of CartPole is worth 1: half of the steps are slot 0's, the policy's own, up to chance.
         assert np.all(np.isfinite(curves["returns"])) and np.all(curves["steps"] >= 4 * curves["returns"])
     table = (tmp_path / "tables.md").read_text()
+    assert "</table>" in (tmp_path / "report.html").read_text()
     assert all(f"| {name} |" in table for name in names)
     assert (tmp_path / "bilevel.png").exists()
     capsys.readouterr()

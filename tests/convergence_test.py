@@ -66,6 +66,7 @@ def test_the_command_writes_a_report_and_refuses_a_file(tmp_path):
     done = subprocess.run([*script, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "out" / "README.md").read_text()
+    assert "</table>" in (tmp_path / "out" / "report.html").read_text()
     assert "Best known optima" in report and "| quadratic |" in report and "JAX " + jax.__version__ in report
     assert "left" in done.stdout
     taken = tmp_path / "taken"

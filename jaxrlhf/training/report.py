@@ -101,6 +101,23 @@ def write_report(
     return path
 
 
+def tables_of(text: str) -> list[Table]:
+    """Returns the tables of a Markdown text, each under the last heading before it; bold and code marks are taken off."""
+    tables: list[Table] = []
+    title, rows = "", []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([re.sub(r"[*`]", "", cell).strip() for cell in line.strip().strip("|").split("|")])
+            continue
+        if len(rows) > 2:
+            # The second line of a table is its rule.
+            tables.append(Table(title, rows[0], [row for row in rows[2:] if len(row) == len(rows[0])]))
+        rows = []
+        if line.startswith("#"):
+            title = line.lstrip("# ").strip()
+    return tables
+
+
 def rich_table(table: Table) -> rich.table.Table:
     """Returns the table that the report shows, for a terminal."""
     shown = rich.table.Table(title=Text(table.title), title_justify="left")

@@ -12,7 +12,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.report import Samples, Table, as_text, write_report
+from jaxrlhf.training.report import Samples, Table, as_text, tables_of, write_report
 
 NASTY = "<script>alert('x')</script> & \"quotes\" {{ title }} \ud800 \x00 שלום\n\n  indented"
 TABLE = Table(
@@ -133,3 +133,13 @@ def test_what_does_not_fit_is_named_and_the_old_report_stays(tmp_path):
     with pytest.raises(ValueError, match="row 'prompt' of 'texts' has 1 cells for 2 columns"):
         write(tmp_path, samples=[Samples("texts", rows=[("prompt", ("one",))])])
     assert (tmp_path / "report.html").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
+
+
+def test_tables_come_out_of_markdown():
+    text = "# All\n\nwords\n\n| method | return |\n|---|---|\n| **ours** | 1.0 ± 0.1 |\n\n"
+    text += "## More\n| a |\n|---|\n| `x` |\n| 2 |"
+    assert tables_of(text) == [
+        Table("All", ["method", "return"], [["ours", "1.0 ± 0.1"]]),
+        Table("More", ["a"], [["x"], ["2"]]),
+    ]
+    assert tables_of("| no | rule |") == []
