@@ -31,6 +31,8 @@ class Config:
     """A file or folder of HH-RLHF as published, or hh-rlhf:harmless-base/test where there is a network."""
     policy: pathlib.Path
     """Hugging Face directory of the pretrained model."""
+    skip_bad: bool = False
+    """Skips lines that cannot be read, and lists them in the stages' reports."""
     seeds: tuple[int, ...] = (0,)
     epochs: float = 2.0
     """Of reward learning."""
@@ -52,7 +54,12 @@ def main(config: Config) -> pathlib.Path:
     folder, began = RunFolder(config.output, "hh_rlhf"), time.monotonic()
     folder.write_json("config.json", config)
     shared = {"data": config.data, "held_out": 0.1, "data_dir": config.output / "data", "output": folder.path}
-    shared |= {"max_length": config.max_length, "batch_size": config.batch_size, "evaluations": 4}
+    shared |= {
+        "skip_bad": config.skip_bad,
+        "max_length": config.max_length,
+        "batch_size": config.batch_size,
+        "evaluations": 4,
+    }
     found: dict[str, list[dict]] = {"pretrained": [], "from scratch": []}
     for seed in config.seeds:
         learner = supervised.Supervised(

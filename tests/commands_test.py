@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.weights import SpecialIds, save_decoder
 
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 WORDS = ("<s>", "</s>", "<unk>", "good", "bad", "day", "sun", "rain", "Human:", "Assistant:", "the", "a", ".", "?")
 JUDGES = """
 def score(prompts, completions):
@@ -186,9 +188,10 @@ def aligned(world, learned):
     shared |= {"policy_rate": 1e-2, "warmup": 1, "data_dir": world / "prepared", "output": world / "runs"} | ALIGN
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
+        half = {"dtype": "bfloat16", "lora_rank": 2}
         return {
             "whole": align.main(align.Align(score="judges:score", reward=second, **shared)),
-            "adapters": align.main(align.Align(annotator=str(second), lora_rank=2, **shared)),
+            "adapters": align.main(align.Align(annotator=str(second), **half, **shared)),
         }
 
 
@@ -204,6 +207,8 @@ def test_alignment_moves_the_policy_and_reports(learned, aligned, kind):
     assert "Answers to held-out prompts" in told(folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "upper_loss" in row] == [1, 2, 3, 4, 5, 6]
+    # Nothing has moved in the first step, whatever precision the weights are in.
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert models.open_model(folder, "reward").config == models.open_model(second, "reward").config
 
 
@@ -314,11 +319,16 @@ def test_adapters_learn_in_every_stage(here, learned):
     first, _ = learned
     shared = {"data": "pairs.jsonl", "held_out": 0.25, "steps": 8, "batch_size": 8, "evaluations": 1, "lora_rank": 2}
     tuned = supervised.main(
-        supervised.Supervised(policy=first, packed=False, parts=2, learning_rate=3e-2, max_length=24, **shared)
+        supervised.Supervised(
+            policy=first, packed=False, parts=2, learning_rate=3e-2, max_length=24, dtype="bfloat16", **shared
+        )
     )
     results = json.loads((tuned / "results.json").read_text())
     assert results["after"]["loss"] < results["before"]["loss"]
-    judged = reward.main(reward.Reward(policy=first, learning_rate=3e-2, max_length=24, ties=0.1, **shared))
+    pytest.importorskip("tensorboardX")
+    settings = {"learning_rate": 3e-2, "max_length": 24, "ties": 0.1, "track": "tensorboard"}
+    judged = reward.main(reward.Reward(policy=first, **settings, **shared))
+    assert list((judged / "tensorboard").iterdir())
     assert json.loads((judged / "results.json").read_text())["reward"]["accuracy"] > 0.8
 
 
@@ -394,6 +404,34 @@ def test_what_cannot_be_done_is_one_sentence(here, capsys, case):
         run(config())
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["stage_1_sft", "stage_2_reward", "stage_3_align"])
+def test_the_stages_are_scripts_too(here, monkeypatch, capsys, script):
+    arguments = ["--policy", "base", "--data", "none.jsonl", *(["--score", "judges:score"] if "3" in script else [])]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(EXPERIMENTS / f"{script}.py"), run_name="__main__")
+    assert caught.value.code == 2
+    assert "There is no file or folder none.jsonl" in capsys.readouterr().err
+
+
+def test_rewards_from_human_preferences_from_end_to_end(here, capsys):
+    lines = [
+        {side: f"\n\nHuman: the day {number} ?\n\nAssistant: the {word} ." for side, word in sides}
+        for number in range(40)
+        for sides in [(("chosen", "sun"), ("rejected", "rain"))]
+    ]
+    (here / "hh.jsonl").write_text("\n".join(map(json.dumps, [*lines[:20], {"chosen": 3}, *lines[20:]])) + "\n")
+    study = runpy.run_path(str(EXPERIMENTS / "hh_rlhf.py"))
+    settings = {"width": 8, "layers": 1, "heads": 2, "max_length": 24, "batch_size": 8, "epochs": 1.0}
+    with pytest.raises(DataError, match=r"hh\.jsonl, line 21: .*skip such lines with --skip-bad"):
+        study["main"](study["Config"](data="hh.jsonl", policy=pathlib.Path("base"), **settings))
+    config = study["Config"](data="hh.jsonl", policy=pathlib.Path("base"), skip_bad=True, **settings)
+    folder = study["main"](config)
+    assert {"pretrained", "from scratch"} <= json.loads((folder / "results.json").read_text()).keys()
+    assert "reward, from scratch, seed 0" in told(folder)
+    assert "Skipped hh.jsonl, line 21" in told(next(folder.glob("reward-*")))
 
 
 def test_the_command_is_installed_and_says_what_it_can_do():

@@ -18,7 +18,7 @@ from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, d
 from jaxrlhf.commands.comparison import Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
-from jaxrlhf.commands.stage import begin, half_or_full
+from jaxrlhf.commands.stage import begin, finish, half_or_full
 from jaxrlhf.data.fitted import described, fit_prompts
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.lm import lora
@@ -29,7 +29,7 @@ from jaxrlhf.lm.reward import RewardModel, reward_model
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.loop import outer_steps
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
-from jaxrlhf.training.report import Samples, rich_table, write_report
+from jaxrlhf.training.report import Samples
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step, replicate
 from jaxrlhf.training.tracking import tracker
@@ -139,7 +139,9 @@ def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembl
     Raises:
         ValueError: settings that do not go together.
     """
-    policy, reward = decoder(model.config), reward_model(decoder(start.config))
+    # Whatever the weights are stored in: the reference must compute as the policy does, or rounding counts as KL.
+    policy, reward = (decoder(each.config, dtype=jnp.float32) for each in (model, start))
+    reward = reward_model(reward)
     if start.config.vocabulary_size != model.config.vocabulary_size:
         raise ValueError(
             f"The reward model reads {start.config.vocabulary_size} tokens and the policy writes "
@@ -258,7 +260,7 @@ def main(config: Align) -> pathlib.Path:
     aligned = model._replace(params=parts.policy_of(final))
     save_model(folder.path / "policy", aligned, "policy")
     save_model(folder.path / "reward", start._replace(params=parts.reward_of(final)), "reward")
-    _report(folder, config, compared, curves, notes, time.monotonic() - began, console)
+    _report(folder, config, compared, curves, notes, time.monotonic() - began)
     return folder.path
 
 
@@ -331,7 +333,7 @@ def _noted(step: int, info: Any, folder: RunFolder, log: Any) -> dict[str, float
     return {"step": step} | row
 
 
-def _report(folder, config, compared, curves, notes, seconds, console) -> None:
+def _report(folder, config, compared, curves, notes, seconds) -> None:
     first, last = compared[0], compared[config.steps]
     labels = sum(row["labels"] for row in curves)
     table = comparison_table({"reference": first, "aligned": last}, labels={"reference": 0, "aligned": int(labels)})
@@ -349,16 +351,13 @@ def _report(folder, config, compared, curves, notes, seconds, console) -> None:
     draw_curves(folder.path / "curves.png", panels)
     results = {name: verdict.numbers() for name, verdict in (("reference", first), ("aligned", last))}
     folder.write_json("results.json", results | {"labels": labels, "seconds": seconds})
-    write_report(
-        folder.path,
+    finish(
+        folder,
+        config,
+        table,
         title="Bilevel alignment",
         summary=f"{config.steps} steps and {labels:,.0f} labels in {seconds:.0f} s. The models are in policy and reward.",
-        tables=[table],
         figures=["curves.png"],
-        config=config,
         samples=[Samples("Answers to held-out prompts", ("reference", "aligned"), last.samples[:8])],
         notes=notes,
     )
-    console.print(rich_table(table))
-    console.print("Report, models and metrics are in:")
-    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)

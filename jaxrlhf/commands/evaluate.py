@@ -11,14 +11,14 @@ from jaxrlhf.commands.comparison import comparison_table, open_judge, policy_com
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward import compare, draw_reliability, results_of, scores_of, verdict_table
-from jaxrlhf.commands.stage import begin
+from jaxrlhf.commands.stage import begin, finish
 from jaxrlhf.data.fitted import described, fit_pairs, fit_prompts
 from jaxrlhf.lm.learning import pair_scores
 from jaxrlhf.lm.memory import bytes_of
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.training.progress import bytes_text, count_text, plan
-from jaxrlhf.training.report import Samples, Table, rich_table, write_report
+from jaxrlhf.training.report import Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,15 @@ def _reward(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
     folder, table = begin(config.output, "evaluate", config), verdict_table(judged)
     draw_reliability(folder.path / "reliability.png", judged["reward"][0])
     folder.write_json("results.json", results_of(judged))
-    return _finish(folder, config, table, ["reliability.png"], [*notes, described(fitted) + "."], [])
+    return finish(
+        folder,
+        config,
+        table,
+        title="Evaluation",
+        summary=str(config.reward),
+        figures=["reliability.png"],
+        notes=[*notes, described(fitted) + "."],
+    )
 
 
 def _policies(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
@@ -112,7 +120,15 @@ def _policies(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path
     folder, table = begin(config.output, "evaluate", config), comparison_table({"policy": verdict}, labels={})
     folder.write_json("results.json", verdict.numbers())
     samples = [Samples("Answers", ("reference", "policy"), verdict.samples[:12])]
-    return _finish(folder, config, table, [], [*notes, described(fitted) + "."], samples)
+    return finish(
+        folder,
+        config,
+        table,
+        title="Evaluation",
+        summary=str(config.policy),
+        samples=samples,
+        notes=[*notes, described(fitted) + "."],
+    )
 
 
 def _tell(model: Model, rows: dict[str, str]) -> None:
@@ -120,23 +136,3 @@ def _tell(model: Model, rows: dict[str, str]) -> None:
     held = f"{count_text(parameters)} parameters, {bytes_text(bytes_of(model.params))}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     plan(Console(), "Evaluation", {"model": f"{model.config.family}, {held}"} | rows | {"devices": devices})
-
-
-def _finish(
-    folder, config: Evaluate, table: Table, figures: list[str], notes: list[str], samples: list
-) -> pathlib.Path:
-    write_report(
-        folder.path,
-        title="Evaluation",
-        summary=str(config.policy or config.reward),
-        tables=[table],
-        figures=figures,
-        config=config,
-        samples=samples,
-        notes=notes,
-    )
-    console = Console()
-    console.print(rich_table(table))
-    console.print("The report is in:")
-    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
-    return folder.path

@@ -37,7 +37,7 @@ class Words(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     special: SpecialIds
     template: ChatTemplate | None
-    size: int
+    size: int | None
     begins: bool
     """Whether texts begin with BOS: not where the tokenizer's own settings say that they do not."""
 
@@ -94,7 +94,7 @@ def open_words(directory: pathlib.Path) -> Words:
     settings = read_json(directory, name) if (directory / name).is_file() else {}
     begins = settings.get("bos_token", "") is not None and settings.get("add_bos_token") is not False
     tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
-    size = read_json(directory, "config.json")["vocab_size"]
+    size = read_json(directory, "config.json").get("vocab_size")
     return Words(directory, tokenizer, special_ids(directory), template, size, begins)
 
 

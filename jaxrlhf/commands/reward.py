@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from jaxrlhf import preferences
 from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
@@ -17,6 +16,7 @@ from jaxrlhf.commands.models import open_reward, save_model
 from jaxrlhf.commands.stage import (
     Training,
     draw_history,
+    finish,
     half_or_full,
     reward_learner,
     steps_of,
@@ -29,7 +29,7 @@ from jaxrlhf.lm.learning import pair_scores, preference_loss
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.preference_report import PairVerdict, fit_one_feature, gain, judge_differences
-from jaxrlhf.training.report import Table, rich_table, write_report
+from jaxrlhf.training.report import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def main(config: Reward) -> pathlib.Path:
     Raises:
         ValueError, DataError: what is given cannot be used; the message says what to change.
     """
-    console, began = Console(), time.monotonic()
+    began = time.monotonic()
     start = open_reward(config.policy, dtype=half_or_full(config.dtype, config.lora_rank))
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
@@ -127,19 +127,15 @@ def main(config: Reward) -> pathlib.Path:
     seconds = time.monotonic() - began
     folder.write_json("results.json", {"steps": steps, "seconds": seconds} | results_of(judged))
     draw_reliability(folder.path / "reliability.png", judged["reward"][0])
-    write_report(
-        folder.path,
+    return finish(
+        folder,
+        config,
+        table,
         title="Reward learning",
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder reward.",
-        tables=[table],
         figures=[*draw_history(folder, history, {"accuracy": "share", "log_loss": "nats a pair"}), "reliability.png"],
-        config=config,
         notes=notes,
     )
-    console.print(rich_table(table))
-    console.print("Report, model and metrics are in:")
-    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
-    return folder.path
 
 
 def scores_of(score: Any, rows: list[PairRow], batch_size: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jaxrlhf.lm.learning import Loss, ParamsOf, itself, learning
 from jaxrlhf.lm.memory import bytes_of
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
+from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.step import check_batch, compile_update, data_mesh, replicate
 from jaxrlhf.training.tracking import tracker as open_tracker
@@ -268,6 +269,35 @@ def tell_plan(
     memory = f"{bytes_text(frozen + trained + slots)} of weights and optimiser, gradients {bytes_text(trained)}"
     told = {"parameters": f"{count_text(parameters)}, {count_text(count)} of them trained", "memory": memory}
     plan(console, title, rows | told | {"devices": devices})
+
+
+def finish(
+    folder: RunFolder,
+    config: Any,
+    table: Table,
+    *,
+    title: str,
+    summary: str,
+    figures: Sequence[str] = (),
+    samples: Sequence[Samples] = (),
+    notes: Sequence[str] = (),
+) -> pathlib.Path:
+    """Writes the report, prints its table and where the run's folder is; returns the folder's path."""
+    write_report(
+        folder.path,
+        title=title,
+        summary=summary,
+        tables=[table],
+        figures=figures,
+        config=config,
+        samples=samples,
+        notes=notes,
+    )
+    console = Console()
+    console.print(rich_table(table))
+    console.print("Report, metrics and what was made are in:")
+    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
+    return folder.path
 
 
 def half_or_full(name: str, rank: int) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
 from jaxrlhf.commands.models import Model, Words, find, open_model, open_words, save_model
@@ -16,6 +15,7 @@ from jaxrlhf.commands.sample import write_texts
 from jaxrlhf.commands.stage import (
     Training,
     draw_history,
+    finish,
     half_or_full,
     policy_learner,
     steps_of,
@@ -28,7 +28,7 @@ from jaxrlhf.data.records import DataError
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.learning import supervised_loss
 from jaxrlhf.lm.model import decoder
-from jaxrlhf.training.report import Samples, Table, rich_table, write_report
+from jaxrlhf.training.report import Samples, Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def main(config: Supervised) -> pathlib.Path:
     Raises:
         ValueError, DataError: what is given cannot be used; the message says what to change.
     """
-    console, began = Console(), time.monotonic()
+    began = time.monotonic()
     start = _start(config)
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
@@ -130,20 +130,16 @@ def main(config: Supervised) -> pathlib.Path:
     )
     seconds = time.monotonic() - began
     folder.write_json("results.json", {"before": done.before, "after": after, "steps": steps, "seconds": seconds})
-    write_report(
-        folder.path,
+    return finish(
+        folder,
+        config,
+        table,
         title="Supervised fine-tuning",
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder policy.",
-        tables=[table],
         figures=draw_history(folder, history, {"loss": "nats a token", "accuracy": "share"}),
-        config=config,
         samples=[_samples(start, trained, kept, max_length)],
         notes=notes,
     )
-    console.print(rich_table(table))
-    console.print("Report, model and metrics are in:")
-    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
-    return folder.path
 
 
 def _start(config: Supervised) -> Model:

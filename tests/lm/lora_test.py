@@ -82,6 +82,17 @@ def test_float32_adapters_keep_small_differences_on_a_bfloat16_base(tiny):
     assert float(jnp.max(jnp.abs(exact_other - exact_one))) > 1e-4
 
 
+def test_a_policy_that_has_not_moved_is_its_reference_on_a_bfloat16_base():
+    shape = DecoderConfig(5, 16, 2, 2, 1, 8, 32, context_length=8)
+    gold = gold_annotator(lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses, letters=4))
+    algorithm, start = assembled(shape, jnp.bfloat16, 2, annotate=gold)
+    base, upper, adapter = start(jax.random.key(0))
+    prompts = alphabet_language(letters=4, length=3, prompts=2).prompts
+    state = algorithm.init(jax.random.key(0), upper, adapter)
+    sample = jax.jit(algorithm.propose)(jax.random.key(1), state, prompts, LanguageFrozen(base))
+    np.testing.assert_allclose(sample.behaviour_log_prob[:, :, 0], sample.reference_log_prob[:, :, 0], atol=1e-5)
+
+
 def test_what_is_no_decoder_or_no_rank_is_refused(tiny):
     _, params = tiny
     with pytest.raises(ValueError, match="rank of an adapter must be at least 1, got 0"):
@@ -92,7 +103,7 @@ def test_what_is_no_decoder_or_no_rank_is_refused(tiny):
 
 def assembled(shape, base_dtype, rank, **settings):
     """The algorithm with adapters on a base, as `align` puts it together."""
-    policy = decoder(shape)
+    policy = decoder(shape, dtype=jnp.float32)
     reward = reward_model(policy)
     problem = language_problem(
         policy,
