@@ -3,8 +3,9 @@
     W x  becomes  W x + up down x,     up = 0 at first, so that an adapter starts as the base itself
 
 (LoRA, arXiv 2106.09685, with alpha equal to the rank). The base is in `frozen` and never copied: lower iterates, reward
-and their optimisers are adapters, and the reference is the base without one. On a base in half precision build the policy with
-`decoder(config, dtype=jnp.float32)`: adapters alone would compute more precisely than their reference, and rounding count as KL.
+and their optimisers are adapters, and the reference is the base without one. On a base in half precision build the
+policy with `decoder(config, dtype=jnp.float32)`: adapters alone would compute more precisely than their reference, and
+rounding count as KL.
 
     problem = language_problem(policy, reward, objective, ..., policy_params=policy_on_reference,
                                reward_params=reward_on_reference)
