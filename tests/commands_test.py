@@ -406,9 +406,12 @@ def test_what_cannot_be_done_is_one_sentence(here, capsys, case):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+ALIGNMENT = ["--score", "judges:score", "--max-new-tokens", "8"]
+
+
 @pytest.mark.parametrize("script", ["stage_1_sft", "stage_2_reward", "stage_3_align"])
 def test_the_stages_are_scripts_too(here, monkeypatch, capsys, script):
-    arguments = ["--policy", "base", "--data", "none.jsonl", *(["--score", "judges:score"] if "3" in script else [])]
+    arguments = ["--policy", "base", "--data", "none.jsonl", *(ALIGNMENT if "3" in script else [])]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(EXPERIMENTS / f"{script}.py"), run_name="__main__")
