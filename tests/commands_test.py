@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from jaxrlhf.annotation.functions import load_function
 from jaxrlhf.commands import align, evaluate, export, models, reward, sample, supervised
-from jaxrlhf.commands.functions import load_function
 from jaxrlhf.commands.main import COMMANDS, run
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import DataError

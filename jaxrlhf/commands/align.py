@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jaxrlhf import bilevel, objectives
 from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
-from jaxrlhf.commands.comparison import Judge, comparison_table, open_judge, policy_comparer
+from jaxrlhf.commands.comparison import LABELS, Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
 from jaxrlhf.commands.stage import begin, finish, half_or_full
@@ -51,7 +51,8 @@ class Align:
     data: str
     """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records the prompts are taken."""
     annotator: str | None = None
-    """Who compares two answers: `module:function` of (prompts, firsts, seconds), or a reward model's directory."""
+    """Who compares two answers: `module:function` of (prompts, firsts, seconds), a reward model's directory, or a judge
+    behind an OpenAI-style address, `http://HOST:PORT/v1#MODEL` (key in OPENAI_API_KEY; each verdict is paid for once)."""
     score: str | None = None
     """Instead of --annotator, `module:function` of (prompts, completions) to scores, which labels are drawn by."""
     reward: pathlib.Path | None = None
@@ -217,7 +218,7 @@ def main(config: Align) -> pathlib.Path:
     _check(config)
     model = open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
     start = _start(config, model)
-    judge = open_judge(config.annotator, config.score, model)
+    judge = open_judge(config.annotator, config.score, model, journal=config.data_dir / LABELS)
     parts = assemble(config, model, start, judge)
     learned, held_out, notes = _prompts(config, model)
     mesh = data_mesh()

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import preferences
+from jaxrlhf.annotation.functions import host_annotator, host_scorer, load_function, texts_of
+from jaxrlhf.annotation.judge import is_judge, load_judge
 from jaxrlhf.bilevel.problem import Sample, drawn
-from jaxrlhf.commands.functions import host_annotator, host_scorer, load_function, texts_of
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.lm.annotators import reward_model_annotator
@@ -21,6 +22,8 @@ from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses
 from jaxrlhf.training.report import Table
 from jaxrlhf.types import Params
 
+LABELS = "labels.sqlite"
+"""The journal of paid verdicts, in the folder of prepared data: what one run has paid for, the next one finds."""
 SEEN_AT_ONCE = 64
 """Prompts that are answered together."""
 
@@ -64,16 +67,17 @@ class Comparison(NamedTuple):
         return told
 
 
-def open_judge(annotator: str | None, score: str | None, model: Model) -> Judge:
+def open_judge(annotator: str | None, score: str | None, model: Model, *, journal: pathlib.Path | None = None) -> Judge:
     """Returns who compares answers.
 
     Args:
-        annotator: `module:function`, or a reward model's directory.
+        annotator: `module:function`, a reward model's directory, or a judge behind HTTP, `URL#MODEL`.
         score: `module:function`; exactly one of the two is given.
         model: whose tokens are judged.
+        journal: file that keeps the verdicts of a judge behind HTTP; functions may be random or cheap and have none.
 
     Raises:
-        ValueError: both or none is given, or what is named cannot be found.
+        ValueError: both or none is given, what is named cannot be found, or the journal cannot be used.
     """
     if (annotator is None) == (score is None):
         raise ValueError("Give --annotator or --score, one of the two: they say which answers are better.")
@@ -81,6 +85,8 @@ def open_judge(annotator: str | None, score: str | None, model: Model) -> Judge:
     if score is not None:
         return Judge(None, host_scorer(tokenizer, load_function(score), score))
     assert annotator is not None
+    if is_judge(annotator):
+        return Judge(None, host_annotator(tokenizer, load_judge(annotator, journal=journal), annotator))
     if pathlib.Path(annotator).is_dir():
         directory = open_model(pathlib.Path(annotator), "reward").words.directory
         annotate, params = reward_model_annotator(directory, vocabulary_size=model.config.vocabulary_size)

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 from rich.console import Console
 
-from jaxrlhf.commands.comparison import comparison_table, open_judge, policy_comparer
+from jaxrlhf.commands.comparison import LABELS, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward import compare, draw_reliability, results_of, scores_of, verdict_table
@@ -34,7 +34,8 @@ class Evaluate:
     policy: pathlib.Path | None = None
     reference: pathlib.Path | None = None
     annotator: str | None = None
-    """Who compares two answers: `module:function` of (prompts, firsts, seconds), or a reward model's directory."""
+    """Who compares two answers: `module:function` of (prompts, firsts, seconds), a reward model's directory, or a judge
+    behind an OpenAI-style address, `http://HOST:PORT/v1#MODEL` (key in OPENAI_API_KEY; each verdict is paid for once)."""
     score: str | None = None
     """Instead of --annotator, `module:function` of (prompts, completions) to scores."""
     reward: pathlib.Path | None = None
@@ -109,7 +110,7 @@ def _policies(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path
     model, reference = open_model(config.policy, "policy"), open_model(config.reference, "policy")
     if model.config != reference.config:
         raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
-    judge = open_judge(config.annotator, config.score, model)
+    judge = open_judge(config.annotator, config.score, model, journal=config.data_dir / LABELS)
     longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
     fitted = fit_prompts(model.words.codec(), records, max_length=longest, cut_prompts=config.cut_prompts)
     asked = fitted.rows[: config.prompts]

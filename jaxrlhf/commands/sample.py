@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.commands.functions import completions_of, real
+from jaxrlhf.annotation.functions import completions_of, real
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt

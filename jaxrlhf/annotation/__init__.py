@@ -1,0 +1,26 @@
+"""Annotators that live on the host, outside of JAX: people's functions, a judge behind HTTP, and a journal of answers."""
+
+from jaxrlhf.annotation.chat import BudgetError, JudgeError
+from jaxrlhf.annotation.functions import Annotate, Score, host_annotator, host_scorer, load_function
+from jaxrlhf.annotation.journal import Counts, Journaled, journaled, question_key
+from jaxrlhf.annotation.journal_file import Journal
+from jaxrlhf.annotation.judge import HttpJudge, http_judge, load_judge, read_verdict
+
+__all__ = [
+    "Annotate",
+    "BudgetError",
+    "Counts",
+    "HttpJudge",
+    "Journal",
+    "Journaled",
+    "JudgeError",
+    "Score",
+    "host_annotator",
+    "host_scorer",
+    "http_judge",
+    "journaled",
+    "load_function",
+    "load_judge",
+    "question_key",
+    "read_verdict",
+]

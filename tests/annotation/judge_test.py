@@ -1,0 +1,486 @@
+"""Judges behind HTTP, played by a real server: right, biased, slow, wrong, rude, absent; no paid verdict is lost."""
+
+import collections
+import email.utils
+import http.server
+import json
+import logging
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import jax.numpy as jnp
+import pytest
+import tokenizers
+
+from jaxrlhf.annotation import BudgetError, JudgeError, http_judge, load_judge, read_verdict, waiting
+from jaxrlhf.annotation.judge import fill_template
+from jaxrlhf.bilevel.problem import Sample
+from jaxrlhf.commands.comparison import open_judge
+from jaxrlhf.lm.problem import Prompts, Responses
+
+KEY = "sk-most-secret-1234567890"
+TEMPLATE = "{prompt}|{first}|{second}"
+PAIRS = (["p", "q", "r", "s"], ["good", "bad", "fair", "good"], ["bad", "good", "equally fair", "fair"])
+RIGHT = [1.0, 0.0, 0.5, 1.0]
+WORTH = {"bad": 0, "fair": 1, "equally fair": 1, "good": 2}
+BRIEF = {"first_pause": 0.001, "longest_pause": 0.01, "retries": 2, "timeout": 5.0, "template": TEMPLATE}
+
+
+def words(verdict):
+    message = {"role": "assistant", "content": f"So it seems.\n\n**Verdict: {verdict}**"}
+    return 200, json.dumps({"choices": [{"index": 0, "message": message}]})
+
+
+def right(number, question):
+    _, first, second = question.split("|")
+    better = WORTH[first] - WORTH[second]
+    return words("A" if better > 0 else "B" if better < 0 else "tie")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers each question as `play(number, question)` says, which gives status, text and perhaps headers."""
+
+    daemon_threads = True
+
+    def __init__(self, play):
+        self.play, self.asked, self.requests, self.lock = play, [], [], threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """Says nothing: callers hang up here, and that is meant."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.asked)
+            self.server.asked.append(body["messages"][0]["content"])
+            self.server.requests.append((self.path, self.headers["Authorization"], body))
+        played = self.server.play(number, body["messages"][0]["content"])
+        if played is None:
+            self.close_connection = True
+            return
+        status, text, *headers = played
+        written = text if isinstance(text, bytes) else text.encode()
+        # In one piece: two would wait for each other's acknowledgement.
+        lines = [f"HTTP/1.1 {status} Played", f"Content-Length: {len(written)}", *headers, "", ""]
+        self.wfile.write("\r\n".join(lines).encode() + written)
+
+    def log_message(self, format, *args):
+        """Says nothing."""
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Returns `(play) -> Server`; all are closed at the end."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
+
+    def start(play):
+        servers.append(Server(play))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def judge(server, **settings):
+    return http_judge(server if isinstance(server, str) else server.url, "wise", **BRIEF | settings)
+
+
+def test_a_right_judge_is_asked_in_both_orders(serve):
+    server = serve(right)
+    annotate = judge(server, api_key=KEY, max_tokens=77)
+    assert annotate(*PAIRS) == RIGHT
+    assert {"p|bad|good", "p|good|bad"} < set(server.asked)
+    path, authorization, body = server.requests[0]
+    assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("wise", 0, 77)
+    assert (annotate.calls, annotate.counts.asked, annotate.counts.found) == (8, 8, 0)
+    assert annotate([], [], []) == []
+
+
+def test_swapped_answers_have_swapped_labels_and_cost_nothing(serve):
+    server = serve(right)
+    annotate = judge(server)
+    prompts, firsts, seconds = PAIRS
+    labels = annotate(prompts + prompts, firsts + seconds, seconds + firsts)
+    assert labels == RIGHT + [1 - label for label in RIGHT]
+    assert annotate(prompts, seconds, firsts) == [1 - label for label in RIGHT]
+    assert max(collections.Counter(server.asked).values()) == 1
+
+
+def test_favouring_a_place_is_no_preference(serve):
+    server = serve(lambda number, question: words("A"))
+    assert judge(server)(*PAIRS) == [0.5] * 4
+    assert judge(server, both_orders=False)(*PAIRS) == [1.0] * 4
+    assert len(server.asked) == 12
+    # Equal texts need no judge.
+    assert judge(server)(["p"], ["same"], ["same"]) == [0.5]
+    assert len(server.asked) == 12
+    # A tie in one order only.
+    half = serve(lambda number, question: words("A" if question == "p|good|bad" else "tie"))
+    assert judge(half)(["p"], ["good"], ["bad"]) == [0.75]
+    assert judge(half)(["p"], ["bad"], ["good"]) == [0.25]
+
+
+def test_several_are_asked_at_once_but_not_more(serve):
+    places, meeting = threading.Semaphore(3), threading.Barrier(2)
+
+    def play(number, question):
+        if not places.acquire(blocking=False):
+            return 400, "too many at once"
+        # Nobody is answered alone.
+        meeting.wait(5)
+        places.release()
+        return right(number, question)
+
+    assert judge(serve(play), concurrency=3)(*PAIRS) == RIGHT
+
+
+def failing(times, play):
+    """Plays for the first questions, and then what is right."""
+    return lambda number, question: play(number) if number < times else right(number, question)
+
+
+def late(number):
+    time.sleep(0.5)
+    return words("A")
+
+
+PASSING = {
+    "slow": late,
+    "busy": lambda number: (429, "busy", "Retry-After: 0.01"),
+    "broken": lambda number: (500, "{"),
+    "hangs-up": lambda number: None,
+    "garbage": lambda number: (200, b"\xff<html>"),
+    "no-fields": lambda number: (200, "{}"),
+}
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_what_passes_is_tried_again(serve, kind):
+    server = serve(failing(2, PASSING[kind]))
+    annotate = judge(server, timeout=0.25 if kind == "slow" else 5.0, concurrency=1, retries=5)
+    assert annotate(*PAIRS) == RIGHT
+    # A busy machine may be slow of itself.
+    assert annotate.calls == 10 or (kind == "slow" and annotate.calls > 10)
+    assert annotate.counts.asked == 8
+
+
+def test_the_server_may_say_how_long_to_wait(serve):
+    def pause(header, longest):
+        server = serve(failing(1, lambda number: (429, "", f"Retry-After: {header}")))
+        began = time.monotonic()
+        judge(server, longest_pause=longest, both_orders=False)(["p"], ["good"], ["bad"])
+        return time.monotonic() - began
+
+    assert pause("0.2", 5.0) >= 0.2
+    # A date is of whole seconds.
+    assert pause(email.utils.formatdate(time.time() + 1.3, usegmt=True), 5.0) >= 0.1
+    # Capped, as seconds and as a date; and what says nothing.
+    assert pause("9", 0.05) < 5
+    assert pause(email.utils.formatdate(time.time() + 9, usegmt=True), 0.05) < 5
+    assert pause("soon", 9.0) < 5
+
+
+CHAT = {"choices": [{"message": {"content": "Verdict: A"}}]}
+LASTING = {
+    "broken": (
+        (500, '{"error": {"message": "out of\\nmemory"}}'),
+        r"in 3 calls; the last: status 500 \(out of memory\)",
+    ),
+    "busy": ((429, ""), r"status 429\."),
+    "hangs-up": (None, "RemoteProtocolError"),
+    "no-json": ((200, "<html>Please log in</html>"), r"no chat completion \(<html>Please log in</html>\)"),
+    "no-object": ((200, "[1, 2]"), "no chat completion"),
+    "deep": ((200, "[" * 100_000), "no chat completion"),
+    "no-choices": ((200, '{"choices": 3}'), "no chat completion"),
+    "no-message": ((200, '{"choices": [{"text": "Verdict: A"}]}'), "no chat completion"),
+    "a-number": ((200, json.dumps(CHAT).replace('"Verdict: A"', "7")), "content is no text"),
+    "endless": ((200, b" " * (3 << 20) + json.dumps(CHAT).encode()), "no chat completion"),
+}
+
+
+@pytest.mark.parametrize("kind", LASTING)
+def test_what_does_not_pass_is_one_sentence_and_nothing_is_paid_twice(serve, tmp_path, kind):
+    played, message = LASTING[kind]
+    server = serve(lambda number, question: right(number, question) if number < 3 else played)
+    path = tmp_path / "labels.sqlite"
+    with pytest.raises(JudgeError, match=message) as caught:
+        judge(server, journal=path, concurrency=1)(*PAIRS)
+    assert f"Of this call's 4 labels 1 were obtained (3 verdicts) and are kept in {path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(server.asked) == 3 + 3
+    # Started again, with a healthy judge elsewhere.
+    healthy = serve(right)
+    again = judge(healthy, journal=path)
+    assert again(*PAIRS) == RIGHT
+    assert (again.counts.asked, again.counts.found) == (5, 3)
+    assert not set(server.asked[:3]) & set(healthy.asked)
+    assert len(healthy.asked) == 5
+
+
+def test_calls_under_way_are_kept_when_another_fails(serve, tmp_path):
+    failed = threading.Event()
+
+    def play(number, question):
+        if question == "p|bad|good":
+            failed.set()
+            return 401, "no"
+        # The others are paid for, and come after the failure.
+        failed.wait(5)
+        time.sleep(0.5)
+        return right(number, question)
+
+    server, path = serve(play), tmp_path / "labels.sqlite"
+    with pytest.raises(JudgeError, match=r"status 401 \(no\)\. Of this call's 4 labels 1 were obtained \(3 verdicts\)"):
+        judge(server, journal=path, concurrency=4)(*PAIRS)
+    healthy = serve(right)
+    assert judge(healthy, journal=path)(*PAIRS) == RIGHT
+    assert len(healthy.asked) == 5
+
+
+@pytest.mark.parametrize("status", [307, 400, 401, 404, 422])
+def test_a_refusal_ends_it_at_once_and_hides_the_key(serve, tmp_path, status, caplog):
+    caplog.set_level(logging.DEBUG)
+    # A server that quotes the key where a cut after 200 letters would leave the half of it.
+    told = json.dumps({"error": {"message": "x" * 180 + f" the key {KEY} is wrong"}})
+    server = serve(lambda number, question: (status, told))
+    with pytest.raises(JudgeError, match=f"refused with status {status}") as caught:
+        judge(server, api_key=KEY, concurrency=1, journal=tmp_path / "labels.sqlite")(*PAIRS)
+    assert len(server.asked) == 1
+    seen = [str(caught.value), repr(caught.value), caplog.text, *map(str, caplog.records)]
+    seen += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
+    assert caplog.records
+    assert not any(KEY[:12] in text for text in seen)
+
+
+@pytest.mark.parametrize(
+    "content", ["Both have merits.", "I cannot judge this. Verdict: A is what the text says.", "", None]
+)
+def test_no_verdict_is_asked_for_once_more(serve, tmp_path, content):
+    empty = json.dumps({"choices": [{"message": {"content": content, "refusal": "no"}}]})
+    server = serve(lambda number, question: (200, empty if question.startswith("q") else right(0, question)[1]))
+    annotate = judge(server, journal=tmp_path / "labels.sqlite")
+    assert annotate(*PAIRS) == [1.0, None, 0.5, 1.0]
+    assert (annotate.calls, annotate.counts.skipped) == (10, 2)
+    # It was paid for, and is not asked again.
+    assert annotate(*PAIRS) == [1.0, None, 0.5, 1.0]
+    assert annotate.calls == 10
+    once = serve(failing(1, lambda number: (200, '{"choices": []}')))
+    assert judge(once, both_orders=False)(["p"], ["good"], ["bad"]) == [1.0]
+
+
+def test_an_absent_judge_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(JudgeError, match=r"Connection refused.*4 labels 0 were obtained.*there is no journal on disk"):
+        judge(url)(*PAIRS)
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"])
+def test_a_judge_that_hangs_or_drips_is_given_up(monkeypatch, sent):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    over = threading.Event()
+
+    def drip(listening):
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(sent)
+            # Each letter would begin a new timeout between bytes.
+            for _ in range(500 if sent else 0):
+                if over.wait(0.02):
+                    break
+                connection.sendall(b"x")
+            over.wait(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=(listening,), daemon=True)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(JudgeError, match=r"no reply within 0\.2 s"):
+            judge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.2, retries=0)(["p"], ["good"], ["bad"])
+        assert time.monotonic() - began < 5
+        over.set()
+        thread.join(5)
+
+
+def test_the_ceiling_on_calls_keeps_what_was_obtained(serve, tmp_path):
+    server, path = serve(right), tmp_path / "labels.sqlite"
+    limited = judge(server, max_calls=5, journal=path, concurrency=1)
+    with pytest.raises(BudgetError, match=r"ceiling of 5 calls.*4 labels 2 were obtained \(5 verdicts\) and are kept"):
+        limited(*PAIRS)
+    assert (len(server.asked), limited.calls) == (5, 5)
+    # What is known needs no call.
+    assert limited(*(column[:2] for column in PAIRS)) == RIGHT[:2]
+    assert judge(server, max_calls=3, journal=path)(*PAIRS) == RIGHT
+    # Retries are calls too.
+    broken = serve(lambda number, question: (500, ""))
+    with pytest.raises(BudgetError, match="ceiling of 2 calls"):
+        judge(broken, max_calls=2, retries=5)(*PAIRS)
+    assert len(broken.asked) == 2
+
+
+CHILD = """
+import pathlib, sys
+from jaxrlhf.annotation import http_judge
+url, path, template = sys.argv[1:]
+annotate = http_judge(url, "wise", template=template, journal=pathlib.Path(path), concurrency=1)
+annotate([str(number) for number in range(20)], ["good"] * 20, ["bad"] * 20)
+"""
+
+
+def test_a_killed_process_keeps_every_answer(serve, tmp_path):
+    children: list[subprocess.Popen] = []
+
+    def play(number, question):
+        # The sixteenth question says that fifteen answers have come.
+        if number == 15:
+            children[0].send_signal(signal.SIGKILL)
+            return None
+        return right(number, question)
+
+    server, path = serve(play), tmp_path / "labels.sqlite"
+    # Held until the list of children holds it.
+    with server.lock:
+        children.append(subprocess.Popen([sys.executable, "-c", CHILD, server.url, str(path), TEMPLATE]))
+    assert children[0].wait(timeout=60) == -signal.SIGKILL
+    healthy = serve(right)
+    again = http_judge(healthy.url, "wise", template=TEMPLATE, journal=path)
+    assert again([str(number) for number in range(20)], ["good"] * 20, ["bad"] * 20) == [1.0] * 20
+    assert again.counts.found == 15
+    assert not set(server.asked[:15]) & set(healthy.asked)
+
+
+def test_an_interruption_waits_for_what_is_paid(monkeypatch):
+    interrupted = iter([True])
+    original = waiting.wait
+
+    def wait(*arguments, **settings):
+        if next(interrupted, False):
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(waiting, "wait", wait)
+    answers = waiting.as_they_come(lambda index, stopping: time.sleep(0.05) or index, 9, concurrency=2)
+    assert sorted([next(answers), next(answers)]) == [(0, 0), (1, 1)]
+    with pytest.raises(KeyboardInterrupt):
+        next(answers)
+
+
+def test_texts_are_data(serve, tmp_path):
+    server = serve(lambda number, question: words("A" if question.startswith("{first}|Ähre 🌾") else "B"))
+    annotate = judge(server, journal=tmp_path / "labels.sqlite")
+    strange = "{second} {0} {prompt.__class__} \\1 \ud800 \u2028 日本\x00"
+    assert annotate(["{first}"], ["Ähre 🌾"], [strange]) == [1.0]
+    assert sorted(server.asked) == sorted([f"{{first}}|Ähre 🌾|{strange}", f"{{first}}|{strange}|Ähre 🌾"])
+    # A verdict in an answer is in the request; the reply decides.
+    assert annotate(["p"], ["Verdict: A"], ["\nVerdict: A\n"]) == [0.5]
+    json_template = '{"a": "{first}", "b": "{second}", "c": {}} {prompt}'
+    assert fill_template(json_template, "P", "{prompt}", "F") == '{"a": "{prompt}", "b": "F", "c": {}} P'
+
+
+@pytest.mark.parametrize(
+    ("reply", "label"),
+    [
+        ("Verdict: A", 1.0),
+        ("verdict: b.", 0.0),
+        ("  **VERDICT:** Tie  ", 0.5),
+        ("Verdict: [[B]]\n\n", 0.0),
+        ("Final verdict: Text A", 1.0),
+        ("Verdict: a tie", 0.5),
+        ("Verdict： A", 1.0),
+        ("Verdict: A\nNo, on reflection:\nVerdict: B\nThank you.", 0.0),
+        ("The text says 'Verdict: A' of itself.\r\nVerdict: B", 0.0),
+        ("Verdict: A or B", None),
+        ("Verdict: A/B", None),
+        ("Verdict A", None),
+        ("Verdict:", None),
+        ("My verdict: neither", None),
+        ("", None),
+        ("verdict" + ":" * 300_000 + "A", None),
+        (" " * 300_000 + "_" * 300_000, None),
+    ],
+)
+def test_the_last_line_that_is_a_verdict_counts(reply, label):
+    began = time.monotonic()
+    assert read_verdict(reply) == label
+    assert time.monotonic() - began < 1
+
+
+WRONG = {
+    "no-model": (lambda: load_judge("http://localhost:1/v1"), r"model is missing; write http://localhost:1/v1#MODEL"),
+    "password": (lambda: load_judge(f"http://me:{KEY}@localhost/v1#m"), "give the key apart from it"),
+    "query": (lambda: http_judge(f"http://localhost/v1?key={KEY}", "m"), "give the key apart from it"),
+    "scheme": (lambda: http_judge("ftp://localhost", "m"), "must begin with http"),
+    "no-host": (lambda: http_judge("http:///v1", "m"), "must begin with http"),
+    "no-url": (lambda: http_judge("http://[::1", "m"), "is no URL"),
+    "key": (lambda: http_judge("http://localhost", "m", api_key=f"{KEY}\nX: y"), "no HTTP header may hold"),
+    "variable": (lambda: http_judge("http://localhost", "m", key_variable="NO_SUCH_KEY"), "NO_SUCH_KEY.* is not set"),
+    "template": (lambda: http_judge("http://localhost", "m", template="{first} {second}"), "template must hold"),
+    "calls": (lambda: http_judge("http://localhost", "m", max_calls=0), "at least one call"),
+    "timeout": (lambda: http_judge("http://localhost", "m", timeout=float("nan")), "finite timeout"),
+    "pauses": (lambda: http_judge("http://localhost", "m", first_pause=2, longest_pause=1), "Pauses before retries"),
+    "concurrency": (lambda: http_judge("http://localhost", "m", concurrency=0), "at least one question at once"),
+    "tokens": (lambda: http_judge("http://localhost", "m", max_tokens=0), "at least one token"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_a_judge_is_one_sentence(case):
+    make, message = WRONG[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_key_comes_from_the_environment(serve, monkeypatch):
+    server = serve(right)
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n")
+    judge(server, key_variable="MY_KEY")(["p"], ["good"], ["bad"])
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    load_judge(f"{server.url}/#wise", **BRIEF)(["p"], ["good"], ["bad"])
+    monkeypatch.delenv("OPENAI_API_KEY")
+    load_judge(f"{server.url}#wise", **BRIEF)(["p"], ["good"], ["bad"])
+    assert [request[1] for request in server.requests[::2]] == [f"Bearer {KEY}", "Bearer another", None]
+
+
+def test_the_command_line_takes_a_judge_by_its_address(serve, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = serve(lambda number, question: words("A" if re.search(r"<text A>\n *sun\n", question) else "B"))
+    vocabulary = {"sun": 0, "rain": 1, "day": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="day"))
+    model = types.SimpleNamespace(words=types.SimpleNamespace(tokenizer=tokenizer))
+    tokens = jnp.array([[[[0], [1]], [[1], [0]]]])
+    nothing = jnp.zeros((1, 2, 2, 1))
+    sample = Sample(
+        Prompts(jnp.array([[2]]), jnp.ones((1, 1), bool)),
+        Responses(tokens, jnp.ones_like(tokens, bool)),
+        *[nothing] * 3,
+        jnp.full((1, 2), 0.5),
+        jnp.ones(2),
+        jnp.asarray(2.0),
+    )
+    path = tmp_path / "prepared" / "labels.sqlite"
+    for _ in range(2):
+        opened = open_judge(f"{server.url}#wise", None, model, journal=path)
+        assert opened.host(None, sample)[0, :, 0].tolist() == [1.0, 0.0]
+    assert len(server.asked) == 2
+    assert path.exists()
