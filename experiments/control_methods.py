@@ -15,8 +15,8 @@ import optax
 from control_tasks import Task
 
 from jaxrlhf import bilevel, objectives, preference_buffer, preferences
+from jaxrlhf.actor_critic import actor_critic
 from jaxrlhf.bilevel import HypergradientRule, Labelled, Sample
-from jaxrlhf.mdp.actor_critic import actor_critic
 from jaxrlhf.mdp.exploration import state_entropy_bonus
 from jaxrlhf.mdp.trajectories import Held, gold_score, trajectory_problem
 from jaxrlhf.reward_learning import RewardState, fit, reward_learning

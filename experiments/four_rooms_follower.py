@@ -22,9 +22,9 @@ from four_rooms import OPTIMA
 from networks import forward, network
 
 from jaxrlhf import bilevel
+from jaxrlhf.actor_critic import actor_critic
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives, tabular
-from jaxrlhf.mdp.actor_critic import actor_critic
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.report import Table, write_report
 from jaxrlhf.training.run_folder import RunFolder

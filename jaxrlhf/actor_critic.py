@@ -60,7 +60,7 @@ def actor_critic(
     critic: Params,
     optimizer: optax.GradientTransformation,
     *,
-    beta: float,
+    beta: float | jax.Array,
     trace: float = 0.95,
     clip: float = 0.2,
     every_response: bool = False,

@@ -103,12 +103,12 @@ def bandit_problem(
         )
 
     def log_prob(lower, sample, frozen):
-        return at_arms(jax.nn.log_softmax(policy(lower, frozen), axis=-1), sample.responses)
+        return _at_sample(jax.nn.log_softmax(policy(lower, frozen), axis=-1), sample)
 
     return BilevelProblem(
         sample=sample,
         log_prob=log_prob,
-        reward=lambda upper, sample, frozen: at_arms(reward(upper, frozen.features), sample.responses),
+        reward=lambda upper, sample, frozen: _at_sample(reward(upper, frozen.features), sample),
         cost=objective.cost,
         kl_price=objective.kl_price,
     )
@@ -119,9 +119,14 @@ def at_arms(table: jax.Array, arms: jax.Array) -> jax.Array:
     return _take(table, arms.reshape(arms.shape[0], -1)).reshape(*arms.shape, 1)
 
 
+def _at_sample(table: jax.Array, sample: Sample) -> jax.Array:
+    # Row by row: a sample from a buffer holds contexts in any order, some twice.
+    return at_arms(table[sample.prompts], sample.responses)
+
+
 def gold_score(sample: Sample, frozen: Bandit) -> jax.Array:
     """The annotator's hidden score of both responses, `[C, M, 2]`."""
-    return at_arms(frozen.gold, sample.responses)[..., 0]
+    return _at_sample(frozen.gold, sample)[..., 0]
 
 
 def best_response(

@@ -47,7 +47,7 @@ class Objective(NamedTuple):
     """
 
     pair_cost: Callable[[jax.Array, jax.Array], PairCost]
-    kl_price: float = 0.0
+    kl_price: float | jax.Array = 0.0
     labels: int = 1
     against_reference: bool = False
     exact_only: bool = False
@@ -148,7 +148,7 @@ def brier(*, coupled: bool = True, weight: float = 1.0) -> Objective:
     return Objective(pair_cost, labels=2, against_reference=coupled)
 
 
-def utility(*, kl_price: float, weight: float = 1.0) -> Objective:
+def utility(*, kl_price: float | jax.Array, weight: float = 1.0) -> Objective:
     """Returns `weight (-win rate against the reference + kl_price KL)`, always coupled: it holds no reward to fit.
 
     Near the reference the win rate rises by a quarter of the gold reward's gain (the slope of the sigmoid at 0), so

@@ -1,11 +1,14 @@
 """Labels cost more than compute: a buffer that keeps every labelled pair, as a pytree that lives on the device.
 
-A pair is a row, that is a sample of one prompt with one pair (`B` rows, `M = 1`), so that pairs of different prompts and
-steps stand beside one another:
+A row is a prompt with its M pairs, and the log-probabilities they were sampled at, so that they can be used again by
+importance weights. Kept together, the pairs of a prompt remain each other's baselines:
 
-    buffer = empty(rows(sample), labels=1, capacity=1000)
-    buffer = add(buffer, Labelled(asked, annotate(key, asked, frozen)))      # asked = take(rows(sample), indices)
-    labelled = draw(key, buffer, size=64)                                    # for `reward_learning`
+    buffer = empty(sample, labels=1, capacity=1000)
+    buffer = add(buffer, labelled, step=state.step)
+    labelled = draw(key, buffer, size=16)                  # for `reward_learning.fit`, or any algorithm's `update`
+
+`rows` makes every pair a row of its own, for learners who ask about some pairs of a prompt only. A buffer may begin with
+labels that exist already: add them first (`jaxrlhf.lm.offline.offline_pairs` makes them from texts).
 """
 
 from collections.abc import Callable
@@ -19,15 +22,27 @@ from jaxrlhf.types import Key
 
 
 class PreferenceBuffer(NamedTuple):
-    """A ring: the oldest pairs go first.
+    """A ring: the oldest rows go first.
 
     Attributes:
-        pairs: rows, `B` the capacity; those never filled are zeros, their labels `SKIPPED`.
-        added: `[]` int32, pairs ever added.
+        pairs: `B` is the capacity; rows never filled are zeros, their labels `SKIPPED`.
+        step: `[capacity]` int32, when a row was added.
+        added: `[]` int32, rows ever added.
     """
 
     pairs: Labelled
+    step: jax.Array
     added: jax.Array
+
+    @property
+    def filled(self) -> jax.Array:
+        """Rows that the buffer holds, `[]`."""
+        return jnp.minimum(self.added, len(self.step))
+
+    def age(self, step: jax.Array | int) -> jax.Array:
+        """Returns how many steps ago its rows were added, in the mean, `[]`; 0 while it is empty."""
+        held = jnp.arange(len(self.step)) < self.filled
+        return jnp.sum(jnp.where(held, step - self.step, 0)) / jnp.maximum(self.filled, 1)
 
 
 def rows(sample: Sample) -> Sample:
@@ -52,50 +67,58 @@ def rows(sample: Sample) -> Sample:
 def take(sample: Sample, indices: jax.Array) -> Sample:
     """Returns some of a sample's rows, `indices` `[N]`, with equal measures."""
     kept = _by_row(lambda leaf: leaf[indices], sample)
-    return kept._replace(measure=jnp.full_like(kept.measure, 1.0 / len(indices)))
+    return kept._replace(measure=jnp.full_like(kept.measure, 1.0 / kept.measure.size))
 
 
 def empty(sample: Sample, *, labels: int, capacity: int) -> PreferenceBuffer:
-    """Returns a buffer for rows like those of `sample`, with `labels` labels a pair.
+    """Returns a buffer for rows like those of `sample` (arrays, or their shapes), with `labels` labels a pair.
 
     Raises:
-        ValueError: the sample is not rows, or there is no room for a label or a pair.
+        ValueError: there is no room for a label or a row.
     """
-    if sample.measure.ndim != 2 or sample.measure.shape[1] != 1:
-        raise ValueError(f"A buffer holds rows, of one pair each; got {sample.measure.shape} pairs. Use rows(sample).")
     if labels < 1 or capacity < 1:
-        raise ValueError(f"A buffer needs room for 1 label and 1 pair at least, got {labels} and {capacity}.")
+        raise ValueError(f"A buffer needs room for 1 label and 1 row at least, got {labels} and {capacity}.")
     nothing = _by_row(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), sample)
-    return PreferenceBuffer(
-        Labelled(nothing, jnp.full((capacity, 1, labels), SKIPPED, sample.measure.dtype)), jnp.zeros((), jnp.int32)
+    # What all rows share comes with the first that are added.
+    nothing = nothing._replace(
+        by_policy=jnp.zeros(sample.by_policy.shape, sample.by_policy.dtype),
+        draws=jnp.zeros(sample.draws.shape, sample.draws.dtype),
     )
+    unanswered = jnp.full((capacity, sample.measure.shape[1], labels), SKIPPED, sample.measure.dtype)
+    return PreferenceBuffer(Labelled(nothing, unanswered), jnp.zeros(capacity, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def add(buffer: PreferenceBuffer, labelled: Labelled) -> PreferenceBuffer:
+def add(buffer: PreferenceBuffer, labelled: Labelled, *, step: jax.Array | int = 0) -> PreferenceBuffer:
     """Returns the buffer with rows added; they take the places of the oldest where it is full.
+
+    Args:
+        buffer: the buffer.
+        labelled: rows, all from samples alike: as many draws a prompt, the same slots by the policy.
+        step: when they were labelled, for `age`.
 
     Raises:
         ValueError: at trace time, where there are more rows than the buffer holds.
     """
-    capacity, count = len(buffer.pairs.labels), len(labelled.labels)
+    capacity, count = len(buffer.step), len(labelled.labels)
     if count > capacity:
-        raise ValueError(f"{count} pairs do not fit into a buffer of {capacity}.")
+        raise ValueError(f"{count} rows do not fit into a buffer of {capacity}.")
     places = (buffer.added + jnp.arange(count)) % capacity
 
     def put(old, new):
         return old.at[places].set(new)
 
     sample = _by_row(put, buffer.pairs.sample, labelled.sample)
-    return PreferenceBuffer(Labelled(sample, put(buffer.pairs.labels, labelled.labels)), buffer.added + count)
+    pairs = Labelled(sample, put(buffer.pairs.labels, labelled.labels))
+    when = jnp.full(count, step, buffer.step.dtype)
+    return PreferenceBuffer(pairs, put(buffer.step, when), buffer.added + count)
 
 
 def draw(key: Key, buffer: PreferenceBuffer, *, size: int) -> Labelled:
-    """Returns `size` pairs drawn uniformly with replacement, while the buffer is empty pairs that cost nothing.
+    """Returns `size` rows drawn uniformly with replacement, while the buffer is empty rows that cost nothing.
 
     Consumes the key.
     """
-    filled = jnp.clip(buffer.added, 1, len(buffer.pairs.labels))
-    indices = jax.random.randint(key, (size,), 0, filled)
+    indices = jax.random.randint(key, (size,), 0, jnp.maximum(buffer.filled, 1))
     return Labelled(take(buffer.pairs.sample, indices), buffer.pairs.labels[indices])
 
 

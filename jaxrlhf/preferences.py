@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import SKIPPED, Sample
+from jaxrlhf.bilevel.problem import SKIPPED, Labelled, Sample
 from jaxrlhf.types import Key, Params
 
 Annotator = Callable[[Key, Sample, Params], jax.Array]
@@ -154,6 +154,33 @@ def counted_annotator(score: Score, *, choice: Choice = BRADLEY_TERRY) -> Annota
         return (wins / jnp.maximum(counts, 1.0))[..., None]
 
     return annotate
+
+
+def from_both_sides(labelled: Labelled) -> Labelled:
+    """Returns every policy-policy pair twice, `[B, 2 M]`: either response as the policy's, against the other held fixed.
+
+    The label of the swapped pair is 1 - z. What holds the policy responsible for winning (`objectives.utility`) is then
+    self-play: its gradient is that of the win rate against the policy as it is, and not 0, as it is where both responses
+    of a pair follow the policy. All responses count in the lower level, and no label is paid for twice; `info.labels`
+    counts both sides.
+
+    A pair's two sides are each other's baseline too, which scales the gradient of a coupled cost by 2 M / (2 M - 1).
+    """
+    sample, labels = labelled
+
+    def both(leaf):
+        return jnp.concatenate([leaf, leaf[:, :, ::-1]], axis=1)
+
+    sample = sample._replace(
+        responses=jax.tree.map(both, sample.responses),
+        behaviour_log_prob=both(sample.behaviour_log_prob),
+        reference_log_prob=both(sample.reference_log_prob),
+        discount=both(sample.discount),
+        measure=jnp.concatenate([sample.measure, sample.measure], axis=1) / 2,
+        by_policy=jnp.array([1.0, 0.0], sample.by_policy.dtype),
+        draws=2 * sample.draws,
+    )
+    return Labelled(sample, jnp.concatenate([labels, jnp.where(labels < 0, labels, 1.0 - labels)], axis=1))
 
 
 def myopic(step_score: Score, *, decay: float) -> Score:

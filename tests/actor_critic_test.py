@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from jaxrlhf import bilevel
+from jaxrlhf.actor_critic import actor_critic, advantages
 from jaxrlhf.bilevel import Labelled, importance
 from jaxrlhf.bilevel.lower import LowerTask
 from jaxrlhf.bilevel.stencil import ALONE
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives, tabular
-from jaxrlhf.mdp.actor_critic import actor_critic, advantages
 
 
 def test_advantages_are_their_definition(x64):

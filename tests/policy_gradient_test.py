@@ -31,7 +31,7 @@ def test_it_reaches_the_closed_form_optimum(x64):
     """Argmax of win rate - kappa KL is reference * exp(win rate of the arm / kappa)."""
     frozen = jax.tree.map(lambda leaf: leaf.astype(float), make())
     algorithm = assemble(optax.adam(0.05), steps=2)
-    state = algorithm.init(frozen.reference)
+    state = algorithm.init(jax.random.key(0), (), frozen.reference)
     body = jax.jit(lambda state, key: algorithm.step(key, state, None, frozen))
     state, info = jax.lax.scan(body, state, jax.random.split(jax.random.key(0), 1500))
     wins = exact.row_mean(lambda own, other: jax.nn.sigmoid(own - other), frozen.reference, frozen.gold)
@@ -46,7 +46,7 @@ def test_drawn_labels_give_the_enumerated_gradient_in_the_mean(x64):
 
     def move(key, pairs):
         algorithm = assemble(optax.sgd(1.0), pairs=pairs)
-        state = algorithm.init(start)
+        state = algorithm.init(jax.random.key(0), (), start)
         return (start - algorithm.step(key, state, None, frozen)[0].policy).ravel()
 
     truth = move(jax.random.key(0), None)
@@ -59,7 +59,7 @@ def test_drawn_labels_give_the_enumerated_gradient_in_the_mean(x64):
 def test_one_trace_halves_and_labels():
     frozen = make()
     algorithm = assemble(optax.adam(0.05), pairs=6)
-    state = algorithm.init(frozen.reference)
+    state = algorithm.init(jax.random.key(0), (), frozen.reference)
     step = jax.jit(chex.assert_max_traces(algorithm.step, n=1), donate_argnums=1)
     for index in range(3):
         state, info = step(jax.random.key(index), state, None, frozen)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -44,6 +45,11 @@ class BilevelState(NamedTuple):
     upper_optimizer: Any
     solver: Any
     inner_error: jax.Array
+
+    @property
+    def policy(self) -> Params:
+        """The policy at tilt 0: the one that samples, is reported and is deployed."""
+        return jax.tree.map(lambda leaf: leaf[0], self.lowers)
 
 
 class BilevelInfo(NamedTuple):
@@ -97,9 +103,9 @@ class BilevelAlgorithm(NamedTuple):
     update: Callable[[Key, BilevelState, Labelled, Params], tuple[BilevelState, BilevelInfo]]
 
 
-def deployed(state: BilevelState) -> Params:
-    """Returns the policy at tilt 0: the one that samples, is reported and is deployed."""
-    return jax.tree.map(lambda leaf: leaf[0], state.lowers)
+def deployed(state: Any) -> Params:
+    """Returns the policy to use: that of tilt 0, or of any other state that has a `policy`."""
+    return state.policy
 
 
 def bilevel_descent(
@@ -108,7 +114,7 @@ def bilevel_descent(
     solver: LowerSolver,
     upper_optimizer: optax.GradientTransformation,
     *,
-    beta: float,
+    beta: float | jax.Array,
     annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
     largest_weight: float | None = None,
 ) -> BilevelAlgorithm:
@@ -119,7 +125,7 @@ def bilevel_descent(
         rule: the hypergradient estimator, such as `central(relative_sigma=0.2)`.
         solver: the lower solver.
         upper_optimizer: optimiser of the reward parameters.
-        beta: weight of the lower level's KL, positive.
+        beta: weight of the lower level's KL, positive; a traced value is not checked (`jaxrlhf.target_kl` moves it).
         annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
             remain.
         largest_weight: truncates importance weights to this value, at least 1; off by default. It trades variance for
@@ -209,7 +215,7 @@ def _assemble(
     rule: HypergradientRule,
     solver: LowerSolver,
     upper_optimizer: optax.GradientTransformation,
-    beta: float,
+    beta: float | jax.Array,
     propose: Callable,
     label: Callable,
 ) -> BilevelAlgorithm:
@@ -301,12 +307,15 @@ def _check_precision(lower: Params) -> None:
             )
 
 
-def _check_beta(beta: float) -> None:
-    if not beta > 0:
+def _check_beta(beta: float | jax.Array) -> None:
+    # A traced one, a controller's, cannot be looked at.
+    if not isinstance(beta, jax.core.Tracer) and not beta > 0:
         raise ValueError(f"beta must be positive, got {beta:g}: it keeps the policy near the reference.")
 
 
-def _check_price(kl_price: float, rule: HypergradientRule) -> None:
+def _check_price(kl_price: float | jax.Array, rule: HypergradientRule) -> None:
+    if isinstance(kl_price, jax.core.Tracer):
+        return
     if kl_price < 0:
         raise ValueError(f"The KL price must not be negative, got {kl_price:g}.")
     if in_reward(rule):

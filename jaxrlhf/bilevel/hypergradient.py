@@ -60,8 +60,8 @@ class Evidence(NamedTuple):
     log_ratio: jax.Array
     coupled_cost: jax.Array
     sigma: jax.Array
-    beta: float
-    kl_price: float
+    beta: float | jax.Array
+    kl_price: float | jax.Array
     tilt: jax.Array | None
     lower: Params
     levels: Callable[[Params], importance.Values]

@@ -75,7 +75,7 @@ def over_tilts(function: Callable, *, in_axes: Any = 0) -> Callable:
 def sampled_levels(
     problem: BilevelProblem,
     rule: HypergradientRule,
-    beta: float,
+    beta: float | jax.Array,
     points: Points,
     labelled: Labelled,
     frozen: Params,

@@ -151,7 +151,7 @@ def tangent(
         tangent_optimizer: moves the tangent; weight decay damps the answer.
         steps: inner steps.
         slope: where tilt 0's gradient comes from, `of_loss` by default; on long episodes a critic's
-            (`jaxrlhf.mdp.actor_critic`) is less noisy. The tangent's always comes from the loss.
+            (`jaxrlhf.actor_critic`) is less noisy. The tangent's always comes from the loss.
 
     Raises:
         ValueError: steps < 1; or at trace time, where no single policy sampled for all tilts: a problem given as two

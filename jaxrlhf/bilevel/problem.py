@@ -91,7 +91,7 @@ class BilevelProblem(NamedTuple):
     log_prob: Callable[[Params, Sample, Params], jax.Array]
     reward: Callable[[Params, Sample, Params], jax.Array]
     cost: Callable[[Params, jax.Array, Labelled, Params], PairCost]
-    kl_price: float = 0.0
+    kl_price: float | jax.Array = 0.0
 
 
 def drawn(batch: int, pairs: int, *, dtype: Any = None) -> tuple[jax.Array, jax.Array]:

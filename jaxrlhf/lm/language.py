@@ -81,11 +81,16 @@ def alphabet_gold(prompts: Prompts, responses: Responses, *, letters: int = 7) -
 
 def policy_table(model: LanguageModel, params: Params, language: Language, *, temperature: float = 1.0) -> jax.Array:
     """Returns the log-probability of every completion, `[B, N]`; each row's probabilities sum to 1."""
+    return jnp.sum(token_table(model, params, language, temperature=temperature), axis=-1)
+
+
+def token_table(model: LanguageModel, params: Params, language: Language, *, temperature: float = 1.0) -> jax.Array:
+    """Returns the log-probability of every token of every completion given those before it, `[B, N, L]`."""
     tokens, mask = language.completions
 
     def one(prompt):
         rows = Prompts(*(jnp.broadcast_to(part[None], (tokens.shape[0], *part.shape)) for part in prompt))
-        return jnp.sum(completion_log_probs(model, params, *rows, tokens, mask, temperature=temperature), axis=-1)
+        return completion_log_probs(model, params, *rows, tokens, mask, temperature=temperature)
 
     return jax.lax.map(one, language.prompts)
 
@@ -104,7 +109,7 @@ def reward_table(reward: RewardModel, params: Params, language: Language) -> jax
 
 
 def listed_pairs(
-    model: LanguageModel, language: Language, *, against_reference: bool
+    model: LanguageModel, language: Language, *, against_reference: bool, per_token: bool = False
 ) -> Callable[[Key, Params, Prompts, LanguageFrozen], Sample]:
     """Returns a `sample` for a `BilevelProblem` that lists all N^2 pairs of completions with their probabilities.
 
@@ -114,24 +119,28 @@ def listed_pairs(
     def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
         del key
         asked = language._replace(prompts=data)
-        own, reference = policy_table(model, lower, asked), policy_table(model, frozen.reference, asked)
+        own, reference = token_table(model, lower, asked), token_table(model, frozen.reference, asked)
         first, second = (axis.ravel() for axis in jnp.indices((own.shape[1], own.shape[1])))
         other = reference if against_reference else own
+        chances = jnp.sum(own, axis=-1)[:, first] + jnp.sum(other, axis=-1)[:, second]
 
         def pair(of_first, of_second):
             return jnp.stack([of_first[:, first], of_second[:, second]], axis=2)
 
+        def steps(table):
+            return table if per_token else jnp.sum(table, axis=-1, keepdims=True)
+
         responses = Responses(
             *(pair(*[jnp.broadcast_to(part[None], (len(own), *part.shape))] * 2) for part in language.completions)
         )
-        behaviour = pair(own, other)[..., None]
+        behaviour = pair(steps(own), steps(other))
         return Sample(
             prompts=data,
             responses=responses,
             behaviour_log_prob=behaviour,
-            reference_log_prob=pair(reference, reference)[..., None],
-            discount=jnp.ones_like(behaviour),
-            measure=jnp.exp(own[:, first] + other[:, second]) / len(own),
+            reference_log_prob=pair(steps(reference), steps(reference)),
+            discount=responses.mask.astype(own.dtype) if per_token else jnp.ones_like(behaviour),
+            measure=jnp.exp(chances) / len(own),
             by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], own.dtype),
             draws=jnp.asarray(jnp.inf, own.dtype),
         )

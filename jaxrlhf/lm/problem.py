@@ -1,8 +1,8 @@
 """Online RLHF of a language model as a `BilevelProblem`.
 
 A completion is one step: its log-probability is the sum over its tokens, stop token included, and the reward judges it
-whole. The policy answers each prompt M times; each answer is paired with one from the reference policy, or with a second
-of its own.
+whole. Or every token is one, for lower levels that look at them apart (a critic, clipped ratios). The policy answers
+each prompt M times; each answer is paired with one from the reference policy, or with a second of its own.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,9 @@ def language_problem(
     stop_ids: tuple[int, ...],
     temperature: float = 1.0,
     against_reference: bool = True,
+    self_play: bool = False,
     pad_id: int = 0,
+    per_token: bool = False,
     policy_params: Callable[[Params, LanguageFrozen], Params] = lambda lower, frozen: lower,
     reward_params: Callable[[Params, LanguageFrozen], Params] = lambda upper, frozen: upper,
 ) -> BilevelProblem:
@@ -74,18 +76,27 @@ def language_problem(
         pairs: M, pairs a prompt and step. At least 2 give every response a baseline of its own prompt.
         max_new_tokens: longest completion.
         stop_ids: tokens that end a completion.
-        temperature: of the policy: it samples and is trained at this temperature, and so is the reference. Top-p sampling
-            is not offered: it changes the support, and no density ratio exists outside the nucleus.
+        temperature: of the policy: it samples and is trained at this temperature, and so is the reference. Top-p
+            sampling is not offered: it changes the support, and no density ratio exists outside the nucleus.
         against_reference: whether the second response of a pair comes from the reference.
+        self_play: whether updates see every pair from both sides, `preferences.from_both_sides`, each response against the
+            other held fixed; with against_reference=False.
         pad_id: written after the end of a completion.
+        per_token: whether every token is a step (T = L) in place of the whole completion (T = 1). The reward comes with
+            the last; the problem is the same one.
         policy_params: `(lower, frozen) -> ` the policy model's parameters; the lower iterate itself by default.
             `lora.policy_on_reference` makes iterates adapters.
         reward_params: `(upper, frozen) -> ` the reward model's, likewise.
 
     Raises:
-        ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not positive.
+        ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not
+            positive.
     """
-    objective.check(against_reference=against_reference, exact=False)
+    if self_play and against_reference:
+        raise ValueError(
+            "A policy plays against itself or against the reference, not both; set against_reference=False."
+        )
+    objective.check(against_reference=against_reference or self_play, exact=False)
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}.")
     if not temperature > 0:
@@ -103,9 +114,11 @@ def language_problem(
             pad_id=pad_id,
         )
 
-    def total_log_prob(params: Params, prompts: Prompts, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        steps = completion_log_probs(policy, params, *prompts, tokens, mask, temperature=temperature)
-        return jnp.sum(steps, axis=-1)
+    def steps_of(by_token: jax.Array) -> jax.Array:
+        return by_token if per_token else jnp.sum(by_token, axis=-1, keepdims=True)
+
+    def log_probs(params: Params, prompts: Prompts, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return steps_of(completion_log_probs(policy, params, *prompts, tokens, mask, temperature=temperature))
 
     def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
         batch = data.tokens.shape[0]
@@ -118,35 +131,48 @@ def language_problem(
         def pair(*parts):
             return jnp.stack([part.reshape(batch, pairs, *part.shape[1:]) for part in parts], axis=2)
 
-        behaviour = pair(*(jnp.sum(written.log_prob, axis=-1, keepdims=True) for written in (first, second)))
-        reference = total_log_prob(frozen.reference, rows, first.tokens, first.mask)[:, None]
+        behaviour = pair(*(steps_of(written.log_prob) for written in (first, second)))
+        reference = log_probs(frozen.reference, rows, first.tokens, first.mask)
         if against_reference:
-            other_reference = jnp.sum(second.log_prob, axis=-1, keepdims=True)
+            other_reference = steps_of(second.log_prob)
         else:
-            other_reference = total_log_prob(frozen.reference, rows, second.tokens, second.mask)[:, None]
+            other_reference = log_probs(frozen.reference, rows, second.tokens, second.mask)
+        mask = pair(first.mask, second.mask)
         measure, draws = drawn(batch, pairs, dtype=behaviour.dtype)
         return Sample(
             prompts=data,
-            responses=Responses(pair(first.tokens, second.tokens), pair(first.mask, second.mask)),
+            responses=Responses(pair(first.tokens, second.tokens), mask),
             behaviour_log_prob=behaviour,
             reference_log_prob=pair(reference, other_reference),
-            discount=jnp.ones_like(behaviour),
+            discount=mask.astype(behaviour.dtype) if per_token else jnp.ones_like(behaviour),
             measure=measure,
             by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
             draws=draws,
         )
 
     def log_prob(lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
-        slots = 1 if against_reference else 2  # the reference's responses do not depend on the policy
+        # The reference's responses do not depend on the policy, nor do an opponent's.
+        slots = 1 if against_reference or self_play else 2
         responses = Responses(*(part[:, :, :slots] for part in sample.responses))
         prompts, (tokens, mask) = flat(sample.prompts, responses)
         params = policy_params(lower, frozen)
-        own = total_log_prob(params, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], 1)
+        own = log_probs(params, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], -1)
         return jnp.pad(own, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
 
     def score(upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
         params = reward_params(upper, frozen)
-        return reward_of(reward, params, sample.prompts, sample.responses)[..., None]
+        if self_play:
+            # Each response is the first of one pair and the second of the pair's other side.
+            first = Responses(*(part[:, :, :1] for part in sample.responses))
+            own = reward_of(reward, params, sample.prompts, first)[..., 0]
+            whole = jnp.stack([own, jnp.roll(own, own.shape[1] // 2, axis=1)], axis=2)[..., None]
+        else:
+            whole = reward_of(reward, params, sample.prompts, sample.responses)[..., None]
+        if not per_token:
+            return whole
+        mask = sample.responses.mask.astype(whole.dtype)
+        following = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], axis=-1)
+        return whole * (mask - following)  # 1 at the last token
 
     return BilevelProblem(sample, log_prob, score, objective.cost, objective.kl_price)
 

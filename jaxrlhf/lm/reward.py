@@ -1,7 +1,7 @@
-"""Reward models: a language model's trunk with one number on top of the last token."""
+"""Reward models: a language model's trunk with one number on top of the last token, or of their mean."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,32 @@ class RewardModel(NamedTuple):
     from_trunk: Callable[[Any], Any]
 
 
-def reward_model(model: LanguageModel, *, unused: tuple[str, ...] = ("output_head",)) -> RewardModel:
-    """Reward `head . hidden(x, y)[last real token]`.
+def reward_model(
+    model: LanguageModel,
+    *,
+    pooling: Literal["last", "mean"] = "last",
+    unused: tuple[str, ...] = ("output_head",),
+) -> RewardModel:
+    """Reward `head . hidden(x, y)[last real token]`, or of the mean over all real tokens.
 
     The head starts at zero, so that an untrained reward is 0 everywhere: a bilevel run starts from the reference
     policy, not from the noise of a random head (whose scale would also set the pace of the lower level).
 
     Args:
         model: whose `hidden` is the trunk.
+        pooling: "last" is what `...ForSequenceClassification` has, and the one that is exported; "mean" learns from fewer
+            labels where a small model must count what a text contains.
         unused: top-level names among the model's parameters that `hidden` does not read; the reward leaves them
             out.
 
     Returns:
         The `RewardModel`.
+
+    Raises:
+        ValueError: the pooling is unknown.
     """
+    if pooling not in ("last", "mean"):
+        raise ValueError(f"A reward pools its tokens by last or mean, got {pooling!r}.")
 
     def trunk_of(params):
         if isinstance(params, dict):
@@ -56,10 +68,14 @@ def reward_model(model: LanguageModel, *, unused: tuple[str, ...] = ("output_hea
 
     def score(params, tokens, mask):
         hidden = model.hidden(params["trunk"], tokens, mask)
-        columns = jnp.arange(tokens.shape[1])[None, :]
-        last = jnp.max(jnp.where(mask.astype(bool), columns, 0), axis=1)
-        state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        precise = wide(state.dtype)
+        precise = wide(hidden.dtype)
+        if pooling == "mean":
+            real = mask.astype(precise)[..., None]
+            state = jnp.sum(hidden.astype(precise) * real, axis=1) / jnp.sum(real, axis=1)
+        else:
+            columns = jnp.arange(tokens.shape[1])[None, :]
+            last = jnp.max(jnp.where(mask.astype(bool), columns, 0), axis=1)
+            state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return state.astype(precise) @ params["head"].astype(precise)
 
     def from_trunk(params):

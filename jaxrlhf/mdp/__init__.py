@@ -6,8 +6,7 @@ By module:
 - `tabular`: processes as tables; soft optima, evaluation, visits, rollouts. `incentives`: a leader shapes a follower's
   reward. `four_rooms`: the benchmark of that.
 - `environments`: gymnax, brax, tables or one's own as two pure functions. `trajectories`: preferences over segments of
-  their episodes as a `BilevelProblem`. `actor_critic`: a critic for the lower level. `exploration`:
-  state entropy as a reward.
+  their episodes as a `BilevelProblem`. `exploration`: state entropy as a reward.
 """
 
 from jaxrlhf.mdp.episodes import Episodes, Trajectories, gold_score, gold_steps, random_episodes

@@ -1,0 +1,217 @@
+"""Every baseline on an enumerable language, run by the code that runs real models, against its own exact fixed point.
+
+Pairs are listed with their probabilities and labels are expected ones: what is reached is the method's optimum, and no
+sampling error hides a wrong gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf import bilevel, exact, objectives, preferences
+from jaxrlhf.actor_critic import actor_critic
+from jaxrlhf.bilevel import importance
+from jaxrlhf.direct_preference import direct_preference, dpo, ipo
+from jaxrlhf.group_relative import group_relative
+from jaxrlhf.lm.critic import token_critic
+from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs, policy_table, table_of
+from jaxrlhf.lm.model import DecoderConfig, decoder
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.policy_gradient import label_policy_gradient
+
+LETTERS, LENGTH, BETA = 2, 2, 1.0
+# Prompts begin with a token of their own: without one, attention cannot tell "a" from "aa", nor the policy learn to.
+LANGUAGE = alphabet_language(letters=LETTERS, length=LENGTH, prompts=2, prompt_length=1)._replace(
+    prompts=Prompts(jnp.array([[STOP, 1], [STOP, 2]]), jnp.ones((2, 2), bool))
+)
+SHAPE = DecoderConfig(LETTERS + 1, 16, 1, 2, 1, 8, 32, context_length=4)
+POLICY = decoder(SHAPE)
+REWARD = reward_model(POLICY)
+
+
+def gold_of(prompts, responses):
+    return alphabet_gold(prompts, responses, letters=LETTERS)
+
+
+@pytest.fixture(scope="module")
+def world():
+    start = POLICY.init(jax.random.key(0))
+    return LanguageFrozen(start), table_of(gold_of, LANGUAGE), policy_table(POLICY, start, LANGUAGE)
+
+
+def annotate(key, sample, frozen):
+    score = lambda sample, frozen: gold_of(sample.prompts, sample.responses)  # noqa: E731
+    return preferences.expected_annotator(score)(key, sample, frozen)
+
+
+def problem_of(objective, *, against_reference=False, per_token=False, gold_reward=False):
+    """The listed problem; with `gold_reward` the reward is the gold one, so that only the lower level is learned."""
+    problem = language_problem(
+        POLICY, REWARD, objective, pairs=1, max_new_tokens=LENGTH, stop_ids=(STOP,),
+        against_reference=against_reference, per_token=per_token,
+    )  # fmt: skip
+    listed = listed_pairs(POLICY, LANGUAGE, against_reference=against_reference, per_token=per_token)
+    problem = problem._replace(sample=listed)
+    if not gold_reward:
+        return problem
+
+    def reward(upper, sample, frozen):
+        whole = gold_of(sample.prompts, sample.responses)[..., None] + 0 * upper
+        if not per_token:
+            return whole
+        mask = sample.responses.mask
+        return whole * (mask & ~jnp.pad(mask[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1))))
+
+    return problem._replace(reward=reward)
+
+
+def solve(algorithm, frozen, *, steps=700, upper=()):
+    state = algorithm.init(jax.random.key(0), upper, frozen.reference)
+
+    @jax.jit
+    def run(state):
+        def body(state, key):
+            return algorithm.step(key, state, LANGUAGE.prompts, frozen)
+
+        return jax.lax.scan(body, state, jax.random.split(jax.random.key(1), steps))
+
+    state, info = run(state)
+    return jnp.exp(policy_table(POLICY, state.policy, LANGUAGE)), info
+
+
+def adam(steps=700):
+    return optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+
+
+def of_reference(policy, frozen):
+    del policy
+    return frozen.reference
+
+
+def wins(gold, reference):
+    return exact.row_mean(lambda own, other: jax.nn.sigmoid(own - other), reference, gold)
+
+
+DIRECT = {
+    "offline dpo": (dpo, of_reference),
+    "online dpo": (dpo, None),
+    "offline ipo": (ipo, of_reference),
+}
+
+
+@pytest.mark.parametrize("case", DIRECT)
+def test_direct_methods(world, case):
+    frozen, gold, reference = world
+    loss, sampler = DIRECT[case]
+    keywords = {"sampler": sampler} if sampler else {}
+    problem = problem_of(objectives.likelihood())
+    reached, info = solve(direct_preference(problem, loss(beta=BETA), adam(), annotate=annotate, **keywords), frozen)
+    utility = gold if loss is dpo else wins(gold, reference)
+    np.testing.assert_allclose(reached, jnp.exp(exact.soft_policy(utility, reference, BETA)), atol=1e-3)
+    if loss is dpo:
+        np.testing.assert_allclose(info.loss[0], np.log(2), rtol=1e-6)
+
+
+def test_the_labels_own_gradient(world):
+    frozen, gold, reference = world
+    problem = problem_of(objectives.utility(kl_price=BETA), against_reference=True)
+    reached, _ = solve(label_policy_gradient(problem, adam(), annotate=annotate), frozen)
+    np.testing.assert_allclose(reached, jnp.exp(exact.soft_policy(wins(gold, reference), reference, BETA)), atol=1e-3)
+
+
+def scaled_optimum(gold, reference, beta):
+    """The fixed point of pi = reference exp(R / (beta std_pi R)), prompt by prompt, by damped iteration."""
+    policy = reference
+    for _ in range(2000):
+        mean = exact.mean_under(policy, gold)
+        spread = jnp.sqrt(exact.mean_under(policy, gold**2) - mean**2)
+        policy = jax.nn.log_softmax(0.8 * policy + 0.2 * (reference + gold / (beta * spread[:, None])))
+    return policy
+
+
+@pytest.mark.parametrize("case", ["rloo", "ppo", "dr. grpo", "grpo"])
+def test_lower_levels_under_the_gold_reward(world, case):
+    frozen, gold, reference = world
+    per_token = case != "rloo"
+    problem = problem_of(objectives.likelihood(coupled=False), per_token=per_token, gold_reward=True)
+    critic = REWARD.from_trunk(frozen.reference)
+    slope = {
+        "rloo": lambda: bilevel.of_loss(),
+        "ppo": lambda: actor_critic(problem, token_critic(POLICY), critic, adam(), beta=BETA, trace=1.0),
+        "dr. grpo": lambda: group_relative(problem, beta=BETA, scaled=False),
+        "grpo": lambda: group_relative(problem, beta=BETA),
+    }[case]()
+    solver = bilevel.tangent(adam(), optax.set_to_zero(), slope=slope)
+    algorithm = bilevel.bilevel_descent(
+        problem, bilevel.decoupled(), solver, optax.set_to_zero(), beta=BETA, annotate=annotate
+    )
+    reached, _ = solve(algorithm, frozen, upper=jnp.zeros(()))
+    optimum = scaled_optimum(gold, reference, BETA) if case == "grpo" else exact.soft_policy(gold, reference, BETA)
+    np.testing.assert_allclose(reached, jnp.exp(optimum), atol=1e-3)
+    if case == "grpo":
+        assert jnp.max(jnp.abs(jnp.exp(optimum) - jnp.exp(exact.soft_policy(gold, reference, BETA)))) > 0.05
+
+
+def test_iterated_rlhf_learns_the_reward_and_reaches_its_optimum(world):
+    frozen, gold, reference = world
+    problem = problem_of(objectives.likelihood(coupled=False))
+    solver = bilevel.tangent(adam(900), optax.set_to_zero())
+    algorithm = bilevel.bilevel_descent(problem, bilevel.decoupled(), solver, adam(900), beta=BETA, annotate=annotate)
+    reached, _ = solve(algorithm, frozen, steps=900, upper=REWARD.init(jax.random.key(2)))
+    np.testing.assert_allclose(reached, jnp.exp(exact.soft_policy(gold, reference, BETA)), atol=1e-2)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_kl_estimators_have_the_exact_value_and_gradient(world, per_token):
+    """At a policy away from both the reference and the policy that the pairs came from."""
+    frozen, _, reference = world
+    sampled, policy = (
+        jax.tree.map(lambda leaf, key=key: leaf + 0.3 * jax.random.normal(key, leaf.shape), frozen.reference)
+        for key in jax.random.split(jax.random.key(5), 2)
+    )
+    problem = problem_of(objectives.likelihood(), per_token=per_token)
+
+    def of(estimator, behaviour):
+        sample = problem.sample(jax.random.key(0), behaviour, LANGUAGE.prompts, frozen)
+        return lambda policy: importance.kl(problem.log_prob(policy, sample, frozen), sample, estimator=estimator)
+
+    def truth(policy):
+        own = policy_table(POLICY, policy, LANGUAGE)
+        return jnp.mean(exact.mean_under(own, own - reference))
+
+    value, gradient = jax.jit(jax.value_and_grad(truth))(policy)
+    assert value > 0.1
+    for behaviour in (policy, sampled):
+        for estimator in ("k1", "k2", "k3"):
+            found, slope = jax.jit(jax.value_and_grad(of(estimator, behaviour)))(policy)
+            if estimator != "k2":
+                np.testing.assert_allclose(found, value, rtol=1e-4)
+            jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), slope, gradient)
+    with pytest.raises(ValueError, match="k1, k2 or k3, got 'k4'"):
+        of("k4", policy)(policy)
+
+
+def test_the_usual_way_of_differentiating_k3_is_another_gradient(world):
+    """Why the KL's gradient is not left to the estimate: k3 as it stands descends KL(reference || policy)."""
+    frozen, _, reference = world
+    policy = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(6), leaf.shape), frozen.reference)
+    problem = problem_of(objectives.likelihood())
+    sample = problem.sample(jax.random.key(0), policy, LANGUAGE.prompts, frozen)
+
+    def as_it_stands(policy):
+        ratio = problem.log_prob(policy, sample, frozen) - sample.reference_log_prob
+        return importance.expectation(jnp.mean(ratio + jnp.expm1(-ratio), axis=(-2, -1)), sample)
+
+    def other_way(policy):
+        own = policy_table(POLICY, policy, LANGUAGE)
+        return jnp.mean(exact.mean_under(reference, reference - own))
+
+    def right(policy):
+        return importance.kl(problem.log_prob(policy, sample, frozen), sample, estimator="k3")
+
+    as_is, other, kl = (jax.grad(function)(policy) for function in (as_it_stands, other_way, right))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), as_is, other)
+    assert optax.tree.norm(optax.tree.sub(as_is, kl)) > 0.1 * optax.tree.norm(kl)
