@@ -1,0 +1,238 @@
+"""What `frontier.py` leaves behind: tables, pictures, and all numbers in results.json."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from frontier_harness import Spent
+from rich.console import Console
+
+from jaxrlhf.frontier_report import at_kl, best_of_n, ideal_gain, over_optimisation, paired_gain, student_interval
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.report import Table, rich_table, write_report
+from jaxrlhf.training.run_folder import RunFolder
+
+OURS = "bilevel"
+
+
+class Found(NamedTuple):
+    """One method under one gold reward: its evaluations (fields `[seeds]`), what a run spent, and seconds for all
+    seeds.
+    """
+
+    history: list[dict[str, np.ndarray]]
+    spent: Spent
+    seconds: float
+
+    def field(self, name: str) -> np.ndarray:
+        """Returns a field over evaluations and seeds, `[evaluations, seeds]`."""
+        return np.array([row[name] for row in self.history])
+
+
+class Setting(NamedTuple):
+    """A gold reward and a size of the learner's.
+
+    Attributes:
+        gold, reward: their names.
+        found: by method.
+        pool_scores: gold rewards of the reference's pool `[openings, pool]`.
+        proxies: what a learner's reward says of the pool, `[seeds, openings, pool]`.
+    """
+
+    gold: str
+    reward: str
+    found: dict[str, Found]
+    pool_scores: np.ndarray
+    proxies: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return f"{self.gold} / {self.reward}"
+
+
+def gains_at(found: Found, target: float) -> np.ndarray:
+    """Returns each seed's gain at a KL `[seeds]`, between its evaluations; NaN where it did not get that far."""
+    kl, gain = np.maximum(found.field("kl"), 0.0), found.field("gain")
+    return np.array([float(at_kl(kl[:, seed], gain[:, seed], target)) for seed in range(kl.shape[1])])
+
+
+def yardsticks(setting: Setting, target: float) -> dict[str, np.ndarray]:
+    """Returns gains at a KL of the best of n: by the gold reward, by a learner's (a seed each), and the ideal."""
+    base = setting.pool_scores.mean()
+    by_gold = best_of_n(setting.pool_scores)
+    found = {"best of n, by gold": np.array([float(at_kl(by_gold.kl[1:], by_gold.gold[1:] - base, target))])}
+    curves = [best_of_n(setting.pool_scores, proxy) for proxy in setting.proxies]
+    found["best of n, by reward"] = np.array([float(at_kl(c.kl[1:], c.gold[1:] - base, target)) for c in curves])
+    found["ideal, sqrt(2 KL)"] = np.array([float(ideal_gain(target, spread_of(setting)))])
+    return found
+
+
+def spread_of(setting: Setting) -> float:
+    """Returns the root mean square over prompts of the gold reward's standard deviation."""
+    return float(np.sqrt(np.mean(np.var(setting.pool_scores, axis=1))))
+
+
+def interval(values: np.ndarray) -> str:
+    """Returns mean and half interval of what was reached, and by how many if not by all."""
+    reached = values[np.isfinite(values)]
+    if not len(reached):
+        return "not reached"
+    mean, half = student_interval(reached)
+    text = f"{mean:.2f}" if not np.isfinite(half) else f"{mean:.2f} ± {half:.2f}"
+    return text if len(reached) == len(values) else f"{text} ({len(reached)} of {len(values)})"
+
+
+def frontier_table(settings: list[Setting], target: float) -> Table:
+    """Returns gold gains at a KL, a row a method and a column a setting."""
+    rows = [
+        (name, *(interval(gains_at(setting.found[name], target)) for setting in settings)) for name in settings[0].found
+    ]
+    sticks = [yardsticks(setting, target) for setting in settings]
+    rows += [(name, *(interval(stick[name]) for stick in sticks)) for name in sticks[0]]
+    columns = ("method", *(setting.name for setting in settings))
+    return Table(f"Gold gain at {target:g} nats, mean and 95% interval over seeds", columns, rows)
+
+
+def verdict_table(settings: list[Setting], target: float) -> Table | None:
+    """Returns how much the bilevel method gains over each other, seed by seed; None where it was not run."""
+    if OURS not in settings[0].found:
+        return None
+    rows = []
+    for name in settings[0].found:
+        if name == OURS:
+            continue
+        cells = []
+        for setting in settings:
+            both = [gains_at(setting.found[each], target) for each in (OURS, name)]
+            kept = np.isfinite(both[0]) & np.isfinite(both[1])
+            if kept.sum() < 2:
+                cells.append("not reached")
+                continue
+            mean, half = paired_gain(both[0][kept], both[1][kept])
+            sign = "+" if mean > half else "-" if mean < -half else "="
+            cells.append(f"{sign} {mean:+.2f} ± {half:.2f}")
+        rows.append((name, *cells))
+    columns = (f"{OURS} less", *(setting.name for setting in settings))
+    return Table(f"Paired differences of gold gain at {target:g} nats (+, -: 95% interval leaves out 0)", columns, rows)
+
+
+def last_table(setting: Setting) -> Table:
+    """Returns what else is known of the last policies: length, win rates, the predictor's health, over-optimisation."""
+    rows = []
+    for name, found in setting.found.items():
+        last = {field: values.mean() for field, values in found.history[-1].items()}
+        kl, proxy, gold = (found.field(field) for field in ("kl", "proxy", "gain"))
+        onsets = [over_optimisation(np.maximum(kl[:, s], 0), proxy[:, s], gold[:, s]).onset for s in range(kl.shape[1])]
+        seen = np.isfinite(onsets)
+        rows.append(
+            (
+                name,
+                *(f"{last[field]:.2f}" for field in ("kl", "kl_k3", "gain", "win_rate", "controlled_win_rate")),
+                f"{last['length']:.1f}",
+                *(
+                    f"{last[field]:.2f}"
+                    for field in (
+                        "proxy_length_correlation",
+                        "proxy_gold_correlation",
+                        "offline_calibration",
+                        "fresh_calibration",
+                        "fresh_accuracy",
+                    )
+                ),
+                f"{np.mean(np.array(onsets)[seen]):.1f} ({seen.sum()} of {len(seen)})" if seen.any() else "none seen",
+            )
+        )
+    columns = (
+        "method", "KL", "k3", "gain", "win rate", "at equal length", "tokens", "predictor ~ length", "predictor ~ gold",
+        "calibration error offline", "of its own answers", "accuracy there", "onset of over-optimisation (nats)",
+    )  # fmt: skip
+    return Table(f"{setting.name}: the last policies", columns, rows)
+
+
+def spent_table(settings: list[Setting]) -> Table:
+    """Returns what each method consumed: the same labels and responses, and its own time."""
+    rows = []
+    for name in settings[0].found:
+        runs = [setting.found[name] for setting in settings]
+        first = runs[0].spent
+        seconds = " ".join(f"{run.seconds:.0f}" for run in runs)
+        rows.append((name, first.labels, first.responses, first.tokens, first.control_tokens, seconds))
+    columns = ("method", "labels a run", "responses", "their tokens", "tokens to measure KL", "seconds by setting")
+    return Table("Spent", columns, rows)
+
+
+def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
+    """Draws gain against KL, and calibration over labels; returns the files' names."""
+    frontier, calibration = {}, {}
+    for setting in settings:
+        farthest = max(found.field("kl").mean(axis=1).max() for found in setting.found.values())
+        lines: dict[str, Any] = {}
+        for name, found in setting.found.items():
+            kl, gain = found.field("kl").mean(axis=1), found.field("gain")
+            half = np.array([student_interval(row)[1] for row in gain])
+            half = np.where(np.isfinite(half), half, 0.0)
+            mean = gain.mean(axis=1)
+            lines[name] = ([0, *kl], [0, *mean], [0, *(mean - half)], [0, *(mean + half)])
+        best = best_of_n(setting.pool_scores)
+        kept = best.kl <= farthest
+        lines["best of n, by gold"] = (list(best.kl[kept]), list(best.gold[kept] - setting.pool_scores.mean()))
+        grid = np.linspace(0, farthest, 40)
+        lines["sqrt(2 KL)"] = (list(grid), list(ideal_gain(grid, spread_of(setting))))
+        frontier[setting.name] = ("KL to the reference (nats)", "gold gain", lines)
+        calibration[setting.name] = (
+            "labels",
+            "calibration error on its own answers",
+            {
+                name: (list(found.field("labels")[:, 0]), list(found.field("fresh_calibration").mean(axis=1)))
+                for name, found in setting.found.items()
+            },
+        )
+    draw_curves(folder / "frontier.png", frontier)
+    draw_curves(folder / "calibration.png", calibration)
+    return ["frontier.png", "calibration.png"]
+
+
+def report(folder: RunFolder, config: Any, settings: list[Setting], seconds: float, console: Console) -> None:
+    """Writes tables, figures, numbers and report.html, and prints the tables that compare."""
+    tables = []
+    for target in config.at:
+        tables += [table for table in (frontier_table(settings, target), verdict_table(settings, target)) if table]
+    tables += [spent_table(settings)] + [last_table(setting) for setting in settings]
+    figures = draw(folder.path, settings)
+    folder.write_json(
+        "results.json",
+        {
+            "seconds": seconds,
+            "config": config,
+            "settings": {
+                setting.name: {
+                    "spread": spread_of(setting),
+                    "yardsticks": {f"{target:g}": yardsticks(setting, target) for target in config.at},
+                    "methods": {
+                        name: {"history": found.history, "spent": found.spent, "seconds": found.seconds}
+                        | {"gain_at": {f"{target:g}": gains_at(found, target) for target in config.at}}
+                        for name, found in setting.found.items()
+                    },
+                }
+                for setting in settings
+            },
+        },
+    )
+    lines = []
+    for table in tables:
+        lines += [f"**{table.title}**", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+        lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in table.rows] + [""]
+    folder.write_text("tables.md", "\n".join(lines))
+    write_report(
+        folder.path,
+        title="Gold reward against KL",
+        summary=f"{config.seeds} seeds, {seconds / 60:.1f} minutes.",
+        tables=tables,
+        figures=figures,
+        config=config,
+    )
+    for table in tables[: 2 * len(config.at) + 1]:
+        console.print(rich_table(table))
+    console.print(f"{seconds / 60:.1f} minutes. Report, tables, figures and all numbers are in:")
+    console.print(str(folder.path), soft_wrap=True)
