@@ -158,14 +158,14 @@ def _without_reward(name: str, parts: Parts, rates: Rates) -> Method:
 def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
     policy_adam, reward_adam = adam(rates.policy, parts.steps, parts.hold), adam(rates.reward, parts.steps)
     fitted = objectives.likelihood(coupled=False)
-    fitting = problem_of(parts, fitted, against_reference=False)
-    learning = reward_learning(fitting, adam(rates.reward, parts.steps))
+    problem = problem_of(parts, fitted, against_reference=False, per_token=name in ("PPO", "GRPO"))
+    learning = reward_learning(problem, adam(rates.reward, parts.steps))
 
     def with_buffer(algorithm):
         return refitted(
             algorithm,
             learning,
-            parts.shapes(fitting),
+            parts.shapes(problem),
             capacity=parts.buffer,
             size=parts.batch,
             updates=parts.fit_updates,
@@ -177,14 +177,12 @@ def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
 
         def coupled(beta):
             won = objectives.utility(weight=parts.utility_weight, kl_price=parts.kl_share * beta)
-            problem = problem_of(parts, objectives.add(fitted, won), against_reference=False, self_play=True)
-            return with_buffer(self_play(bilevel.bilevel_descent(problem, rule, solver, reward_adam, beta=beta)))
+            against_itself = problem_of(parts, objectives.add(fitted, won), against_reference=False, self_play=True)
+            return with_buffer(self_play(bilevel.bilevel_descent(against_itself, rule, solver, reward_adam, beta=beta)))
 
         return Method(coupled, rates, has_reward=True)
 
     # Iterated RLHF: the reward is fitted to labels as they come, and the lower level is whichever one likes.
-    problem = problem_of(parts, fitted, per_token=name != "RLOO", against_reference=False)
-
     def slope(beta):
         if name == "PPO":
             value, critic_adam = token_critic(parts.policy), adam(rates.critic, parts.steps)

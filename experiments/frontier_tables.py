@@ -117,13 +117,21 @@ def verdict_table(settings: list[Setting], target: float) -> Table | None:
     return Table(f"Paired differences of gold gain at {target:g} nats (+, -: 95% interval leaves out 0)", columns, rows)
 
 
+def onsets_of(found: Found) -> np.ndarray:
+    """Returns the KL at which each seed's gold gain began to fall while its predictor rose on; NaN where none was seen."""
+    kl, proxy, gold = (found.field(name) for name in ("kl", "proxy", "gain"))
+    if len(kl) < 3:
+        return np.full(kl.shape[1], np.nan)
+    runs = zip(np.maximum(kl, 0.0).T, proxy.T, gold.T, strict=True)
+    return np.array([over_optimisation(*run).onset for run in runs])
+
+
 def last_table(setting: Setting) -> Table:
     """Returns what else is known of the last policies: length, win rates, the predictor's health, over-optimisation."""
     rows = []
     for name, found in setting.found.items():
         last = {field: values.mean() for field, values in found.history[-1].items()}
-        kl, proxy, gold = (found.field(field) for field in ("kl", "proxy", "gain"))
-        onsets = [over_optimisation(np.maximum(kl[:, s], 0), proxy[:, s], gold[:, s]).onset for s in range(kl.shape[1])]
+        onsets = onsets_of(found)
         seen = np.isfinite(onsets)
         rows.append(
             (
@@ -140,7 +148,7 @@ def last_table(setting: Setting) -> Table:
                         "fresh_accuracy",
                     )
                 ),
-                f"{np.mean(np.array(onsets)[seen]):.1f} ({seen.sum()} of {len(seen)})" if seen.any() else "none seen",
+                f"{np.mean(onsets[seen]):.1f} ({seen.sum()} of {len(seen)})" if seen.any() else "none seen",
             )
         )
     columns = (
@@ -166,10 +174,10 @@ def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
     """Draws gain against KL, and calibration over labels; returns the files' names."""
     frontier, calibration = {}, {}
     for setting in settings:
-        farthest = max(found.field("kl").mean(axis=1).max() for found in setting.found.values())
+        farthest = max(0.0, *(found.field("kl").mean(axis=1).max() for found in setting.found.values()))
         lines: dict[str, Any] = {}
         for name, found in setting.found.items():
-            kl, gain = found.field("kl").mean(axis=1), found.field("gain")
+            kl, gain = np.maximum(found.field("kl").mean(axis=1), 0.0), found.field("gain")
             half = np.array([student_interval(row)[1] for row in gain])
             half = np.where(np.isfinite(half), half, 0.0)
             mean = gain.mean(axis=1)
