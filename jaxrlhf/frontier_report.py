@@ -7,12 +7,12 @@ Every function raises ValueError for shapes that do not match, numbers that are 
 numbers outside of their range, and where nothing is given.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from jaxrlhf.preference_report import NORMAL_95
 
@@ -219,7 +219,7 @@ def student_interval(values: np.ndarray) -> tuple[float, float]:
     count = len(values)
     if count == 1:
         return float(values[0]), math.nan
-    half = student_quantile(0.975, count - 1) * float(values.std(ddof=1)) / math.sqrt(count)
+    half = float(scipy.stats.t.ppf(0.975, count - 1) * values.std(ddof=1)) / math.sqrt(count)
     return float(values.mean()), half
 
 
@@ -227,33 +227,6 @@ def paired_gain(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """Returns the mean of `values - others`, `[seeds]` each and seed by seed, and half of its interval."""
     values, others = _same_length(values=values, others=others)
     return student_interval(values - others)
-
-
-@functools.lru_cache
-def student_quantile(probability: float, freedom: int) -> float:
-    """Returns the t below which Student's variable with that many degrees of freedom lies with that probability.
-
-    With `angle = arctan(t / sqrt(freedom))`, `P(|T| < t)` is a finite sum of powers of its cosine (Abramowitz and
-    Stegun, 26.7.3 and 26.7.4). It rises with the angle, which is found by bisection, to about 12 digits.
-    """
-    if not 0 < probability < 1 or freedom < 1:
-        raise ValueError(f"No quantile for probability {probability} and {freedom} degrees of freedom.")
-    odd = freedom % 2
-    order = np.arange(1 + odd, freedom - 1, 2)  # the ratio of a term to the one before is order / (order + 1) cos^2
-    ratios = order / (order + 1)
-
-    def within(angle: float) -> float:
-        powers = np.cumprod(np.concatenate([[1.0], ratios * math.cos(angle) ** 2]))
-        if not odd:
-            return math.sin(angle) * float(powers.sum())
-        tail = math.sin(angle) * math.cos(angle) * float(powers.sum()) if freedom > 1 else 0.0
-        return 2 / math.pi * (angle + tail)
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < abs(2 * probability - 1) else (low, middle)
-    return math.copysign(math.sqrt(freedom) * math.tan((low + high) / 2), probability - 0.5)
 
 
 def over_optimisation(
