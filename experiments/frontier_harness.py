@@ -155,7 +155,8 @@ def compile_method(
         return (jnp.exp(state.log_beta) * (own - theirs)).reshape(responses.tokens.shape[:2])
 
     def init(key):
-        return algorithm.init(key, first_reward(key) if method.has_reward else (), world.start)
+        # What is no reward model is the policy's own log-ratio, if it is anything.
+        return algorithm.init(key, first_reward(key) if method.has_reward else world.start, world.start)
 
     return Runner(
         init=jax.jit(jax.vmap(init)),

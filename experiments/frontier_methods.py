@@ -17,7 +17,7 @@ import optax
 
 from jaxrlhf import bilevel, objectives, preferences
 from jaxrlhf.actor_critic import actor_critic
-from jaxrlhf.direct_preference import direct_preference, dpo, ipo, simpo
+from jaxrlhf.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
 from jaxrlhf.group_relative import group_relative
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.model import LanguageModel
@@ -56,6 +56,7 @@ class Parts(NamedTuple):
         hold: outer steps in which a policy waits for its reward, which has seen no label yet.
         kl_share: of beta, the price of the KL in the win rate: 1/4 makes both levels trade alike.
         utility_weight: of the win rate beside the likelihood.
+        implicit_weight: the same over beta, where the reward is a policy's log-ratio: its likelihood weighs beta as much.
         relative_sigma: of the stencil.
     """
 
@@ -73,6 +74,7 @@ class Parts(NamedTuple):
     hold: int = 6
     kl_share: float = 0.25
     utility_weight: float = 1.0
+    implicit_weight: float = 1.0
     relative_sigma: float = 0.2
 
 
@@ -104,8 +106,11 @@ RATES = {
     "GRPO": Rates(policy=2e-4, beta=0.1),
     "boltzmann": Rates(policy=4e-4),
     "bilevel": Rates(policy=4e-4, tangent=2e-5),
+    "implicit bilevel": Rates(policy=5e-5),
 }
-WITHOUT_REWARD = ("offline DPO", "offline IPO", "offline SimPO", "online DPO", "SAIL", "label gradient")
+WITHOUT_REWARD = (
+    "offline DPO", "offline IPO", "offline SimPO", "online DPO", "SAIL", "label gradient", "implicit bilevel"
+)  # fmt: skip
 WITH_REWARD = ("RLOO", "PPO", "GRPO", "boltzmann", "bilevel")
 
 
@@ -132,6 +137,9 @@ def _without_reward(name: str, parts: Parts, rates: Rates) -> Method:
 
         return Method(of_labels, rates)
 
+    if name == "implicit bilevel":
+        return Method(_implicit(parts, optimizer), rates)
+
     def lengths(sample):
         return jnp.sum(sample.responses.mask, axis=-1)
 
@@ -153,6 +161,29 @@ def _without_reward(name: str, parts: Parts, rates: Rates) -> Method:
         )
 
     return Method(of_pairs, rates, offline=offline)
+
+
+def _implicit(parts: Parts, optimizer: optax.GradientTransformation) -> Callable[[Any], Any]:
+    """Bilevel descent whose reward is a policy's log-ratio: the lower level is solved by that policy itself."""
+    solver = bilevel.closed_form(lambda task, index: task.upper_of(index))
+
+    def make(beta):
+        won = objectives.utility(weight=parts.implicit_weight * beta, kl_price=parts.kl_share * beta)
+        problem = problem_of(
+            parts, objectives.add(objectives.likelihood(coupled=False), won), against_reference=False, self_play=True
+        )
+        descent = bilevel.bilevel_descent(
+            implicit_reward(problem, beta=beta), bilevel.boltzmann(), solver, optimizer, beta=beta
+        )
+        return replayed(
+            self_play(descent),
+            parts.shapes(problem),
+            capacity=parts.buffer,
+            size=parts.batch,
+            updates=parts.fit_updates,
+        )
+
+    return make
 
 
 def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:

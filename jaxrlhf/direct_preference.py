@@ -150,6 +150,27 @@ def direct_preference(
     return policy_algorithm(problem, total, optimizer, annotate=annotate, sampler=sampler, steps=steps)
 
 
+def implicit_reward(problem: BilevelProblem, *, beta: float | jax.Array) -> BilevelProblem:
+    """Returns the problem with `R_phi = beta log(pi_phi / reference)` for its reward: the upper parameters are a policy's.
+
+    The lower level is then solved by `lambda*(phi) = phi` (arXiv 2305.18290), that is by
+    `closed_form(lambda task, index: task.upper_of(index))`, and with the rule `boltzmann()` bilevel descent of
+
+    - the uncoupled likelihood is online DPO;
+    - the coupled likelihood adds SAIL's term;
+    - the uncoupled likelihood and the coupled utility are online DPO with the label's own policy gradient beside it.
+
+    Args:
+        problem: with `log_prob` of both responses of a pair.
+        beta: as in `bilevel_descent`.
+    """
+
+    def reward(upper, sample, frozen):
+        return beta * (problem.log_prob(upper, sample, frozen) - sample.reference_log_prob)
+
+    return problem._replace(reward=reward)
+
+
 def log_ratio_difference(log_prob: jax.Array, sample: Sample) -> jax.Array:
     """Returns `h` `[B, M]`, nats, from log-probabilities `[B, M, 2, T]`: the implicit reward's difference over beta."""
     total = jnp.sum(log_prob - sample.reference_log_prob, axis=-1)

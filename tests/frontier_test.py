@@ -60,7 +60,7 @@ def test_every_method_proposes_the_same_responses(world, directory):
     for name, rates in methods.RATES.items():
         method = methods.build(name, parts, rates)
         algorithm = method.make(rates.beta)
-        upper = first(key) if method.has_reward else ()
+        upper = first(key) if method.has_reward else world.start
         state = jax.eval_shape(algorithm.init, key, upper, world.start)
         sample = jax.eval_shape(algorithm.propose, key, state, asked, frozen)
         labelled = harness.Labelled(sample, jax.ShapeDtypeStruct((4, 2, 1), np.float32))

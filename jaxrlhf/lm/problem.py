@@ -157,15 +157,15 @@ def language_problem(
         prompts, (tokens, mask) = flat(sample.prompts, responses)
         params = policy_params(lower, frozen)
         own = log_probs(params, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], -1)
+        if self_play:
+            return both_sides(own[:, :, 0])
         return jnp.pad(own, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
 
     def score(upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
         params = reward_params(upper, frozen)
         if self_play:
-            # Each response is the first of one pair and the second of the pair's other side.
             first = Responses(*(part[:, :, :1] for part in sample.responses))
-            own = reward_of(reward, params, sample.prompts, first)[..., 0]
-            whole = jnp.stack([own, jnp.roll(own, own.shape[1] // 2, axis=1)], axis=2)[..., None]
+            whole = both_sides(reward_of(reward, params, sample.prompts, first))
         else:
             whole = reward_of(reward, params, sample.prompts, sample.responses)[..., None]
         if not per_token:
@@ -175,6 +175,14 @@ def language_problem(
         return whole * (mask - following)  # 1 at the last token
 
     return BilevelProblem(sample, log_prob, score, objective.cost, objective.kl_price)
+
+
+def both_sides(first: jax.Array) -> jax.Array:
+    """Returns values of both slots `[B, 2M, 2, ...]` from those of the first, for pairs seen from both sides.
+
+    Each response is the first of one pair and the second of that pair's other side, M places on.
+    """
+    return jnp.stack([first, jnp.roll(first, first.shape[1] // 2, axis=1)], axis=2)
 
 
 def flat(prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:

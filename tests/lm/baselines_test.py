@@ -13,7 +13,7 @@ import pytest
 from jaxrlhf import bilevel, exact, objectives, preferences
 from jaxrlhf.actor_critic import actor_critic
 from jaxrlhf.bilevel import importance
-from jaxrlhf.direct_preference import direct_preference, dpo, ipo
+from jaxrlhf.direct_preference import direct_preference, dpo, implicit_reward, ipo
 from jaxrlhf.group_relative import group_relative
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs, policy_table, table_of
@@ -113,6 +113,29 @@ def test_direct_methods(world, case):
     np.testing.assert_allclose(reached, jnp.exp(exact.soft_policy(utility, reference, BETA)), atol=1e-3)
     if loss is dpo:
         np.testing.assert_allclose(info.loss[0], np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_an_implicit_reward_makes_bilevel_descent_of_the_likelihood_dpo_and_sail(world, coupled):
+    """The same move of the parameters: lambda*(phi) = phi, and boltzmann's coupling is SAIL's term."""
+    frozen, *_ = world
+    start = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(7), leaf.shape), frozen.reference)
+    problem = problem_of(objectives.likelihood(coupled=coupled))
+    itself = bilevel.closed_form(lambda task, index: task.upper_of(index))
+    ours = bilevel.bilevel_descent(
+        implicit_reward(problem, beta=BETA), bilevel.boltzmann(), itself, optax.sgd(1.0), beta=BETA, annotate=annotate
+    )
+    theirs = direct_preference(problem, dpo(beta=BETA), optax.sgd(1.0), coupling=float(coupled), annotate=annotate)
+    moved, moved_too = (
+        jax.jit(algorithm.step)(
+            jax.random.key(0), algorithm.init(jax.random.key(0), start, start), LANGUAGE.prompts, frozen
+        )
+        for algorithm in (ours, theirs)
+    )
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), moved[0].upper, moved_too[0].policy
+    )
+    assert optax.tree.norm(optax.tree.sub(moved[0].upper, start)) > 0.1
 
 
 def test_the_labels_own_gradient(world):
