@@ -60,6 +60,7 @@ def language_problem(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     temperature: float = 1.0,
+    top_p: float = 1.0,
     against_reference: bool = True,
     self_play: bool = False,
     pad_id: int = 0,
@@ -76,8 +77,8 @@ def language_problem(
         pairs: M, pairs a prompt and step. At least 2 give every response a baseline of its own prompt.
         max_new_tokens: longest completion.
         stop_ids: tokens that end a completion.
-        temperature: of the policy: it samples and is trained at this temperature, and so is the reference. Top-p
-            sampling is not offered: it changes the support, and no density ratio exists outside the nucleus.
+        temperature: of the policy: it samples and is trained at this temperature, and so is the reference.
+        top_p: must be 1. A nucleus changes the support, and no density ratio exists outside of it.
         against_reference: whether the second response of a pair comes from the reference.
         self_play: whether updates see every pair from both sides, `preferences.from_both_sides`, each response against the
             other held fixed; with against_reference=False.
@@ -101,6 +102,11 @@ def language_problem(
         raise ValueError(f"pairs must be at least 1, got {pairs}.")
     if not temperature > 0:
         raise ValueError(f"The policy's temperature must be positive, got {temperature}.")
+    if top_p != 1.0:
+        raise ValueError(
+            f"top_p {top_p:g} cannot be trained with: what lies outside of its nucleus has no log-probability. Sample "
+            "with temperature, and keep top_p for `generate` after training."
+        )
 
     def write(key: Key, params: Params, prompts: Prompts) -> Completions:
         return generate(

@@ -203,6 +203,7 @@ def test_one_trace_and_the_same_bits():
         ({"against_reference": False}, "needs policy-reference pairs"),
         ({"pairs": 0}, "pairs must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"top_p": 0.9}, "top_p 0.9 cannot be trained with"),
     ],
 )
 def test_errors(keywords, message):
