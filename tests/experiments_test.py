@@ -175,7 +175,7 @@ def test_bad_directories_get_one_sentence(model_directory, capsys, tmp_path):
 
 def test_a_batch_that_does_not_divide_over_the_devices(model_directory, capsys, monkeypatch, tmp_path):
     class FourDevices:
-        shape = {"data": 4}  # noqa: RUF012
+        shape = {"data": 4, "fsdp": 1}  # noqa: RUF012
 
     monkeypatch.setattr(online_rlhf, "data_mesh", lambda devices=None: FourDevices)
     message = refuse(capsys, policy=model_directory, batch=6, output=tmp_path / "runs")

@@ -1,18 +1,20 @@
 """Compilation in one place: shardings and donation for any `BilevelAlgorithm`, and for the steps of `lm.learning`.
 
-Where older code wrote `pmap` or `pjit`, this is `jax.jit` with explicit `NamedSharding`: parameters are replicated, the
-prompts of a step are split over the mesh's `data` axis, and the compiler inserts the reductions.
+Where older code wrote `pmap` or `pjit`, this is `jax.jit` with explicit `NamedSharding`: the prompts of a step are
+split over the mesh's axes `data` and `fsdp`, the state lies as `sharding.shardings` says (by default a copy on every
+device), and the compiler inserts the communication. Proposing and updating share the weights where they lie.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrlhf.bilevel.descent import BilevelAlgorithm, BilevelInfo, BilevelState
 from jaxrlhf.bilevel.problem import Labelled, Sample
+from jaxrlhf.training.sharding import RULES, make_mesh
 from jaxrlhf.types import Batch, Key, Params
 
 
@@ -25,13 +27,13 @@ class CompiledAlgorithm(NamedTuple):
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a one-axis mesh `data` over the given devices, all by default."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+    """Returns the mesh whose axis `data` has the given devices, all by default."""
+    return make_mesh({"data": -1}, devices=devices)
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
-    """Raises ValueError unless `batch` prompts divide over the mesh's data axis."""
-    devices = mesh.shape["data"]
+    """Raises ValueError unless `batch` prompts divide over the mesh's axes that split a batch."""
+    devices = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if batch < 1 or batch % devices:
         raise ValueError(
             f"A batch of {batch} prompts does not divide over {devices} devices; use a positive multiple of {devices}."
@@ -43,18 +45,42 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def compile_algorithm(algorithm: BilevelAlgorithm, mesh: Mesh) -> CompiledAlgorithm:
+def place(tree: Any, where: Any) -> Any:
+    """Returns the arrays of `tree` as `where` says, a sharding for each; each device receives its own part only."""
+    return jax.tree.map(jax.device_put, tree, where)
+
+
+def create(algorithm: BilevelAlgorithm, key: Key, upper: Params, lower: Params, where: Any) -> BilevelState:
+    """Returns the algorithm's first state, made where it will live: no device ever holds more than its part.
+
+    Args:
+        algorithm: any.
+        key: consumed.
+        upper: as they lie, on the host or placed.
+        lower: likewise.
+        where: shardings of the state: `shardings(jax.eval_shape(algorithm.init, key, upper, lower), mesh, names_of)`.
+    """
+    return jax.jit(algorithm.init, out_shardings=where)(key, upper, lower)
+
+
+def compile_algorithm(
+    algorithm: BilevelAlgorithm, mesh: Mesh, *, state: Any = None, frozen: Any = None
+) -> CompiledAlgorithm:
     """Returns the algorithm's step and its two halves, jitted over the mesh.
 
     Args:
         algorithm: any; its `data` has leaves `[B, ...]`.
-        mesh: with an axis `data`.
+        mesh: of `sharding.make_mesh`.
+        state: shardings of the state; a copy on every device by default.
+        frozen: shardings of the frozen argument, likewise.
     """
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    inputs: Any = (everywhere, everywhere, split, everywhere)
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    state = everywhere if state is None else state
+    frozen = everywhere if frozen is None else frozen
+    inputs: Any = (everywhere, state, split, frozen)
     # A sample mixes leaves with and without a batch axis, so its placement is left to the compiler.
-    labelled: Any = (everywhere, everywhere, None, everywhere)
-    outputs: Any = (everywhere, everywhere)
+    labelled: Any = (everywhere, state, None, frozen)
+    outputs: Any = (state, everywhere)
     return CompiledAlgorithm(
         step=jax.jit(algorithm.step, in_shardings=inputs, out_shardings=outputs, donate_argnums=1),
         propose=jax.jit(algorithm.propose, in_shardings=inputs),
@@ -64,7 +90,7 @@ def compile_algorithm(algorithm: BilevelAlgorithm, mesh: Mesh) -> CompiledAlgori
 
 def compile_update(update: Callable, mesh: Mesh) -> Callable:
     """Returns an `(state, batch, frozen) -> (state, info)`, jitted over the mesh; rows are split, the state is donated."""
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
     return jax.jit(
         update,
         in_shardings=(everywhere, split, everywhere),

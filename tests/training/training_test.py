@@ -23,7 +23,9 @@ from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.language import alphabet_gold
-from jaxrlhf.training.step import compile_algorithm, data_mesh, outer_step
+from jaxrlhf.lm.axes import decoder_names
+from jaxrlhf.training.sharding import make_mesh, shardings
+from jaxrlhf.training.step import compile_algorithm, create, outer_step, place
 
 assert jax.device_count() == 8
 shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6)
@@ -40,20 +42,23 @@ prompts = Prompts(jnp.arange(16).reshape(8, 2) % 7 + 1, jnp.ones((8, 2), bool))
 start, scored = policy.init(jax.random.key(0)), reward.init(jax.random.key(1))
 scored["head"] = scored["head"] + 0.3
 results = []
-for devices in (jax.devices(), jax.devices()[:1]):
-    mesh = data_mesh(devices)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    compiled = compile_algorithm(algorithm, mesh)
-    frozen = jax.device_put(LanguageFrozen(start), everywhere)
-    data = jax.device_put(prompts, split)
-    state = jax.device_put(algorithm.init(jax.random.key(2), scored, start), everywhere)
+for sizes in ({"fsdp": 4, "tensor": 2}, {"data": 1}):
+    mesh = make_mesh(sizes, devices=jax.devices()[: 8 if "fsdp" in sizes else 1])
+    shapes = jax.eval_shape(algorithm.init, jax.random.key(2), scored, start)
+    where = shardings(shapes, mesh, decoder_names)
+    frozen = LanguageFrozen(start)
+    frozen_where = shardings(frozen, mesh, decoder_names)
+    compiled = compile_algorithm(algorithm, mesh, state=where, frozen=frozen_where)
+    frozen = place(frozen, frozen_where)
+    data = prompts
+    state = create(algorithm, jax.random.key(2), scored, start, where)
     for index in range(2):
         state, info = compiled.step(jax.random.key(index), state, data, frozen)
     host = lambda key, sample: preferences.gold_annotator(gold)(key, jax.tree.map(np.asarray, sample), frozen)
     state, info = outer_step(compiled, host)(jax.random.key(5), state, data, frozen)
     results.append(jax.tree.map(np.asarray, (state, info)))
-    assert len(jax.tree.leaves(state.lowers)[0].sharding.device_set) == len(devices)
+    weight = state.lowers["layers"]["0"]["query_key_value"]["weight"]
+    assert weight.addressable_shards[0].data.size * mesh.size == weight.size
 for eight, one in zip(*map(jax.tree.leaves, results)):
     np.testing.assert_allclose(eight, one, rtol=2e-4, atol=2e-5)
 print("AGREE")
@@ -71,7 +76,7 @@ def test_eight_devices_do_what_one_does():
 
 def test_a_batch_that_does_not_divide_is_named():
     class FourDevices:
-        shape = {"data": 4}  # noqa: RUF012
+        shape = {"data": 2, "fsdp": 2}  # noqa: RUF012
 
     with pytest.raises(ValueError, match="batch of 6 prompts does not divide over 4 devices"):
         check_batch(6, FourDevices)  # pyright: ignore
@@ -127,3 +132,49 @@ def test_figures_are_written(tmp_path):
         tmp_path / "band.png", {"a": ("x", "y", {"one": ([0, 1], [1, 2], [0, 1], [2, 3])}), "b": ("x", "y", {})}
     )
     assert (tmp_path / "band.png").read_bytes() != plain
+
+
+def test_a_mesh_of_named_axes():
+    from jaxrlhf.training.sharding import make_mesh, parse_mesh
+
+    one = jax.devices()[:1]
+    assert make_mesh(devices=one).shape == {"data": 1, "fsdp": 1, "tensor": 1, "stencil": 1}
+    assert parse_mesh("tensor=2, data=-1") == {"tensor": 2, "data": -1}
+    for sizes, message in (
+        ({"fsdp": 8}, "A mesh of fsdp 8 does not fit 1 devices"),
+        ({"fsdp": 3, "data": -1}, "does not fit 1 devices"),
+        ({"rows": 1}, "not 'rows'"),
+        ({"fsdp": 0}, "at least 1, or -1"),
+        ({"fsdp": -1, "data": -1}, "Only one mesh axis"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_mesh(sizes, devices=one)
+    for text in ("fsdp", "fsdp=many", "8"):
+        with pytest.raises(ValueError, match="written as fsdp=8"):
+            parse_mesh(text)
+
+
+def test_arrays_are_split_by_the_names_of_their_dimensions():
+    from jax.sharding import PartitionSpec
+
+    from jaxrlhf.lm.axes import decoder_names
+    from jaxrlhf.training.sharding import by_size, specification
+
+    class Mesh:
+        shape = {"data": 1, "fsdp": 4, "tensor": 2, "stencil": 3}  # noqa: RUF012
+
+    def split(path, shape):
+        return specification(decoder_names(path, shape), shape, Mesh)  # pyright: ignore
+
+    weight = ("layers", "0", "query_key_value", "weight")
+    assert split(weight, (8, 12)) == PartitionSpec("fsdp", "tensor")
+    assert split(("lowers", *weight), (3, 8, 12)) == PartitionSpec("stencil", "fsdp", "tensor")
+    assert split(("solver", "0", "mu", *weight), (8, 13)) == PartitionSpec("fsdp", None)
+    assert split(("lowers", *weight), (5, 6, 12)) == PartitionSpec(None, None, "tensor")
+    assert split(("embedding",), (8, 8)) == PartitionSpec("tensor", "fsdp")
+    assert split(("layers", "0", "gate_up", "up"), (4, 2, 6)) == PartitionSpec(None, None, "tensor")
+    assert split(("final_norm", "scale"), (8,)) == PartitionSpec(None)
+    assert split(("lowers", "final_norm", "scale"), (3, 8)) == PartitionSpec("stencil", None)
+    assert split(("step",), ()) == PartitionSpec()
+    names = by_size(("table",), (3, 16))
+    assert names == (None, "width") and by_size((), (7,)) == (None,)
