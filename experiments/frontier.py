@@ -3,27 +3,34 @@
     python experiments/frontier.py --policy DIR              # an hour on 2 cores
     python experiments/frontier.py --policy DIR --quick      # five minutes
 
-DIR is a Hugging Face directory of a small model of stories. A controller leads every method along one ramp of KL, so
-that at any step all have spent the same labels and stand at about the same distance from the reference; what differs is
-how much gold reward they have to show for it. Two gold rewards (a function of the text, a reward model), each with a
-learner's reward that can hold it and one that is too small.
+DIR is a Hugging Face directory of a small model of stories. A controller leads a run of every method to each of a few KLs,
+where all end with the same labels spent; what differs is how much gold reward they have to show for that. Two gold
+rewards (a function of the text, a reward model), each with a learner's reward that can hold it and one that is too small.
 """
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
+import os
 import pathlib
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 import tyro
-from frontier_harness import Budget, Runner, Yard, compile_method, make_yard, run
+from frontier_harness import Budget, compile_method, make_yard, run
 from frontier_methods import RATES, WITH_REWARD, Parts, build
 from frontier_tables import Found, Setting, report
 from frontier_tasks import (
     LEARNERS_RATE,
     Gold,
+    GoldModel,
     World,
     best_by_reward,
+    fit_gold_model,
     learners_reward,
     model_gold,
     open_world,
@@ -51,28 +58,30 @@ class Config:
     """Who judges."""
     rewards: tuple[str, ...] = ("whole", "small")
     """The learner's reward model: the policy's pretrained trunk, or one that is too small."""
-    seeds: int = 6
+    seeds: int = 4
     first_seed: int = 0
     """The rates were chosen on seeds from 100 on."""
+    kls: tuple[float, ...] = (2.2, 6.0)
+    """Where the controller leads a run of every seed, in nats."""
+    at: tuple[float, ...] = (2.0, 5.0)
+    """KLs that the tables compare at, between the runs' ends."""
     steps: int = 40
     batch: int = 8
     """Prompts a step."""
     pairs: int = 4
     """Pairs a prompt and step; each costs one label."""
     max_new_tokens: int = 32
-    kl: float = 6.0
-    """Where the ramp ends, in nats."""
-    at: tuple[float, ...] = (2.0, 5.0)
-    """KLs that the tables compare at."""
-    evaluations: int = 5
+    evaluations: int = 3
     judged: int = 256
     """Responses that a policy is judged by, each time."""
     pool: int = 512
     """Responses of the reference to each opening, for best-of-n."""
     utility_weight: float = 1.0
     """Weight of the coupled win rate beside the likelihood, of the bilevel methods."""
+    workers: int = 2
+    """Processes side by side; 1 where one device does everything."""
     quick: bool = False
-    """A look in five minutes: two seeds, four methods, one gold reward, 20 steps."""
+    """A look in five minutes: two seeds, four methods, one gold reward, one KL, 20 steps."""
     output: pathlib.Path = pathlib.Path("runs")
     """Where the run's own folder is made."""
 
@@ -83,9 +92,8 @@ QUICK: dict[str, Any] = {
     "rewards": ("whole",),
     "seeds": 2,
     "steps": 20,
-    "kl": 3.0,
+    "kls": (3.0,),
     "at": (2.0,),
-    "evaluations": 3,
     "pool": 64,
 }
 
@@ -99,13 +107,15 @@ def check(config: Config) -> None:
         for name in getattr(config, field):
             if name not in known:
                 raise ValueError(f"--{field} knows {' and '.join(known)}, got {name!r}.")
-    for name in ("seeds", "steps", "batch", "evaluations", "max_new_tokens", "judged", "pool"):
+    for name in ("seeds", "steps", "batch", "evaluations", "max_new_tokens", "judged", "pool", "workers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
     if config.pairs < 2:
         raise ValueError(f"--pairs {config.pairs}: a prompt needs at least 2 pairs, to compare one with the other.")
-    if not config.kl > 0 or not all(0 < at <= config.kl for at in config.at):
-        raise ValueError(f"--kl must be positive and --at within it, got {config.kl} and {config.at}.")
+    if not config.kls or not min(config.kls) > 0 or list(config.kls) != sorted(config.kls):
+        raise ValueError(f"--kls are positive and rise, got {config.kls}.")
+    if not all(0 < at <= max(config.kls) for at in config.at):
+        raise ValueError(f"--at lies within --kls, got {config.at} and {config.kls}.")
     if config.evaluations > config.steps:
         raise ValueError(f"--evaluations {config.evaluations} are more than the {config.steps} steps.")
 
@@ -129,65 +139,116 @@ def parts_of(config: Config, world: World, size: str) -> tuple[Parts, Any]:
     return parts, first
 
 
-def cases_of(config: Config) -> list[tuple[str, str | None]]:
-    """Returns what is trained under each gold reward: methods without a reward once, those with one a size each."""
-    plain: list[tuple[str, str | None]] = [(name, None) for name in config.methods if name not in WITH_REWARD]
-    return plain + [(name, size) for size in config.rewards for name in config.methods if name in WITH_REWARD]
+Case = tuple[str, str | None]
+"""A method and the size of the reward it learns, None for those that learn none; or `BEST` and a size."""
+
+BEST = "best of n"
 
 
-def study(config: Config, world: World, budget: Budget, folder: RunFolder, console: Console) -> list[Setting]:
+def cases_of(config: Config) -> list[Case]:
+    """Returns what is run: methods without a reward once, those with one a size each; the longest first."""
+    cases: list[Case] = [(name, size) for name in config.methods if name in WITH_REWARD for size in config.rewards]
+    cases += [(name, None) for name in config.methods if name not in WITH_REWARD]
+    return cases + [(BEST, size) for size in config.rewards]
+
+
+class Given(NamedTuple):
+    """What all cases share: the gold model's parameters, None where it does not judge, and the reference's responses."""
+
+    gold_model: GoldModel | None
+    pool: Responses
+
+
+def golds_of(config: Config, world: World, given: Given) -> dict[str, Gold]:
+    """Returns the gold rewards by name."""
+    made = {"words": words_gold(world)}
+    if given.gold_model is not None:
+        made["model"] = model_gold(world, given.gold_model)
+    return {name: made[name] for name in config.golds}
+
+
+def run_case(config: Config, case: Case, given: Given) -> dict[str, Any]:
+    """Runs one case under every gold reward, compiled once; returns by gold reward what was `Found`, or the proxies."""
+    world = open_world(config.policy, max_new_tokens=config.max_new_tokens)
+    golds, budget = golds_of(config, world, given), budget_of(config)
+    name, size = case
+    many = Responses(*(jnp.asarray(part) for part in given.pool))
+    if name == BEST:
+        sizes: dict[str, Any] = {"prompts": config.steps * config.batch, "pairs": config.pairs, "seeds": budget.seeds}
+        return {label: best_by_reward(world, gold, many, size or "whole", **sizes) for label, gold in golds.items()}
+    repeats = repeats_of(config, world)
+    parts, first = parts_of(config, world, size or "whole")
+    rates = dataclasses.replace(RATES[name], reward=LEARNERS_RATE[size or "whole"])
+    runner = compile_method(world, parts, build(name, parts, rates), first, budget, repeats)
+    found = {}
+    for label, gold in golds.items():
+        base, other = (Responses(*(part[:, begin : begin + repeats] for part in many)) for begin in (0, repeats))
+        yard = make_yard(world, gold, base, other, seed=config.first_seed)
+        began = time.monotonic()
+        history, spent, _ = run(runner, world, gold, yard, budget)
+        found[label] = Found(history, budget.kls, spent, time.monotonic() - began)
+    return found
+
+
+def repeats_of(config: Config, world: World) -> int:
+    """Returns the responses to an opening by which a policy is judged."""
+    return max(1, config.judged // len(world.openings.tokens))
+
+
+def budget_of(config: Config) -> Budget:
+    """Returns what every method may use."""
+    seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
+    return Budget(seeds, config.kls, config.steps, config.batch, config.evaluations)
+
+
+def everything(config: Config, cases: list[Case], given: Given) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Yields what each case found, as they are done: here, or in processes of their own with a part of the cores each.
+
+    One small model keeps one core busy: two side by side take little more than half the time.
+    """
+    if config.workers == 1:
+        for case in cases:
+            yield case, run_case(config, case, given)
+        return
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(config.workers):
+        numbers.put(number)
+    pool = concurrent.futures.ProcessPoolExecutor(config.workers, context, take_cores, (numbers, config.workers))
+    with pool:
+        waiting = {pool.submit(run_case, config, case, given): case for case in cases}
+        for done in concurrent.futures.as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+def take_cores(numbers: Any, workers: int) -> None:
+    """Keeps a worker to its share of the cores."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[numbers.get() :: workers] or cores)
+
+
+def study(config: Config, world: World, folder: RunFolder, console: Console) -> list[Setting]:
     """Runs everything; returns what was found in each setting."""
-    cases = cases_of(config)
-    repeats = max(1, config.judged // len(world.openings.tokens))
-    runners: dict[tuple[str, str | None], Runner] = {}
+    repeats = repeats_of(config, world)
     _, many = pool(world, max(config.pool, 2 * repeats), seed=config.first_seed + 1_000)
+    fitted = fit_gold_model(world) if "model" in config.golds else None
+    given = Given(fitted, Responses(*(np.asarray(part) for part in many)))
+    cases, found = cases_of(config), {}
+    with progress("frontier", len(cases), "methods", console=console) as advance:
+        for case, results in everything(config, cases, given):
+            found[case] = results
+            advance()
+            for label, result in results.items():
+                if case[0] != BEST:
+                    folder.append_metrics(gold=label, method=case[0], reward=case[1], **result._asdict())
     settings = []
-    total = len(config.golds) * len(cases) * config.steps
-    with progress("frontier", total, "labels", console=console) as advance:
-        for gold_name in config.golds:
-            gold = words_gold(world) if gold_name == "words" else model_gold(world)
-            yard = yard_of(world, gold, many, repeats, config)
-            pool_scores = gold(world.openings, many)[..., 0]
-            found: dict[tuple[str, str | None], Found] = {}
-            for case in cases:
-                if case not in runners:
-                    parts, first = parts_of(config, world, case[1] or "whole")
-                    rates = dataclasses.replace(RATES[case[0]], reward=LEARNERS_RATE[case[1] or "whole"])
-                    runners[case] = compile_method(world, parts, build(case[0], parts, rates), first, budget, repeats)
-                began = time.monotonic()
-                labels = config.batch * config.pairs * config.seeds
-                history, spent, _ = run(
-                    runners[case], world, gold, yard, budget, advance=lambda labels=labels: advance(labels)
-                )
-                found[case] = Found(history, spent, time.monotonic() - began)
-                folder.append_metrics(
-                    gold=gold_name,
-                    method=case[0],
-                    reward=case[1],
-                    spent=spent,
-                    seconds=found[case].seconds,
-                    history=history,
-                )
-            for size in config.rewards:
-                proxies = best_by_reward(
-                    world, gold, many, size, prompts=config.steps * config.batch, pairs=config.pairs, seeds=budget.seeds
-                )
-                settings.append(
-                    Setting(
-                        gold=gold_name,
-                        reward=size,
-                        found={name: found[name, size if name in WITH_REWARD else None] for name in config.methods},
-                        pool_scores=pool_scores,
-                        proxies=proxies,
-                    )
-                )
+    for label, gold in golds_of(config, world, given).items():
+        scores = gold(world.openings, many)[..., 0]
+        for size in config.rewards:
+            methods = {name: found[name, size if name in WITH_REWARD else None][label] for name in config.methods}
+            settings.append(Setting(label, size, methods, scores, found[BEST, size][label]))
     return settings
-
-
-def yard_of(world: World, gold: Gold, many: Responses, repeats: int, config: Config) -> Yard:
-    """Returns the measures: the pool's first responses are what policies are compared with."""
-    base, other = (Responses(*(part[:, first : first + repeats] for part in many)) for first in (0, repeats))
-    return make_yard(world, gold, base, other, seed=config.first_seed)
 
 
 def main(config: Config) -> pathlib.Path:
@@ -202,16 +263,8 @@ def main(config: Config) -> pathlib.Path:
     except ValueError as error:
         print(f"frontier: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    budget = Budget(
-        seeds=tuple(range(config.first_seed, config.first_seed + config.seeds)),
-        steps=config.steps,
-        batch=config.batch,
-        kl=config.kl,
-        evaluations=config.evaluations,
-        judged=config.judged,
-    )
     folder.write_json("config.json", config)
-    settings = study(config, world, budget, folder, console)
+    settings = study(config, world, folder, console)
     report(folder, config, settings, time.monotonic() - began, console)
     return folder.path
 

@@ -28,20 +28,24 @@ class Budget(NamedTuple):
     """What every method may use.
 
     Attributes:
-        seeds: numbers of the runs.
+        seeds: a run of each leads to each KL.
+        kls: that the controller leads to, in nats.
         steps: outer steps of a run.
         batch: prompts a step.
-        kl: what the controller reaches at the last step, in nats.
         evaluations: of a run, evenly spaced.
         judged: responses of each policy that are judged.
     """
 
     seeds: tuple[int, ...]
+    kls: tuple[float, ...]
     steps: int
     batch: int
-    kl: float
     evaluations: int
-    judged: int
+
+    @property
+    def runs(self) -> list[tuple[int, float]]:
+        """The seed and the KL of each run, R of them."""
+        return [(seed, kl) for seed in self.seeds for kl in self.kls]
 
 
 class Spent(NamedTuple):
@@ -91,10 +95,10 @@ class Runner(NamedTuple):
     """A method compiled for a world, whoever judges; made once and used under every gold reward.
 
     Attributes:
-        init: `(keys [R]) -> ` states.
+        init: `(keys [R], KLs [R], frozen) -> ` states.
         propose, update: the algorithm's halves over all runs.
-        write: `(states, key) -> ` responses to the openings `[R, O, N, 1, L]` and their log-ratios `[R, O, N]`.
-        score: `(states, responses [R, O, N, 1, L]) -> ` what the method predicts preferences by, `[R, O, N]`.
+        write: `(states, key, frozen) -> ` responses to the openings `[R, O, N, 1, L]` and their log-ratios `[R, O, N]`.
+        score: `(states, responses [R, O, N, 1, L], frozen) -> ` what the method predicts preferences by, `[R, O, N]`.
         method: what it was made of.
     """
 
@@ -109,17 +113,16 @@ class Runner(NamedTuple):
 def compile_method(
     world: World, parts: Parts, method: Method, first_reward: Callable, budget: Budget, repeats: int
 ) -> Runner:
-    """Returns the method under the controller, compiled for as many runs as there are seeds.
+    """Returns the method under the controller, compiled for all runs at once.
 
     Args:
         world: models and prompts.
         parts: what the method was made of.
         method: the method.
         first_reward: `key -> ` first parameters of the learner's reward.
-        budget: steps and the KL aimed at.
+        budget: what it may use.
         repeats: responses an opening in an evaluation.
     """
-    frozen = LanguageFrozen(world.start)
     # Methods whose samples are the reference's do not see their own KL: two responses a prompt are written to measure it.
     probe = problem_of(parts._replace(pairs=1), objectives.likelihood(), against_reference=False)
 
@@ -129,12 +132,13 @@ def compile_method(
 
     algorithm = target_kl(
         method.make,
-        target=ramp(budget.kl, steps=budget.steps, begin=parts.hold if method.has_reward else 0),
+        # The last third of a run stays at its KL.
+        target=ramp(1.0, steps=2 * budget.steps // 3, begin=parts.hold if method.has_reward else 0),
         beta=method.rates.beta,
         measure=measured if method.offline else None,
     )
 
-    def write(state, key):
+    def write(state, key, frozen):
         rows = Prompts(*(jnp.repeat(part, repeats, axis=0) for part in world.openings))
         sizes: dict[str, Any] = {"max_new_tokens": parts.max_new_tokens, "stop_ids": parts.stop_ids}
         written = generate(world.policy, state.policy, key, *rows, **sizes)
@@ -144,7 +148,7 @@ def compile_method(
         tokens, mask = (part.reshape(*shape, 1, -1) for part in (written.tokens, written.mask))
         return Responses(tokens, mask), ratio.reshape(shape)
 
-    def score(state, responses):
+    def score(state, responses, frozen):
         if method.has_reward:
             return reward_of(parts.reward, state.inner.upper, world.openings, responses)[..., 0]
         rows, (tokens, mask) = flat(world.openings, responses)
@@ -154,16 +158,17 @@ def compile_method(
         )
         return (jnp.exp(state.log_beta) * (own - theirs)).reshape(responses.tokens.shape[:2])
 
-    def init(key):
+    def init(key, kl, frozen):
         # What is no reward model is the policy's own log-ratio, if it is anything.
-        return algorithm.init(key, first_reward(key) if method.has_reward else world.start, world.start)
+        upper = first_reward(key) if method.has_reward else frozen.reference
+        return algorithm.init(key, upper, frozen.reference)._replace(scale=kl)
 
     return Runner(
-        init=jax.jit(jax.vmap(init)),
+        init=jax.jit(jax.vmap(init, in_axes=(0, 0, None))),
         propose=jax.jit(jax.vmap(algorithm.propose, in_axes=(0, 0, 0, None))),
         update=jax.jit(jax.vmap(algorithm.update, in_axes=(0, 0, 0, None)), donate_argnums=1),
-        write=jax.jit(jax.vmap(write, in_axes=(0, None))),
-        score=jax.jit(jax.vmap(score)),
+        write=jax.jit(jax.vmap(write, in_axes=(0, None, None))),
+        score=jax.jit(jax.vmap(score, in_axes=(0, 0, None))),
         method=method,
     )
 
@@ -176,20 +181,14 @@ def prompt_order(count: int, budget: Budget, seed: int) -> np.ndarray:
 
 
 def run(
-    runner: Runner,
-    world: World,
-    gold: Gold,
-    yard: Yard,
-    budget: Budget,
-    *,
-    advance: Callable[[], None] = lambda: None,
+    runner: Runner, world: World, gold: Gold, yard: Yard, budget: Budget
 ) -> tuple[list[dict[str, np.ndarray]], Spent, Any]:
-    """Trains a method with every seed; returns its evaluations (fields `[R]`), what each run spent, and the states."""
-    seeds = np.array(budget.seeds)
+    """Trains a method in all runs; returns its evaluations (fields `[R]`), what one run spent, and the states."""
+    seeds, kls = (np.array(each) for each in zip(*budget.runs, strict=True))
     keys = jax.vmap(jax.random.key)(seeds)
     frozen = LanguageFrozen(world.start)
     orders = np.stack([prompt_order(len(world.openings.tokens), budget, int(seed)) for seed in seeds], axis=1)
-    state, history = runner.init(keys), []
+    state, history = runner.init(keys, jnp.asarray(kls, jnp.float32), frozen), []
     labels = responses = tokens = control = 0
     due = {round(budget.steps * part / budget.evaluations) for part in range(1, budget.evaluations + 1)}
     for step in range(budget.steps):
@@ -204,9 +203,8 @@ def run(
         responses += int(np.prod(sample.responses.tokens.shape[1:4]))
         tokens += int(np.sum(np.asarray(sample.responses.mask))) // len(seeds)
         control += 2 * budget.batch * world.max_new_tokens if runner.method.offline else 0
-        advance()
         if step + 1 in due:
-            row = evaluate(runner, state, gold, yard)
+            row = evaluate(runner, state, frozen, gold, yard)
             history.append(row | {"step": np.full(len(seeds), step + 1), "labels": np.full(len(seeds), labels)})
     return history, Spent(labels, responses, tokens, control), state
 
@@ -218,7 +216,7 @@ def _gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndar
     return gold(rows, flat_responses).reshape(responses.tokens.shape[:4])
 
 
-def evaluate(runner: Runner, state: Any, gold: Gold, yard: Yard) -> dict[str, np.ndarray]:
+def evaluate(runner: Runner, state: Any, frozen: LanguageFrozen, gold: Gold, yard: Yard) -> dict[str, np.ndarray]:
     """Returns what the policies and what they predict preferences by are worth, a number a run, `[R]`.
 
     Attributes of a row: gold and gain (over the reference's), their standard error; kl by k1 and by k3; beta; win_rate,
@@ -226,13 +224,13 @@ def evaluate(runner: Runner, state: Any, gold: Gold, yard: Yard) -> dict[str, np
     the correlation of the predictor with length and with the gold reward; calibration and accuracy of the predictor
     offline (two of the reference's responses) and fresh (one of the policy's).
     """
-    written, ratio = runner.write(state, jax.random.key(1_000_000))
+    written, ratio = runner.write(state, jax.random.key(1_000_000), frozen)
     runs = len(ratio)
     score_base, score_other = (
-        runner.score(state, Responses(*(jnp.broadcast_to(part, (runs, *part.shape)) for part in each)))
+        runner.score(state, Responses(*(jnp.broadcast_to(part, (runs, *part.shape)) for part in each)), frozen)
         for each in (yard.base, yard.other)
     )
-    score_own = runner.score(state, written)
+    score_own = runner.score(state, written, frozen)
     rows = []
     for number in range(runs):
         own = Responses(*(part[number] for part in written))

@@ -74,7 +74,7 @@ class Parts(NamedTuple):
     hold: int = 6
     kl_share: float = 0.25
     utility_weight: float = 1.0
-    implicit_weight: float = 1.0
+    implicit_weight: float = 0.3
     relative_sigma: float = 0.2
 
 
@@ -95,17 +95,17 @@ class Method(NamedTuple):
 
 
 RATES = {
-    "offline DPO": Rates(policy=2e-4),
-    "offline IPO": Rates(policy=2e-4),
-    "offline SimPO": Rates(policy=2e-4, beta=2.5),
-    "online DPO": Rates(policy=2e-4),
-    "SAIL": Rates(policy=2e-4),
-    "label gradient": Rates(policy=4e-4),
-    "RLOO": Rates(policy=4e-4),
-    "PPO": Rates(policy=4e-4),
-    "GRPO": Rates(policy=2e-4, beta=0.1),
-    "boltzmann": Rates(policy=4e-4),
-    "bilevel": Rates(policy=4e-4, tangent=2e-5),
+    "offline DPO": Rates(policy=1e-4),
+    "offline IPO": Rates(policy=1e-4),
+    "offline SimPO": Rates(policy=5e-5, beta=2.5),
+    "online DPO": Rates(policy=5e-5),
+    "SAIL": Rates(policy=1.5e-4),
+    "label gradient": Rates(policy=1e-4),
+    "RLOO": Rates(policy=2e-4),
+    "PPO": Rates(policy=1e-4),
+    "GRPO": Rates(policy=1e-4, beta=0.1),
+    "boltzmann": Rates(policy=2e-4),
+    "bilevel": Rates(policy=2e-4, tangent=1e-5),
     "implicit bilevel": Rates(policy=5e-5),
 }
 WITHOUT_REWARD = (

@@ -16,17 +16,24 @@ OURS = "bilevel"
 
 
 class Found(NamedTuple):
-    """One method under one gold reward: its evaluations (fields `[seeds]`), what a run spent, and seconds for all
-    seeds.
+    """One method under one gold reward.
+
+    Attributes:
+        history: its evaluations, fields `[R]`, runs with the KL running fastest.
+        kls: that the runs were led to.
+        spent: by a run.
+        seconds: for all runs.
     """
 
     history: list[dict[str, np.ndarray]]
+    kls: tuple[float, ...]
     spent: Spent
     seconds: float
 
     def field(self, name: str) -> np.ndarray:
-        """Returns a field over evaluations and seeds, `[evaluations, seeds]`."""
-        return np.array([row[name] for row in self.history])
+        """Returns a field by evaluation, seed and KL, `[E, S, K]`."""
+        rows = np.array([row[name] for row in self.history])
+        return rows.reshape(len(rows), -1, len(self.kls))
 
 
 class Setting(NamedTuple):
@@ -52,9 +59,12 @@ class Setting(NamedTuple):
 
 
 def gains_at(found: Found, target: float) -> np.ndarray:
-    """Returns each seed's gain at a KL `[seeds]`, between its evaluations; NaN where it did not get that far."""
-    kl, gain = np.maximum(found.field("kl"), 0.0), found.field("gain")
-    return np.array([float(at_kl(kl[:, seed], gain[:, seed], target)) for seed in range(kl.shape[1])])
+    """Returns each seed's gain at a KL `[seeds]`, between its runs' ends; NaN where they do not reach as far.
+
+    At the ends alone, so that every gain that is compared has cost the same labels.
+    """
+    kl, gain = np.maximum(found.field("kl")[-1], 0.0), found.field("gain")[-1]
+    return np.array([float(at_kl(*ends, target)) for ends in zip(kl, gain, strict=True)])
 
 
 def yardsticks(setting: Setting, target: float) -> dict[str, np.ndarray]:
@@ -118,8 +128,11 @@ def verdict_table(settings: list[Setting], target: float) -> Table | None:
 
 
 def onsets_of(found: Found) -> np.ndarray:
-    """Returns the KL at which each seed's gold gain began to fall while its predictor rose on; NaN where none was seen."""
-    kl, proxy, gold = (found.field(name) for name in ("kl", "proxy", "gain"))
+    """Returns the KL at which each seed's gold gain began to fall while its predictor rose on; NaN where none was seen.
+
+    Along the runs that go farthest.
+    """
+    kl, proxy, gold = (found.field(name)[..., -1] for name in ("kl", "proxy", "gain"))
     if len(kl) < 3:
         return np.full(kl.shape[1], np.nan)
     runs = zip(np.maximum(kl, 0.0).T, proxy.T, gold.T, strict=True)
@@ -127,10 +140,10 @@ def onsets_of(found: Found) -> np.ndarray:
 
 
 def last_table(setting: Setting) -> Table:
-    """Returns what else is known of the last policies: length, win rates, the predictor's health, over-optimisation."""
+    """Returns what else is known of the policies that went farthest: length, win rates, what predicts preferences."""
     rows = []
     for name, found in setting.found.items():
-        last = {field: values.mean() for field, values in found.history[-1].items()}
+        last = {field: found.field(field)[-1, :, -1].mean() for field in found.history[-1]}
         onsets = onsets_of(found)
         seen = np.isfinite(onsets)
         rows.append(
@@ -155,7 +168,7 @@ def last_table(setting: Setting) -> Table:
         "method", "KL", "k3", "gain", "win rate", "at equal length", "tokens", "predictor ~ length", "predictor ~ gold",
         "calibration error offline", "of its own answers", "accuracy there", "onset of over-optimisation (nats)",
     )  # fmt: skip
-    return Table(f"{setting.name}: the last policies", columns, rows)
+    return Table(f"{setting.name}: the policies that went farthest", columns, rows)
 
 
 def spent_table(settings: list[Setting]) -> Table:
@@ -166,7 +179,14 @@ def spent_table(settings: list[Setting]) -> Table:
         first = runs[0].spent
         seconds = " ".join(f"{run.seconds:.0f}" for run in runs)
         rows.append((name, first.labels, first.responses, first.tokens, first.control_tokens, seconds))
-    columns = ("method", "labels a run", "responses", "their tokens", "tokens to measure KL", "seconds by setting")
+    columns = (
+        "method",
+        "labels a run",
+        "responses",
+        "their tokens",
+        "tokens to measure KL",
+        "seconds, all runs, by setting",
+    )
     return Table("Spent", columns, rows)
 
 
@@ -174,13 +194,12 @@ def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
     """Draws gain against KL, and calibration over labels; returns the files' names."""
     frontier, calibration = {}, {}
     for setting in settings:
-        farthest = max(0.0, *(found.field("kl").mean(axis=1).max() for found in setting.found.values()))
+        farthest = max(0.0, *(found.field("kl")[-1].mean(axis=0).max() for found in setting.found.values()))
         lines: dict[str, Any] = {}
         for name, found in setting.found.items():
-            kl, gain = np.maximum(found.field("kl").mean(axis=1), 0.0), found.field("gain")
-            half = np.array([student_interval(row)[1] for row in gain])
-            half = np.where(np.isfinite(half), half, 0.0)
-            mean = gain.mean(axis=1)
+            kl, gain = np.maximum(found.field("kl")[-1].mean(axis=0), 0.0), found.field("gain")[-1]
+            half = np.nan_to_num([student_interval(each)[1] for each in gain.T])
+            mean = gain.mean(axis=0)
             lines[name] = ([0, *kl], [0, *mean], [0, *(mean - half)], [0, *(mean + half)])
         best = best_of_n(setting.pool_scores)
         kept = best.kl <= farthest
@@ -192,7 +211,10 @@ def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
             "labels",
             "calibration error on its own answers",
             {
-                name: (list(found.field("labels")[:, 0]), list(found.field("fresh_calibration").mean(axis=1)))
+                name: (
+                    list(found.field("labels")[:, 0, -1]),
+                    list(found.field("fresh_calibration")[..., -1].mean(axis=1)),
+                )
                 for name, found in setting.found.items()
             },
         )

@@ -120,8 +120,18 @@ def craft_score(text: str) -> float:
     return 1.5 * bool(SPEECH.search(text)) + 0.4 * len(set(words)) - 0.4 * (len(words) - len(set(words)))
 
 
-def model_gold(world: World, *, seed: int = 0, prompts: int = 1024, steps: int = 150, members: int = 3) -> Gold:
-    """Returns the gold reward model, fitted here; its scores are scaled to a standard deviation of 2 at the reference.
+class GoldModel(NamedTuple):
+    """Parameters of the gold reward model, stacked, and what its scores are shifted and scaled by."""
+
+    params: Any
+    middle: float
+    scale: float
+
+
+def fit_gold_model(
+    world: World, *, seed: int = 0, prompts: int = 1024, steps: int = 150, members: int = 3
+) -> GoldModel:
+    """Fits the gold reward model; its scores are scaled to a standard deviation of 2 at the reference.
 
     Args:
         world: whose stories it judges.
@@ -161,18 +171,28 @@ def model_gold(world: World, *, seed: int = 0, prompts: int = 1024, steps: int =
         jax.random.split(fit_key, members)
     )
 
-    @jax.jit
-    def mean_score(params, prompts, responses):
-        return jnp.mean(jax.vmap(lambda one: reward_of(model, one, prompts, responses))(params), axis=0)
-
     held = buffer.pairs.sample
-    every = mean_score(together, Prompts(*held.prompts), Responses(*held.responses))
-    middle, scale = float(every.mean()), 2.0 / float(every.std())
+    every = _mean_score(world)(together, Prompts(*held.prompts), Responses(*held.responses))
+    return GoldModel(jax.device_get(together), float(every.mean()), 2.0 / float(every.std()))
+
+
+def model_gold(world: World, fitted: GoldModel) -> Gold:
+    """Returns the gold reward of a fitted model."""
+    mean_score = _mean_score(world)
 
     def score(prompts, responses):
-        return scale * (np.asarray(mean_score(together, prompts, responses)) - middle)
+        return fitted.scale * (np.asarray(mean_score(fitted.params, prompts, responses)) - fitted.middle)
 
     return score
+
+
+def _mean_score(world: World) -> Callable[..., jax.Array]:
+    model = reward_model(world.policy, pooling="mean")
+    return jax.jit(
+        lambda params, prompts, responses: jnp.mean(
+            jax.vmap(lambda one: reward_of(model, one, prompts, responses))(params), axis=0
+        )
+    )
 
 
 def pool(world: World, size: int, *, seed: int) -> tuple[Prompts, Responses]:

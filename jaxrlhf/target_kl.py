@@ -25,11 +25,19 @@ from jaxrlhf.types import Batch, Key, Params
 
 
 class ControlledState(NamedTuple):
-    """The algorithm's state, the controller's integral `[]`, and the logarithm of the beta of the next step `[]`."""
+    """What is carried.
+
+    Attributes:
+        inner: the algorithm's state.
+        integral: `[]`, the controller's.
+        log_beta: `[]`, the logarithm of the beta of the next step.
+        scale: `[]`, multiplies the target; 1 at first. Runs side by side (`vmap`) may each have their own.
+    """
 
     inner: Any
     integral: jax.Array
     log_beta: jax.Array
+    scale: jax.Array
 
     @property
     def step(self) -> jax.Array:
@@ -104,15 +112,16 @@ def target_kl(
         # As strong float32 as everything else, so that the step is traced once.
         log_beta = jnp.log(jnp.asarray(beta, jnp.result_type(float)))
         # Two buffers, so that the state may be donated.
-        return ControlledState(make(beta).init(key, upper, lower), log_beta, jnp.array(log_beta, copy=True))
+        inner = make(beta).init(key, upper, lower)
+        return ControlledState(inner, log_beta, jnp.array(log_beta, copy=True), jnp.ones_like(log_beta))
 
     def follow(key, state, inner, labelled, frozen, info):
         divergence = info.kl if measure is None else measure(key, inner, labelled, frozen)
         # An estimate of a small KL may be negative; that is far below any target.
-        error = jnp.log(jnp.maximum(divergence, 1e-6) / schedule(inner.step))
+        error = jnp.log(jnp.maximum(divergence, 1e-6) / (state.scale * schedule(inner.step)))
         error = jnp.nan_to_num(jnp.clip(error, -1.0, 1.0), nan=0.0).astype(state.integral.dtype)
         integral = state.integral + gain * error
-        return ControlledState(inner, integral, integral + proportional * error)
+        return ControlledState(inner, integral, integral + proportional * error, state.scale)
 
     def propose(key, state, data, frozen):
         return at(state).propose(key, state.inner, data, frozen)

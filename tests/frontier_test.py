@@ -47,7 +47,9 @@ def world(directory):
 
 def config(directory, **options):
     sizes = {"seeds": 2, "steps": 2, "batch": 4, "pairs": 2, "max_new_tokens": 5, "evaluations": 2}
-    return frontier.Config(policy=directory, **(sizes | {"judged": 32, "pool": 8, "kl": 0.5, "at": (0.01,)} | options))
+    return frontier.Config(
+        policy=directory, **(sizes | {"judged": 32, "pool": 8, "kls": (0.5,), "at": (0.01,), "workers": 1} | options)
+    )
 
 
 def test_every_method_proposes_the_same_responses(world, directory):
@@ -72,7 +74,7 @@ def test_every_method_proposes_the_same_responses(world, directory):
 
 
 def test_prompts_come_in_one_order_for_all_and_equally_often():
-    budget = harness.Budget((0,), 10, 8, 1.0, 1, 1)
+    budget = harness.Budget((0,), (1.0,), 10, 8, 1)
     order = harness.prompt_order(16, budget, 3)
     np.testing.assert_array_equal(order, harness.prompt_order(16, budget, 3))
     assert not np.array_equal(order, harness.prompt_order(16, budget, 4))
@@ -103,11 +105,10 @@ def test_a_small_study_from_end_to_end(directory, tmp_path, capsys):
 
 
 def test_gains_between_evaluations_and_their_intervals():
-    history = [
-        {"kl": np.array([1.0, 1.0]), "gain": np.array([1.0, 2.0])},
-        {"kl": np.array([4.0, 2.0]), "gain": np.array([3.0, 3.0])},
-    ]
-    found = tables.Found(history, harness.Spent(1, 2, 3, 0), 1.0)
+    # Two seeds, led to two KLs each; what was before the end counts for nothing.
+    history = [{"kl": np.full(4, 2.25), "gain": np.full(4, 9.0)}]
+    history += [{"kl": np.array([1.0, 4.0, 1.0, 2.0]), "gain": np.array([1.0, 3.0, 2.0, 3.0])}]
+    found = tables.Found(history, (1.0, 4.0), harness.Spent(1, 2, 3, 0), 1.0)
     np.testing.assert_allclose(tables.gains_at(found, 2.25), [2.0, np.nan])
     assert tables.interval(np.array([2.0, np.nan])) == "2.00 (1 of 2)"
     assert tables.interval(np.array([np.nan])) == "not reached"
@@ -116,7 +117,7 @@ def test_gains_between_evaluations_and_their_intervals():
 
 def test_the_gold_model_ranks_as_what_it_was_fitted_to(world):
     """A tiny one: its scores are scaled, and repeat."""
-    gold = tasks.model_gold(world, prompts=128, steps=2, members=2)
+    gold = tasks.model_gold(world, tasks.fit_gold_model(world, prompts=128, steps=2, members=2))
     _, some = tasks.pool(world, 4, seed=0)
     scores = gold(world.openings, some)
     assert scores.shape == (16, 4, 1) and np.all(np.isfinite(scores))
@@ -130,7 +131,8 @@ def test_the_gold_model_ranks_as_what_it_was_fitted_to(world):
         ({"methods": ("SFT",)}, "no method 'SFT'; choose from offline DPO"),
         ({"golds": ("money",)}, "--golds knows words and model, got 'money'"),
         ({"pairs": 1}, "a prompt needs at least 2 pairs"),
-        ({"at": (9.0,)}, "--at within it"),
+        ({"at": (9.0,)}, "--at lies within --kls"),
+        ({"kls": (2.0, 1.0)}, "--kls are positive and rise"),
         ({"evaluations": 3}, "--evaluations 3 are more than the 2 steps"),
         ({"policy": pathlib.Path("nowhere")}, "nowhere"),
     ],
