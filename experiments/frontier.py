@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from frontier_harness import Budget, compile_method, make_yard, run
 from frontier_methods import RATES, WITH_REWARD, Parts, build
@@ -233,7 +233,7 @@ def study(config: Config, world: World, folder: RunFolder, console: Console) -> 
     repeats = repeats_of(config, world)
     _, many = pool(world, max(config.pool, 2 * repeats), seed=config.first_seed + 1_000)
     fitted = fit_gold_model(world) if "model" in config.golds else None
-    given = Given(fitted, Responses(*(np.asarray(part) for part in many)))
+    given = Given(fitted, jax.device_get(many))
     cases, found = cases_of(config), {}
     with progress("frontier", len(cases), "methods", console=console) as advance:
         for case, results in everything(config, cases, given):

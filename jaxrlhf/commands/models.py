@@ -98,9 +98,9 @@ def open_words(directory: pathlib.Path) -> Words:
     return Words(directory, tokenizer, special_ids(directory), template, size, begins)
 
 
-def open_model(path: pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32) -> Model:
+def open_model(path: str | pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32) -> Model:
     """Returns the model at a path; see `find`."""
-    directory = find(path, kind)
+    directory = find(pathlib.Path(path), kind)
     config, params = (load_decoder if kind == "policy" else load_reward_model)(directory, dtype=dtype)
     return Model(config, params, open_words(directory))
 

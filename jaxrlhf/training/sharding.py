@@ -94,7 +94,7 @@ def specification(
             parts.append(None)
             continue
         used.update(axes)
-        parts.append(axes if len(axes) > 1 else axes[0])
+        parts.append(axes[0] if len(axes) == 1 else axes)
     return PartitionSpec(*parts)
 
 
