@@ -1,10 +1,12 @@
 """What a run leaves behind: a folder of its own with config, metrics, results and figures."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import pathlib
+import socket
 import time
 from typing import Any
 
@@ -12,17 +14,36 @@ import numpy as np
 
 
 class RunFolder:
-    """A new folder under `root`, written as the run goes, so that a killed run keeps what it has measured."""
+    """A folder under `root`, written as the run goes, so that a killed run keeps what it has measured.
 
-    def __init__(self, root: pathlib.Path, name: str):
-        """Makes `root/name-YYYYmmdd-HHMMSS`, with a number behind it where that is taken.
+    Attributes:
+        path: of the folder.
+        resumed: whether it was there before.
+    """
+
+    def __init__(self, root: pathlib.Path, name: str, *, fixed: str | None = None, resume: bool = False):
+        """Makes `root/name-YYYYmmdd-HHMMSS`, with a number behind it where that is taken; or opens `root/fixed`.
+
+        As long as this process lives, no other may write the folder.
+
+        Args:
+            root: where it is made.
+            name: of what is run.
+            fixed: the folder's own name, which a later run can give again.
+            resume: goes on in a folder that is there; makes one where there is none, and so may always be given.
 
         Raises:
-            ValueError: the folder cannot be made or written.
+            ValueError: the folder cannot be made or written, another process writes it, or it is there and is not to be
+                resumed.
         """
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        if resume and fixed is None:
+            raise ValueError("A run that can be resumed needs a name of its own; give --run NAME too.")
+        if fixed is not None and (pathlib.PurePath(fixed).name != fixed or fixed in ("", ".", "..")):
+            raise ValueError(f"A run's name is that of one folder, without slashes; got {fixed!r}.")
+        stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if fixed is None else fixed
+        self.resumed = False
         for attempt in range(1000):
-            self.path = root / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
+            self.path = root / (stamp + (f"-{attempt}" if attempt else ""))
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 self.path.mkdir()
@@ -30,12 +51,18 @@ class RunFolder:
             except FileExistsError:
                 if not root.is_dir():
                     raise ValueError(f"The output {root} is a file; give --output a folder.") from None
+                if fixed is not None:
+                    self.resumed = True
+                    break
             except OSError as error:
                 raise ValueError(
                     f"The output folder {root} cannot be written ({error.strerror}); give --output another."
                 ) from None
         if not os.access(self.path, os.W_OK):
             raise ValueError(f"The output folder {self.path} cannot be written; give --output another.")
+        if self.resumed and not resume:
+            raise ValueError(f"There is a run in {self.path} already; add --resume to go on with it, or name another.")
+        self._lock = _locked(self.path)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes one JSON file; dataclasses, paths and arrays become plain values, a number that is not finite null."""
@@ -49,6 +76,23 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Writes one text file."""
         (self.path / name).write_text(text)
+
+
+def _locked(path: pathlib.Path) -> Any:
+    """Returns an open file by which this process alone holds the folder; the system gives it back if the process dies."""
+    stream = (path / "writer").open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.seek(0)
+        holder = stream.read().strip() or "unknown"
+        raise ValueError(
+            f"Another process ({holder}) writes {path}; wait until it has ended, or name another run."
+        ) from None
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream
 
 
 def plain(value: Any) -> Any:

@@ -178,3 +178,48 @@ def test_arrays_are_split_by_the_names_of_their_dimensions():
     assert split(("step",), ()) == PartitionSpec()
     names = by_size(("table",), (3, 16))
     assert names == (None, "width") and by_size((), (7,)) == (None,)
+
+
+def test_a_run_of_a_fixed_name_is_resumed_and_has_one_writer(tmp_path):
+    first = RunFolder(tmp_path, "study", fixed="mine", resume=True)
+    assert first.path == tmp_path / "mine" and not first.resumed
+    with pytest.raises(ValueError, match=r"Another process \(process \d+ on .*\) writes .*mine; wait until"):
+        RunFolder(tmp_path, "study", fixed="mine", resume=True)
+    del first
+    with pytest.raises(ValueError, match="There is a run in .*mine already; add --resume"):
+        RunFolder(tmp_path, "study", fixed="mine")
+    assert RunFolder(tmp_path, "study", fixed="mine", resume=True).resumed
+    with pytest.raises(ValueError, match="needs a name of its own; give --run NAME"):
+        RunFolder(tmp_path, "study", resume=True)
+    for name in ("a/b", "..", ""):
+        with pytest.raises(ValueError, match="that of one folder"):
+            RunFolder(tmp_path, "study", fixed=name)
+
+
+def test_a_killed_writer_holds_nothing(tmp_path):
+    code = (
+        "import pathlib, sys, time; from jaxrlhf.training.run_folder import RunFolder;"
+        "kept = RunFolder(pathlib.Path(sys.argv[1]), 'study', fixed='mine'); print('held', flush=True); time.sleep(60)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None and writer.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"process {writer.pid} on"):
+        RunFolder(tmp_path, "study", fixed="mine", resume=True)
+    writer.kill()
+    writer.wait(timeout=30)
+    assert RunFolder(tmp_path, "study", fixed="mine", resume=True).resumed
+
+
+def test_a_signal_asks_for_an_end_once():
+    import signal
+
+    from jaxrlhf.training.preemption import stopping
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        with stopping() as stop:
+            assert not stop.at(1)
+            os.kill(os.getpid(), number)
+            assert stop.at(1) and stop.at(2)
+            assert signal.getsignal(number) is before[number]
+    assert {number: signal.getsignal(number) for number in before} == before
