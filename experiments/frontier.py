@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -52,27 +53,27 @@ class Config:
 
     policy: pathlib.Path
     """Hugging Face directory of the reference."""
-    methods: tuple[str, ...] = tuple(RATES)
+    methods: tuple[str, ...] = tuple(name for name in RATES if name != "boltzmann")
     """Which; see `frontier_methods.RATES`."""
     golds: tuple[str, ...] = ("words", "model")
     """Who judges."""
     rewards: tuple[str, ...] = ("whole", "small")
     """The learner's reward model: the policy's pretrained trunk, or one that is too small."""
-    seeds: int = 4
+    seeds: int = 3
     first_seed: int = 0
     """The rates were chosen on seeds from 100 on."""
     kls: tuple[float, ...] = (2.2, 6.0)
     """Where the controller leads a run of every seed, in nats."""
     at: tuple[float, ...] = (2.0, 5.0)
     """KLs that the tables compare at, between the runs' ends."""
-    steps: int = 40
+    steps: int = 32
     batch: int = 8
     """Prompts a step."""
     pairs: int = 4
     """Pairs a prompt and step; each costs one label."""
-    max_new_tokens: int = 32
+    max_new_tokens: int = 24
     evaluations: int = 3
-    judged: int = 256
+    judged: int = 128
     """Responses that a policy is judged by, each time."""
     pool: int = 512
     """Responses of the reference to each opening, for best-of-n."""
@@ -214,18 +215,26 @@ def everything(config: Config, cases: list[Case], given: Given) -> Iterator[tupl
     numbers = context.Queue()
     for number in range(config.workers):
         numbers.put(number)
-    pool = concurrent.futures.ProcessPoolExecutor(config.workers, context, take_cores, (numbers, config.workers))
+    pool = concurrent.futures.ProcessPoolExecutor(config.workers, context, begin_worker, (numbers, config.workers))
     with pool:
         waiting = {pool.submit(run_case, config, case, given): case for case in cases}
         for done in concurrent.futures.as_completed(waiting):
             yield waiting[done], done.result()
 
 
-def take_cores(numbers: Any, workers: int) -> None:
-    """Keeps a worker to its share of the cores."""
+def begin_worker(numbers: Any, workers: int) -> None:
+    """Keeps a worker to its share of the cores, and ends it with the process that it works for."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[numbers.get() :: workers] or cores)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def study(config: Config, world: World, folder: RunFolder, console: Console) -> list[Setting]:

@@ -70,7 +70,7 @@ class Parts(NamedTuple):
     shapes: Callable[[bilevel.BilevelProblem], bilevel.Sample]
     buffer: int
     batch: int
-    fit_updates: int = 2
+    fit_updates: int = 1
     hold: int = 6
     kl_share: float = 0.25
     utility_weight: float = 1.0
