@@ -150,7 +150,7 @@ def compile_method(
 
     def score(state, responses, frozen):
         if method.has_reward:
-            return reward_of(parts.reward, state.inner.upper, world.openings, responses)[..., 0]
+            return reward_of(parts.reward, state.upper, world.openings, responses)[..., 0]
         rows, (tokens, mask) = flat(world.openings, responses)
         own, theirs = (
             jnp.sum(completion_log_probs(world.policy, params, *rows, tokens, mask), axis=-1)

@@ -98,15 +98,15 @@ RATES = {
     "offline DPO": Rates(policy=1e-4),
     "offline IPO": Rates(policy=1e-4),
     "offline SimPO": Rates(policy=5e-5, beta=2.5),
-    "online DPO": Rates(policy=5e-5),
+    "online DPO": Rates(policy=8e-5),
     "SAIL": Rates(policy=1.5e-4),
     "label gradient": Rates(policy=1e-4),
     "RLOO": Rates(policy=2e-4),
-    "PPO": Rates(policy=1e-4),
-    "GRPO": Rates(policy=1e-4, beta=0.1),
+    "PPO": Rates(policy=7e-5),
+    "GRPO": Rates(policy=7e-5, beta=0.1),
     "boltzmann": Rates(policy=2e-4),
     "bilevel": Rates(policy=2e-4, tangent=1e-5),
-    "implicit bilevel": Rates(policy=5e-5),
+    "implicit bilevel": Rates(policy=8e-5),
 }
 WITHOUT_REWARD = (
     "offline DPO", "offline IPO", "offline SimPO", "online DPO", "SAIL", "label gradient", "implicit bilevel"

@@ -34,6 +34,11 @@ class ReplayedState(NamedTuple):
         """The policy that is deployed."""
         return self.inner.policy
 
+    @property
+    def upper(self) -> Params:
+        """The reward's parameters, where the algorithm learns one."""
+        return self.inner.upper
+
 
 class ReplayedInfo(NamedTuple):
     """What a step says; scalars.

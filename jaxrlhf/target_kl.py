@@ -9,8 +9,10 @@ Every update is followed by a proportional-integral step in logarithms,
     integral <- integral + gain error,        log beta <- integral + proportional error
 
 (Ziegler et al., arXiv 1909.08593, have the integral alone, which swings where the policy takes many steps to answer).
-An algorithm is a function of beta, so there is nothing that a
-method must do to be controlled but to accept a traced one.
+A learning rate that falls to 0 leaves the policy where it is, whatever beta does: let it end at a tenth.
+
+An algorithm is a function of beta, so there is nothing that a method must do to be controlled but to accept a traced
+one.
 """
 
 from collections.abc import Callable
@@ -48,6 +50,11 @@ class ControlledState(NamedTuple):
     def policy(self) -> Params:
         """The policy that is deployed."""
         return self.inner.policy
+
+    @property
+    def upper(self) -> Params:
+        """The reward's parameters, where the algorithm learns one."""
+        return self.inner.upper
 
 
 class ControlledAlgorithm(NamedTuple):

@@ -6,14 +6,18 @@ import pathlib
 import re
 import sys
 
+import jax
 import jupyter_client
 import nbclient
 import nbformat
 import pytest
+import tokenizers
 from jupyter_client.kernelspec import KernelSpecManager
 
 import jaxrlhf
+from jaxrlhf.lm import DecoderConfig, SpecialIds, decoder, save_decoder
 
+STORIES = pathlib.Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 PACKAGE = pathlib.Path(jaxrlhf.__file__).parents[1]
 
@@ -63,8 +67,46 @@ assert 0.29 < value(nothing) < 0.31 and 1.28 < value(designed) < 1.48  # better 
 assert passing[1] > 3 * passing[0] and rooms.charges(designed).sum() < 0.2
 """
 
-VALUES = {"first_steps": FIRST_STEPS, "four_rooms": FOUR_ROOMS, "the_method": THE_METHOD}
-PICTURES = {"first_steps": 2, "four_rooms": 3, "the_method": 6}
+# With any model, however little it learns: what is measured is what is said.
+ALIGN_A_MODEL = """
+assert len(steps) == STEPS and {row["labels"] for row in steps} == {len(LEARNED) // 2 * PAIRS}
+assert [row["step"] for row in ruler] == list(range(0, STEPS + 1, EVALUATE_EVERY))
+assert all(np.isfinite(list(row.values())).all() for row in ruler + steps)
+assert happiness("Happy, happy and SAD, but fun.") == 2.0 and happiness("unhappy") == 0.0
+assert happier([""] * 9, ["fun play kind friends"] * 9, ["sad mad"] * 9).all()
+
+ratio = lambda params: np.asarray(reference_log_prob(params, judged, after)).sum(axis=1)
+np.testing.assert_allclose(moved.sum(axis=1), ratio(aligned) - ratio(weights), atol=1e-3)
+assert abs(log_ratios(before)).max() < 1e-4 and abs(moved[np.asarray(after.mask)]).max() > 1e-4
+assert abs(ruler[0]["kl"]) < 1e-3 and abs(ruler[0]["learned reward"]) < 1e-6
+assert verdict.pairs == len(labels) == len(FRESH) * STORIES and labels.mean() == controlled.plain
+assert abs(known.gold[0] - pool.mean()) < 1e-9 and np.all(chosen.gold < known.gold + 1e-9)
+assert pool.shape == (len(FRESH), POOLS * STORIES) and np.all(np.diff(known.gold) > -1e-9)
+assert max(share_after.values()) <= 1 and 0 <= then.min() and sum(share_before.values()) > 1
+assert jax.tree.all(jax.tree.map(lambda one, other: bool(jnp.all(one == other)), loaded, aligned))
+assert again == texts_after and wanted(STEPS) == TARGET_KL
+"""
+
+# What its text says of the pretrained model, from a run in full.
+ALIGNED = """
+assert 0.72 < low < labels.mean() < 0.92 and abs(controlled.rate - labels.mean()) < 0.03
+assert 3.0 < moved.sum(axis=1).mean() < 5.5 and gain > happiness_before.std()
+assert max(row["kl"] for row in ruler) > TARGET_KL + 1 and abs(lengths_after.mean() - lengths_before.mean()) < 8
+assert min(share_after[word] - 2 * share_before[word] for word in ("play", "friends", "loved", "happy")) > 0
+assert len(share_after) < len(share_before)
+assert verdict.accuracy > 0.8 and verdict.calibration_error < 0.1
+assert known.gold[-1] - pool.mean() > 1.3 * gain and max(chosen.gold) - pool.mean() > gain
+"""
+
+VALUES = {
+    "align_a_model": ALIGN_A_MODEL,
+    "first_steps": FIRST_STEPS,
+    "four_rooms": FOUR_ROOMS,
+    "the_method": THE_METHOD,
+}
+PICTURES = {"align_a_model": 5, "first_steps": 2, "four_rooms": 3, "the_method": 6}
+# Put behind the cell `settings` of a notebook that takes minutes in full.
+SHORT = {"align_a_model": "STEPS, EVALUATE_EVERY, PAIRS, MAX_NEW_TOKENS, STORIES, POOLS = 12, 4, 2, 12, 4, 2"}
 each_notebook = pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
 
 
@@ -90,14 +132,29 @@ def own_kernel(folder):
     return jupyter_client.AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
 
 
-def execute(notebook, folder):
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A random Llama directory of a few words, a new line among them: what `align_a_model` is run on."""
+    directory = tmp_path_factory.mktemp("model")
+    words = ("<s>", "</s>", "<unk>", "\n", "the", "dog", "saw", "happy", "play", "friends", "sad", "lost")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    shape = DecoderConfig(len(words), 16, 1, 2, 1, 8, 16, context_length=64)
+    params = decoder(shape).init(jax.random.key(0))
+    save_decoder(directory, shape, params, special=SpecialIds(bos=0, eos=(1,)), tokenizer=tokenizer)
+    return directory
+
+
+def execute(notebook, folder, *, timeout=300):
     work = folder / "work"
     work.mkdir()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     client = nbclient.NotebookClient(
-        notebook, km=own_kernel(folder), timeout=300, resources={"metadata": {"path": str(work)}}
+        notebook, km=own_kernel(folder), timeout=timeout, resources={"metadata": {"path": str(work)}}
     )
     client.execute(cleanup_kc=True)  # a kernel manager of ours is otherwise left running
     assert list(work.iterdir()) == []  # the notebook writes no files
@@ -105,9 +162,13 @@ def execute(notebook, folder):
 
 
 @each_notebook
-def test_a_notebook_runs_and_its_values_are_right(name, tmp_path, monkeypatch):
+def test_a_notebook_runs_and_its_values_are_right(name, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("JAXRLHF_MODEL", str(tiny_model))
     notebook = read(name)
+    for cell in notebook.cells:
+        if cell.id == "settings" and name in SHORT:
+            cell.source += "\n" + SHORT[name]
     stored = {cell.id: len(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
     where = "import sys; print(sys.executable)"
     notebook.cells += [nbformat.v4.new_code_cell(VALUES[name]), nbformat.v4.new_code_cell(where)]
@@ -118,6 +179,24 @@ def test_a_notebook_runs_and_its_values_are_right(name, tmp_path, monkeypatch):
     assert {cell.id: bool(cell.outputs) for cell in ran.cells if cell.id in stored} == {
         cell: count > 0 for cell, count in stored.items()
     }
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_is_aligned_as_the_text_says(tmp_path, monkeypatch):
+    if not STORIES.is_dir():
+        pytest.skip(f"the pretrained model is missing: {STORIES} does not exist")
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("JAXRLHF_MODEL", str(STORIES))
+    notebook = read("align_a_model")
+    notebook.cells += [nbformat.v4.new_code_cell(values) for values in (ALIGN_A_MODEL, ALIGNED)]
+    execute(notebook, tmp_path, timeout=1800)
+
+
+def test_without_its_model_a_notebook_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("JAXRLHF_MODEL", str(tmp_path / "nowhere"))
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="nowhere is no directory: set JAXRLHF_MODEL to"):
+        execute(read("align_a_model"), tmp_path)
 
 
 def test_a_failing_cell_fails_the_run(tmp_path, monkeypatch):
@@ -147,5 +226,6 @@ def test_a_saved_notebook_is_whole_and_free_of_its_machine(name):
     for output in outputs:
         assert output.output_type in ("stream", "display_data")
         assert output.get("name") != "stderr"
-    text = "\n".join([cell.source for cell in notebook.cells] + [output.get("text", "") for output in outputs])
+    shown = [output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs]
+    text = "\n".join([cell.source for cell in notebook.cells] + shown)
     assert not re.search(r"/(home|tmp|work|root|usr|Users)/|[A-Z]:\\", text)

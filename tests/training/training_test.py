@@ -186,7 +186,7 @@ def test_a_run_of_a_fixed_name_is_resumed_and_has_one_writer(tmp_path):
     with pytest.raises(ValueError, match=r"Another process \(process \d+ on .*\) writes .*mine; wait until"):
         RunFolder(tmp_path, "study", fixed="mine", resume=True)
     del first
-    with pytest.raises(ValueError, match="There is a run in .*mine already; add --resume"):
+    with pytest.raises(ValueError, match=r"There is a run in .*mine already; add --resume"):
         RunFolder(tmp_path, "study", fixed="mine")
     assert RunFolder(tmp_path, "study", fixed="mine", resume=True).resumed
     with pytest.raises(ValueError, match="needs a name of its own; give --run NAME"):
