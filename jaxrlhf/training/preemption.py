@@ -50,7 +50,7 @@ def stopping() -> Iterator[Stop]:
 
     # With several processes SIGTERM is JAX's own: it tells the others.
     numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-    before = {number: signal.signal(number, asked) for number in numbers}
+    before: dict[int, Any] = {number: signal.signal(number, asked) for number in numbers}
     try:
         yield stop
     finally:
