@@ -121,6 +121,14 @@ def policy_algorithm(
         info = PolicyInfo(values[0], norms[-1], shares[0], kls[0], importance.answers(labelled))
         return PolicyState(state.step + 1, policy, optimizer_state), info
 
+    return PolicyAlgorithm(init, composed(propose, update, annotate), propose, update)
+
+
+def composed(
+    propose: Callable, update: Callable, annotate: Callable[[Key, Sample, Params], jax.Array] | None
+) -> Callable:
+    """Returns the `step` of an algorithm from its two halves and an annotator; without one it raises ValueError."""
+
     def step(key, state, data, frozen):
         if annotate is None:
             raise ValueError("step needs an annotator: give the algorithm one, or use propose and update.")
@@ -128,7 +136,7 @@ def policy_algorithm(
         sample = propose(sample_key, state, data, frozen)
         return update(update_key, state, Labelled(sample, annotate(label_key, sample, frozen)), frozen)
 
-    return PolicyAlgorithm(init, step, propose, update)
+    return step
 
 
 def label_policy_gradient(

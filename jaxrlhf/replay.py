@@ -17,16 +17,25 @@ import jax.numpy as jnp
 
 from jaxrlhf import preference_buffer
 from jaxrlhf.bilevel.problem import Labelled, Sample
+from jaxrlhf.policy_gradient import composed
 from jaxrlhf.preference_buffer import PreferenceBuffer
-from jaxrlhf.reward_learning import RewardAlgorithm, RewardState, fit
+from jaxrlhf.reward_learning import RewardAlgorithm, fit
 from jaxrlhf.types import Batch, Key, Params
 
 
 class ReplayedState(NamedTuple):
-    """Outer steps taken `[]`, the algorithm's state, and the buffer; replace the last to start from other labels."""
+    """What is carried.
+
+    Attributes:
+        step: outer steps taken, `[]`.
+        inner: the algorithm's state.
+        fitted: of the reward's own fit, without its parameters, which the algorithm holds; () where there is none.
+        buffer: replace it to start from other labels.
+    """
 
     step: jax.Array
     inner: Any
+    fitted: Any
     buffer: PreferenceBuffer
 
     @property
@@ -48,8 +57,8 @@ class ReplayedInfo(NamedTuple):
         kl: of it.
         labels: labels paid for: those of the fresh pairs, however often they are used.
         age: mean number of outer steps since the buffer's pairs were sampled, their staleness.
-        effective_sample_size: the smallest among the updates from the buffer, as a share of the rows drawn; 1 without
-            one.
+        effective_sample_size: `replayed`: the smallest among the updates from the buffer, as a share of the rows drawn, 1
+            without one; `refitted`: of the update on fresh pairs.
     """
 
     fresh: Any
@@ -60,7 +69,7 @@ class ReplayedInfo(NamedTuple):
 
 
 class ReplayedAlgorithm(NamedTuple):
-    """As the algorithm that it is made of, with `ReplayedState` or `RefittedState`, and `ReplayedInfo`."""
+    """As the algorithm that it is made of, with `ReplayedState` and `ReplayedInfo`."""
 
     init: Callable[[Key, Params, Params], Any]
     step: Callable[[Key, Any, Batch, Params], tuple[Any, ReplayedInfo]]
@@ -97,7 +106,7 @@ def replayed(
 
     def init(key, upper, lower):
         buffer = preference_buffer.empty(sample, labels=labels, capacity=capacity)
-        return ReplayedState(jnp.zeros((), jnp.int32), algorithm.init(key, upper, lower), buffer)
+        return ReplayedState(jnp.zeros((), jnp.int32), algorithm.init(key, upper, lower), (), buffer)
 
     def propose(key, state, data, frozen):
         return algorithm.propose(key, state.inner, data, frozen)
@@ -118,28 +127,9 @@ def replayed(
             inner, shares = jax.lax.scan(again, inner, jnp.stack(keys))
             share = jnp.min(shares)
         report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), share)
-        return ReplayedState(state.step + 1, inner, buffer), report
+        return ReplayedState(state.step + 1, inner, (), buffer), report
 
-    return ReplayedAlgorithm(init, _step(propose, update, annotate), propose, update)
-
-
-class RefittedState(NamedTuple):
-    """Outer steps taken `[]`, the algorithm's state, the state of the reward's own fit, and the buffer."""
-
-    step: jax.Array
-    inner: Any
-    fitted: RewardState
-    buffer: PreferenceBuffer
-
-    @property
-    def policy(self) -> Params:
-        """The policy that is deployed."""
-        return self.inner.policy
-
-    @property
-    def upper(self) -> Params:
-        """The reward's parameters."""
-        return self.inner.upper
+    return ReplayedAlgorithm(init, composed(propose, update, annotate), propose, update)
 
 
 def refitted(
@@ -174,7 +164,7 @@ def refitted(
     def init(key, upper, lower):
         buffer = preference_buffer.empty(sample, labels=labels, capacity=capacity)
         inner = algorithm.init(key, upper, lower)
-        return RefittedState(jnp.zeros((), jnp.int32), inner, learning.init(upper)._replace(upper=()), buffer)
+        return ReplayedState(jnp.zeros((), jnp.int32), inner, learning.init(upper)._replace(upper=()), buffer)
 
     def propose(key, state, data, frozen):
         return algorithm.propose(key, state.inner, data, frozen)
@@ -187,18 +177,6 @@ def refitted(
         fitted, _ = fit(fit_key, learning, start, buffer, frozen, size=size, steps=updates)
         inner, info = algorithm.update(update_key, state.inner._replace(upper=fitted.upper), labelled, frozen)
         report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), info.effective_sample_size)
-        fitted = fitted._replace(upper=())  # held by the algorithm
-        return RefittedState(state.step + 1, inner, fitted, buffer), report
+        return ReplayedState(state.step + 1, inner, fitted._replace(upper=()), buffer), report
 
-    return ReplayedAlgorithm(init, _step(propose, update, annotate), propose, update)
-
-
-def _step(propose: Callable, update: Callable, annotate: Callable | None) -> Callable:
-    def step(key, state, data, frozen):
-        if annotate is None:
-            raise ValueError("step needs an annotator: give the algorithm one, or use propose and update.")
-        sample_key, label_key, update_key = jax.random.split(key, 3)
-        asked = propose(sample_key, state, data, frozen)
-        return update(update_key, state, Labelled(asked, annotate(label_key, asked, frozen)), frozen)
-
-    return step
+    return ReplayedAlgorithm(init, composed(propose, update, annotate), propose, update)

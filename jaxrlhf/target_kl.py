@@ -108,7 +108,6 @@ def target_kl(
     for name, value in {"target": target, "beta": beta, "gain": gain}.items():
         if not callable(value) and not isinstance(value, jax.core.Tracer) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value:g}.")
-
     if not proportional >= 0:
         raise ValueError(f"proportional must not be negative, got {proportional:g}.")
 
@@ -125,8 +124,9 @@ def target_kl(
     def follow(key, state, inner, labelled, frozen, info):
         divergence = info.kl if measure is None else measure(key, inner, labelled, frozen)
         # An estimate of a small KL may be negative; that is far below any target.
-        error = jnp.log(jnp.maximum(divergence, 1e-6) / (state.scale * schedule(inner.step)))
-        error = jnp.nan_to_num(jnp.clip(error, -1.0, 1.0), nan=0.0).astype(state.integral.dtype)
+        wanted = state.scale * schedule(inner.step)
+        error = jnp.clip(jnp.log(jnp.maximum(divergence, 1e-6) / wanted), -1.0, 1.0)
+        error = jnp.where(jnp.isnan(wanted), 0.0, error).astype(state.integral.dtype)
         integral = state.integral + gain * error
         return ControlledState(inner, integral, integral + proportional * error, state.scale)
 
