@@ -1,13 +1,10 @@
-"""Being asked to stop: SIGTERM, Ctrl-C, and the notice that a preemptible machine gets."""
+"""Being asked to stop: SIGTERM and Ctrl-C, for a run of one process."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import jax
-from jax.experimental import multihost_utils
 
 
 class Stop:
@@ -21,15 +18,8 @@ class Stop:
         """Asks for an end after the step that is under way."""
         self._asked.set()
 
-    def at(self, step: int) -> bool:
-        """Returns whether the run ends here. With several processes all say the same at the same step.
-
-        To be called by every process once a step, with the step's number.
-        """
-        if jax.process_count() == 1:
-            return self._asked.is_set()
-        # JAX's coordinator hears of the SIGTERM of any process, and names one step for all.
-        return multihost_utils.reached_preemption_sync_point(step)
+    def __bool__(self) -> bool:
+        return self._asked.is_set()
 
 
 @contextmanager
@@ -48,9 +38,7 @@ def stopping() -> Iterator[Stop]:
         stop.ask()
         signal.signal(number, before[number])
 
-    # With several processes SIGTERM is JAX's own: it tells the others.
-    numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-    before: dict[int, Any] = {number: signal.signal(number, asked) for number in numbers}
+    before: dict[int, Any] = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

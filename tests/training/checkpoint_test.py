@@ -1,8 +1,11 @@
 """Checkpoints: bit for bit, the right ones kept, and none used that is not as it was written."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -169,6 +172,44 @@ def test_a_newer_version_is_refused(written, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "VERSION", 0)
     with pytest.raises(ValueError, match="written by a newer version; update jaxrlhf"):
         Checkpoints(copied(written, tmp_path), IDENTITY).restore(SHAPES)
+
+
+ELSEWHERE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxrlhf.training.checkpoint import Checkpoints, fingerprints
+from jaxrlhf.training.sharding import make_mesh
+
+table = jnp.arange(16 * 6, dtype=jnp.float32).reshape(16, 6)
+found = []
+for number, (size, wanted) in enumerate(((8, 2), (2, 8))):
+    before, after = (
+        NamedSharding(make_mesh({"fsdp": count}, devices=jax.devices()[:count]), PartitionSpec("fsdp"))
+        for count in (size, wanted)
+    )
+    spread = jax.device_put(table, before)
+    found.append(fingerprints({"table": spread}))
+    checkpoints = Checkpoints(f"{sys.argv[1]}/{number}", {})
+    checkpoints.save(1, {"table": spread})
+    checkpoints.wait()
+    shapes = {"table": jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=after)}
+    restored = checkpoints.restore(shapes).arrays["table"]
+    np.testing.assert_array_equal(restored, table)
+    assert restored.sharding == after and len(restored.addressable_shards) == wanted
+    checkpoints.close()
+assert found[0] == found[1] == fingerprints({"table": table})
+print("SAME")
+"""
+
+
+def test_it_comes_back_on_another_number_of_devices(tmp_path):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path)],
+        capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}, timeout=120, check=False,
+    )  # fmt: skip
+    assert "SAME" in done.stdout, done.stderr[-2000:]
 
 
 def test_every_flipped_bit_changes_the_fingerprint():
