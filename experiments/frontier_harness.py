@@ -98,7 +98,8 @@ class Runner(NamedTuple):
         init: `(keys [R], KLs [R], frozen) -> ` states.
         propose, update: the algorithm's halves over all runs.
         write: `(states, key, frozen) -> ` responses to the openings `[R, O, N, 1, L]` and their log-ratios `[R, O, N]`.
-        score: `(states, responses [R, O, N, 1, L], frozen) -> ` what the method predicts preferences by, `[R, O, N]`.
+        score: `(states, responses [R, O, N, 1, L], frozen) -> ` what the method predicts preferences by, `[R, O, N]`: its
+            reward, or beta log(policy / reference), which is DPO's own and for others only a stand-in.
         method: what it was made of.
     """
 

@@ -4,8 +4,8 @@ A method is a function of beta, for the controller that holds all of them to one
 pairs a step, optimiser, the order of prompts. Where the pairs of a step come from is part of the method:
 
 - offline ones compare two responses of the reference, as if they had been collected before;
-- online ones without a reward compare two of the policy;
-- those with a reward, and the label's own gradient, compare one of the policy with one of the reference.
+- the label's own gradient compares one of the policy with one of the reference;
+- all others compare two of the policy; the bilevel ones see each such pair from both sides, as self-play.
 """
 
 import dataclasses
@@ -33,7 +33,6 @@ class Rates:
     """Learning rates of a method's Adam, and the beta that it begins with."""
 
     policy: float
-    reward: float = 1e-3  # replaced by `frontier_tasks.LEARNERS_RATE`
     tangent: float = 1e-5
     critic: float = 1e-3
     beta: float = 0.3
@@ -44,14 +43,14 @@ class Parts(NamedTuple):
 
     Attributes:
         policy: the language model of policy and reference.
-        reward: the reward model that learners with one have.
+        reward, reward_rate: the reward model that learners with one have, and the rate of its Adam.
         critic: first parameters of a critic, which is a reward model on the policy's trunk.
         pairs: a prompt and step.
         max_new_tokens: of a response.
         stop_ids: tokens that end one.
         steps: outer steps of a run, for the schedules of the rates.
         shapes: `problem -> ` shapes of a step's pairs.
-        buffer: prompts whose pairs are kept.
+        buffer, batch: prompts whose pairs are kept, and prompts drawn of them for an update.
         fit_updates: of the reward's fit to the buffer, each outer step; learners without one take as many from old pairs.
         hold: outer steps in which a policy waits for its reward, which has seen no label yet.
         kl_share: of beta, the price of the KL in the win rate: 1/4 makes both levels trade alike.
@@ -62,6 +61,7 @@ class Parts(NamedTuple):
 
     policy: LanguageModel
     reward: RewardModel
+    reward_rate: float
     critic: Any
     pairs: int
     max_new_tokens: int
@@ -187,10 +187,10 @@ def _implicit(parts: Parts, optimizer: optax.GradientTransformation) -> Callable
 
 
 def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
-    policy_adam, reward_adam = adam(rates.policy, parts.steps, parts.hold), adam(rates.reward, parts.steps)
+    policy_adam, reward_adam = adam(rates.policy, parts.steps, parts.hold), adam(parts.reward_rate, parts.steps)
     fitted = objectives.likelihood(coupled=False)
     problem = problem_of(parts, fitted, against_reference=False, per_token=name in ("PPO", "GRPO"))
-    learning = reward_learning(problem, adam(rates.reward, parts.steps))
+    learning = reward_learning(problem, adam(parts.reward_rate, parts.steps))
 
     def with_buffer(algorithm):
         return refitted(

@@ -6,6 +6,7 @@
   learned beside that.
 """
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -253,7 +254,7 @@ def best_by_reward(
         stop_ids=world.stop_ids,
         against_reference=False,
     )
-    frozen, at_once = LanguageFrozen(world.start), min(prompts, 64)
+    frozen, at_once = LanguageFrozen(world.start), math.gcd(prompts, 64)
     annotate, sample = host_annotator(gold), jax.jit(problem.sample)
     learning = reward_learning(problem, optax.adam(LEARNERS_RATE[size]))
     updates = 3 * prompts // 8

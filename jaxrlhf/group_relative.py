@@ -11,8 +11,8 @@ than the lower level's. `scaled=False` leaves the division out ("Dr. GRPO", arXi
 own.
 
 Departures: the KL's gradient is the KL's (`importance.kl`); the published one differentiates k3 as it stands, which
-    descends
-KL(reference || policy) instead. Steps are summed and not averaged over a response, so that length changes no weight.
+descends KL(reference || policy) instead. Steps are summed and not averaged over a response, so that length changes no
+weight.
 """
 
 import jax
