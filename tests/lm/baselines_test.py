@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
+import scipy.special
 
 from jaxrlhf import bilevel, exact, objectives, preferences
 from jaxrlhf.actor_critic import actor_critic
 from jaxrlhf.bilevel import importance
-from jaxrlhf.direct_preference import direct_preference, dpo, implicit_reward, ipo
+from jaxrlhf.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
 from jaxrlhf.group_relative import group_relative
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs, policy_table, table_of
@@ -113,6 +115,51 @@ def test_direct_methods(world, case):
     np.testing.assert_allclose(reached, jnp.exp(exact.soft_policy(utility, reference, BETA)), atol=1e-3)
     if loss is dpo:
         np.testing.assert_allclose(info.loss[0], np.log(2), rtol=1e-6)
+
+
+def minimum(cost, reference):
+    """The policies `[B, N]` where `cost(log table) -> [B, N, N]` of all pairs is least, by scipy from the reference."""
+
+    def value(flat):
+        return np.sum(cost(scipy.special.log_softmax(flat.reshape(reference.shape), axis=-1)))
+
+    found = scipy.optimize.minimize(value, np.asarray(reference, float).ravel(), tol=1e-9)
+    return scipy.special.softmax(found.x.reshape(reference.shape), axis=-1)
+
+
+def of_pairs(table):
+    return table[:, :, None], table[:, None, :]
+
+
+@pytest.mark.parametrize("case", ["offline simpo", "sail"])
+def test_direct_methods_without_a_closed_form(world, case):
+    """Against the minimum that scipy finds over all tables, with the losses written out once more."""
+    frozen, gold, reference = (each if number == 0 else np.asarray(each, float) for number, each in enumerate(world))
+    first, second = of_pairs(gold)
+    labels, lengths = scipy.special.expit(first - second), np.asarray(LANGUAGE.completions.mask).sum(axis=-1)
+    scale, margin, log = 1.0, 0.2, scipy.special.log_expit
+
+    def simpo_cost(table):
+        one, other = of_pairs(table / lengths)
+        chances = np.exp(sum(of_pairs(reference)))
+        won, lost = log(scale * (one - other - margin)), log(scale * (other - one - margin))
+        return -chances * (labels * won + (1 - labels) * lost)
+
+    def sail_cost(table):
+        one, other = of_pairs(BETA * (table - reference))
+        return -np.exp(sum(of_pairs(table))) * (labels * log(one - other) + (1 - labels) * log(other - one))
+
+    problem = problem_of(objectives.likelihood())
+    if case == "sail":
+        algorithm = direct_preference(problem, dpo(beta=BETA), adam(), coupling=1.0, annotate=annotate)
+        optimum, uncoupled = minimum(sail_cost, reference), np.exp(exact.soft_policy(gold, reference, BETA))
+        assert np.abs(optimum - uncoupled).max() > 0.05
+    else:
+        loss = simpo(beta=scale, margin=margin, lengths=lambda sample: jnp.sum(sample.responses.mask, axis=-1))
+        algorithm = direct_preference(problem, loss, adam(), annotate=annotate, sampler=of_reference)
+        optimum = minimum(simpo_cost, reference)
+    reached, _ = solve(algorithm, frozen)
+    np.testing.assert_allclose(reached, optimum, atol=2e-3)
 
 
 @pytest.mark.parametrize("coupled", [False, True])
