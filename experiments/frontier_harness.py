@@ -136,6 +136,8 @@ def compile_method(
         # The last third of a run stays at its KL.
         target=ramp(1.0, steps=2 * budget.steps // 3, begin=parts.hold if method.has_reward else 0),
         beta=method.rates.beta,
+        gain=0.03,
+        proportional=1.5,
         measure=measured if method.offline else None,
     )
 
@@ -162,7 +164,10 @@ def compile_method(
     def init(key, kl, frozen):
         # What is no reward model is the policy's own log-ratio, if it is anything.
         upper = first_reward(key) if method.has_reward else frozen.reference
-        return algorithm.init(key, upper, frozen.reference)._replace(scale=kl)
+        state = algorithm.init(key, upper, frozen.reference)
+        # A soft optimum's KL goes as 1 / beta^2 while it is small.
+        log_beta = state.log_beta - 0.5 * jnp.log(kl)
+        return state._replace(scale=kl, integral=log_beta, log_beta=log_beta)
 
     return Runner(
         init=jax.jit(jax.vmap(init, in_axes=(0, 0, None))),

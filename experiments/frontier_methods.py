@@ -30,12 +30,12 @@ from jaxrlhf.reward_learning import reward_learning
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Learning rates of a method's Adam, and the beta that it begins with."""
+    """Learning rates of a method's Adam, and the beta that a run led to 1 nat begins with."""
 
     policy: float
     tangent: float = 1e-5
     critic: float = 1e-3
-    beta: float = 0.3
+    beta: float = 0.6
 
 
 class Parts(NamedTuple):
@@ -52,6 +52,7 @@ class Parts(NamedTuple):
         shapes: `problem -> ` shapes of a step's pairs.
         buffer, batch: prompts whose pairs are kept, and prompts drawn of them for an update.
         fit_updates: of the reward's fit to the buffer, each outer step; learners without one take as many from old pairs.
+        lower_steps: of a policy that has a reward, each outer step.
         hold: outer steps in which a policy waits for its reward, which has seen no label yet.
         kl_share: of beta, the price of the KL in the win rate: 1/4 makes both levels trade alike.
         utility_weight: of the win rate beside the likelihood.
@@ -71,6 +72,7 @@ class Parts(NamedTuple):
     buffer: int
     batch: int
     fit_updates: int = 1
+    lower_steps: int = 2
     hold: int = 6
     kl_share: float = 0.25
     utility_weight: float = 1.0
@@ -95,17 +97,17 @@ class Method(NamedTuple):
 
 
 RATES = {
-    "offline DPO": Rates(policy=1e-4),
-    "offline IPO": Rates(policy=1e-4),
-    "offline SimPO": Rates(policy=5e-5, beta=2.5),
+    "offline DPO": Rates(policy=1.5e-4),
+    "offline IPO": Rates(policy=2e-4, beta=0.2),
+    "offline SimPO": Rates(policy=7e-5, beta=1.5),
     "online DPO": Rates(policy=8e-5),
-    "SAIL": Rates(policy=1.5e-4),
-    "label gradient": Rates(policy=1e-4),
-    "RLOO": Rates(policy=2e-4),
+    "SAIL": Rates(policy=1.2e-4),
+    "label gradient": Rates(policy=2e-4, beta=0.15),
+    "RLOO": Rates(policy=1e-4),
     "PPO": Rates(policy=7e-5),
-    "GRPO": Rates(policy=7e-5, beta=0.1),
-    "boltzmann": Rates(policy=2e-4),
-    "bilevel": Rates(policy=2e-4, tangent=1e-5),
+    "GRPO": Rates(policy=7e-5, beta=0.4),
+    "boltzmann": Rates(policy=1e-4, tangent=5e-6),
+    "bilevel": Rates(policy=1e-4, tangent=5e-6),
     "implicit bilevel": Rates(policy=8e-5),
 }
 WITHOUT_REWARD = (
@@ -204,7 +206,8 @@ def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
 
     if name in ("bilevel", "boltzmann"):
         rule = bilevel.central(parts.relative_sigma) if name == "bilevel" else bilevel.boltzmann()
-        solver = bilevel.tangent(policy_adam, adam(rates.tangent, parts.steps, parts.hold))
+        slow = adam(rates.tangent, parts.steps, parts.hold)
+        solver = bilevel.tangent(policy_adam, slow, steps=parts.lower_steps)
 
         def coupled(beta):
             won = objectives.utility(weight=parts.utility_weight, kl_price=parts.kl_share * beta)
@@ -221,8 +224,7 @@ def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
         return group_relative(problem, beta=beta) if name == "GRPO" else bilevel.of_loss()
 
     def iterated(beta):
-        steps = 1 if name == "RLOO" else 2
-        solver = bilevel.tangent(policy_adam, optax.set_to_zero(), steps=steps, slope=slope(beta))
+        solver = bilevel.tangent(policy_adam, optax.set_to_zero(), steps=parts.lower_steps, slope=slope(beta))
         return with_buffer(bilevel.bilevel_descent(problem, bilevel.decoupled(), solver, reward_adam, beta=beta))
 
     return Method(iterated, rates, has_reward=True)

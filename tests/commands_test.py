@@ -388,9 +388,15 @@ WRONG = {
     "nothing": (lambda: evaluate.Evaluate(data="pairs.jsonl"), "Give --policy with --reference, or --reward"),
     "diverged": (
         lambda: supervised.Supervised(
-            data="pairs.jsonl", policy=pathlib.Path("base"), steps=6, learning_rate=1e30, batch_size=8, max_length=24
+            data="pairs.jsonl",
+            policy=pathlib.Path("base"),
+            steps=9,
+            learning_rate=1e30,
+            batch_size=8,
+            max_length=24,
+            patience=2,
         ),
-        "The loss of step . is nan: lower --learning-rate",
+        r"2 steps in a row up to step . were not finite \(.*nan.*\) and were left out; lower the learning rates",
     ),
 }
 

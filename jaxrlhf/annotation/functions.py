@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from jaxrlhf import preferences
+from jaxrlhf.annotation.waiting import within
 from jaxrlhf.bilevel.problem import SKIPPED, Sample
 
 Score = Callable[[list[str], list[str]], Sequence[float]]
@@ -82,6 +83,27 @@ def texts_of(tokenizer: tokenizers.Tokenizer, sample: Sample) -> tuple[list[str]
         for slot in (0, 1)
     ]
     return tokenizer.decode_batch(prompts), slots[0], slots[1]
+
+
+def bounded(call: Callable[..., Any], seconds: float | None, name: str) -> Callable[..., Any]:
+    """Returns the function of texts with a limit to how long it may take; None is no limit.
+
+    Raises:
+        ValueError: when called, where the time is over. The call is left to itself and its answers are lost.
+    """
+    if seconds is None:
+        return call
+
+    def answer(*texts):
+        try:
+            return within(seconds, lambda: call(*texts))
+        except TimeoutError:
+            raise ValueError(
+                f"{name} has not answered {len(texts[0])} questions within {seconds:g} s; "
+                "see why it hangs, or give it more time with --annotator-timeout."
+            ) from None
+
+    return answer
 
 
 def host_annotator(

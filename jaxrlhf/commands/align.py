@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,24 +15,29 @@ import optax
 from rich.console import Console
 
 from jaxrlhf import bilevel, objectives
+from jaxrlhf.annotation.once import once
 from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
 from jaxrlhf.commands.comparison import LABELS, Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
-from jaxrlhf.commands.stage import begin, finish, half_or_full
+from jaxrlhf.commands.stage import Running, begin, finish, half_or_full, keeper_of
 from jaxrlhf.data.fitted import described, fit_prompts
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.lm import lora
+from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.memory import MemoryPlan, plan_bilevel
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import RewardModel, reward_model
 from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.guard import Patience, guarded
+from jaxrlhf.training.keeping import StoppedError
 from jaxrlhf.training.loop import outer_steps
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
 from jaxrlhf.training.report import Samples
 from jaxrlhf.training.run_folder import RunFolder
-from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step, replicate
+from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
+from jaxrlhf.training.step import check_batch, compile_algorithm, outer_step, place
 from jaxrlhf.training.tracking import tracker
 from jaxrlhf.types import Params
 
@@ -39,7 +45,7 @@ Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"
 
 
 @dataclasses.dataclass(frozen=True)
-class Align:
+class Align(Running):
     """Trains policy and reward together on labels asked for as it goes.
 
     Every step the policy answers prompts, an annotator compares its answers with the reference's, and reward and policy
@@ -99,13 +105,8 @@ class Align:
     evaluations: int = 5
     evaluation_answers: int = 64
     """Answers to held-out prompts that the policies are compared on."""
-    seed: int = 0
-    output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
-    data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where prepared data lie."""
-    track: Literal["tensorboard", "wandb"] | None = None
-    """Also logs there."""
+    annotator_timeout: float = 1800.0
+    """Seconds that an annotator may take for the pairs of a step; a judge behind an address has limits of its own."""
 
 
 class Assembly(NamedTuple):
@@ -218,50 +219,80 @@ def main(config: Align) -> pathlib.Path:
     _check(config)
     model = open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
     start = _start(config, model)
-    judge = open_judge(config.annotator, config.score, model, journal=config.data_dir / LABELS)
+    judge = open_judge(
+        config.annotator, config.score, model, journal=config.data_dir / LABELS, seconds=config.annotator_timeout
+    )
     parts = assemble(config, model, start, judge)
     learned, held_out, notes = _prompts(config, model)
-    mesh = data_mesh()
+    mesh = make_mesh(parse_mesh(config.mesh))
     check_batch(config.batch_size, mesh)
 
     key = jax.random.key(config.seed)
     memory = plan_bilevel(parts.algorithm.init, key, parts.upper, parts.lower, parts.frozen)
-    folder = begin(config.output, "align", config)
+    folder = begin(config, "align")
     tell_plan(console, config, model, memory, notes)
     log = tracker(config.track, folder.path, name=folder.path.name, config=config)
-    state = replicate(parts.algorithm.init(key, parts.upper, parts.lower), mesh)
-    frozen = replicate(parts.frozen, mesh)
-    # The state holds copies: what they were made of need not be kept.
-    parts, start = parts._replace(upper=(), lower=()), start._replace(params={})
-    rows = (Prompts(*(jnp.asarray(part) for part in batch)) for batch in _batches(config, learned))
-    step = outer_step(compile_algorithm(parts.algorithm, mesh), judge.host)
-
-    measure = policy_comparer(model, held_out, judge, max_new_tokens=config.max_new_tokens, seed=config.seed + 1)
-    compared = {0: measure(model.params)}
-    curves: list[dict] = []
+    if judge.host is not None:
+        judge = judge._replace(host=once(judge.host, folder.path / "labels.jsonl"))
+    begins = key, parts.upper, parts.lower
+    where = shardings(jax.eval_shape(parts.algorithm.init, *begins), mesh, decoder_names)
+    frozen_where = shardings(parts.frozen, mesh, decoder_names)
+    frozen, models = place(parts.frozen, frozen_where), {"weights": model.params}
+    if config.reward is not None:
+        models["reward"] = start.params
+    safe = parts.algorithm._replace(
+        **{name: guarded(getattr(parts.algorithm, name), state=1) for name in ("step", "update")}
+    )
+    step = outer_step(compile_algorithm(safe, mesh, state=where, frozen=frozen_where), judge.host)
+    batches, patience = _batches(config, learned), Patience(folder.path / "skipped", limit=config.patience)
+    measure = policy_comparer(
+        model._replace(params=frozen.reference),
+        held_out,
+        judge,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed + 1,
+    )
     every = max(1, config.steps // max(1, config.evaluations))
     # Each answer is written once; the reference's beside it.
     units = 2 * config.batch_size * config.pairs
-    batches = (batch for _, batch in zip(range(config.steps), rows, strict=False))
-    with progress("align", config.steps, "answers", console=console) as advance:
-        for reached in outer_steps(step, state, batches, frozen, key=jax.random.fold_in(key, 1)):
+    with (
+        keeper_of(config, folder, models, free=("steps", "evaluations", "annotator_timeout")) as keeper,
+        progress("align", config.steps, "answers", console=console) as advance,
+    ):
+        state, kept = keeper.begin(parts.algorithm.init, begins, where)
+        begun, curves = int(state.step), [row for row in folder.metrics() if "upper_loss" in row]
+        if kept:
+            batches.set_state(kept["data"])
+            curves.append(_noted(begun, kept["info"], folder, log))
+        # The state holds copies: what they were made of need not be kept.
+        parts, start, begins = parts._replace(upper=(), lower=()), start._replace(params={}), None
+        first = last = measure(frozen.reference)
+        rows = (Prompts(*(jnp.asarray(part) for part in batch)) for batch in batches)
+        rows = itertools.islice(rows, max(0, config.steps - begun))
+        for reached in outer_steps(step, state, rows, frozen, key=jax.random.fold_in(key, 1)):
             if reached.info is not None:
-                curves.append(_noted(reached.step - (reached.latest is not None), reached.info, folder, log))
+                curves.append(_noted(reached.told, reached.info.info._asdict(), folder, log))
+                patience.take(reached.told, reached.info, reached.data)
             if reached.latest is None:
                 break
             advance(units, **({"KL": curves[-1]["kl"]} if curves else {}))
             state = reached.state
             if reached.step % every == 0 or reached.step == config.steps:
-                compared[reached.step] = measure(parts.policy_of(jax.device_get(state)))
-                shown = compared[reached.step].numbers()
+                last = measure(parts.policy_of(state))
+                shown = last.numbers()
                 folder.append_metrics(step=reached.step, **shown)
                 log.log(reached.step, {f"held_out/{name}": value for name, value in shown.items()})
+            noted = {"data": batches.get_state(), "info": reached.latest.info}
+            ended = reached.step == config.steps
+            if keeper.stops(reached.step, state, noted, last=ended) and not ended:
+                raise StoppedError(folder.path, reached.step, config.steps, keeper.stop.signal)
+        if begun >= config.steps:
+            last = measure(parts.policy_of(state))
     log.close()
     final = jax.device_get(state)
-    aligned = model._replace(params=parts.policy_of(final))
-    save_model(folder.path / "policy", aligned, "policy")
+    save_model(folder.path / "policy", model._replace(params=parts.policy_of(final)), "policy")
     save_model(folder.path / "reward", start._replace(params=parts.reward_of(final)), "reward")
-    _report(folder, config, compared, curves, notes, time.monotonic() - began)
+    _report(folder, config, (first, last), curves, notes + patience.notes(), time.monotonic() - began)
     return folder.path
 
 
@@ -327,20 +358,21 @@ def tell_plan(console: Console, config: Align, model: Model, memory: MemoryPlan,
     plan(console, "Bilevel alignment", rows | {"prompts": "\n".join(notes)})
 
 
-def _noted(step: int, info: Any, folder: RunFolder, log: Any) -> dict[str, float]:
-    row = {name: float(value) for name, value in info._asdict().items()}
+def _noted(step: int, info: dict[str, Any], folder: RunFolder, log: Any) -> dict[str, float]:
+    row = {name: math.nan if value is None else float(value) for name, value in info.items()}
     folder.append_metrics(step=step, **row)
     log.log(step, row)
     return {"step": step} | row
 
 
 def _report(folder, config, compared, curves, notes, seconds) -> None:
-    first, last = compared[0], compared[config.steps]
+    first, last = compared
     labels = sum(row["labels"] for row in curves)
+    held_out = [{"step": 0, **first.numbers()}, *(row for row in folder.metrics() if "win_rate" in row)]
     table = comparison_table({"reference": first, "aligned": last}, labels={"reference": 0, "aligned": int(labels)})
-    steps = sorted(compared)
+    steps = [row["step"] for row in held_out]
     panels = {
-        name: ("step", axis, {config.estimator: (steps, [compared[step].numbers()[field] for step in steps])})
+        name: ("step", axis, {config.estimator: (steps, [row[field] for row in held_out])})
         for name, field, axis in (
             ("Win rate against the reference", "win_rate", "share"),
             ("KL to the reference", "kl", "nats"),

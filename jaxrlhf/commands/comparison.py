@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import preferences
-from jaxrlhf.annotation.functions import host_annotator, host_scorer, load_function, texts_of
+from jaxrlhf.annotation.functions import bounded, host_annotator, host_scorer, load_function, texts_of
 from jaxrlhf.annotation.judge import is_judge, load_judge
 from jaxrlhf.bilevel.problem import Sample, drawn
 from jaxrlhf.commands.models import Model, open_model
@@ -67,7 +67,14 @@ class Comparison(NamedTuple):
         return told
 
 
-def open_judge(annotator: str | None, score: str | None, model: Model, *, journal: pathlib.Path | None = None) -> Judge:
+def open_judge(
+    annotator: str | None,
+    score: str | None,
+    model: Model,
+    *,
+    journal: pathlib.Path | None = None,
+    seconds: float | None = None,
+) -> Judge:
     """Returns who compares answers.
 
     Args:
@@ -75,6 +82,7 @@ def open_judge(annotator: str | None, score: str | None, model: Model, *, journa
         score: `module:function`; exactly one of the two is given.
         model: whose tokens are judged.
         journal: file that keeps the verdicts of a judge behind HTTP; functions may be random or cheap and have none.
+        seconds: that a function may take for the questions of a step; None is no limit. A judge has limits of its own.
 
     Raises:
         ValueError: both or none is given, what is named cannot be found, or the journal cannot be used.
@@ -83,7 +91,7 @@ def open_judge(annotator: str | None, score: str | None, model: Model, *, journa
         raise ValueError("Give --annotator or --score, one of the two: they say which answers are better.")
     tokenizer = model.words.tokenizer
     if score is not None:
-        return Judge(None, host_scorer(tokenizer, load_function(score), score))
+        return Judge(None, host_scorer(tokenizer, bounded(load_function(score), seconds, score), score))
     assert annotator is not None
     if is_judge(annotator):
         return Judge(None, host_annotator(tokenizer, load_judge(annotator, journal=journal), annotator))
@@ -91,7 +99,7 @@ def open_judge(annotator: str | None, score: str | None, model: Model, *, journa
         directory = open_model(pathlib.Path(annotator), "reward").words.directory
         annotate, params = reward_model_annotator(directory, vocabulary_size=model.config.vocabulary_size)
         return Judge(annotate, None, params)
-    return Judge(None, host_annotator(tokenizer, load_function(annotator), annotator))
+    return Judge(None, host_annotator(tokenizer, bounded(load_function(annotator), seconds, annotator), annotator))
 
 
 def policy_comparer(

@@ -89,7 +89,7 @@ def _reward(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
     _tell(model, {"pairs": described(fitted)})
     scores = scores_of(score, fitted.rows, config.batch_size)
     judged = compare(scores[:, 0] - scores[:, 1], None, fitted, seed=config.seed)
-    folder, table = begin(config.output, "evaluate", config), verdict_table(judged)
+    folder, table = begin(config, "evaluate"), verdict_table(judged)
     draw_reliability(folder.path / "reliability.png", judged["reward"][0])
     folder.write_json("results.json", results_of(judged))
     return finish(
@@ -118,7 +118,7 @@ def _policies(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path
     _tell(model, {"prompts": described(fitted), "answers": answers})
     compare_with = policy_comparer(reference, asked, judge, max_new_tokens=config.max_new_tokens, seed=config.seed)
     verdict = compare_with(model.params)
-    folder, table = begin(config.output, "evaluate", config), comparison_table({"policy": verdict}, labels={})
+    folder, table = begin(config, "evaluate"), comparison_table({"policy": verdict}, labels={})
     folder.write_json("results.json", verdict.numbers())
     samples = [Samples("Answers", ("reference", "policy"), verdict.samples[:12])]
     return finish(

@@ -8,6 +8,7 @@ import tyro
 
 from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
 from jaxrlhf.data.records import DataError
+from jaxrlhf.training.keeping import StoppedError
 
 COMMANDS = {
     "sft": (supervised.Supervised, supervised.main),
@@ -22,6 +23,8 @@ COMMANDS = {
 def run(config: Any, name: str = "jaxrlhf") -> Any:
     """Runs what a configuration asks for; ends the process with 2 and one sentence where it cannot be done.
 
+    A run that was asked to stop ends with 128 and the signal's number, as the signal itself would have ended it.
+
     With JAXRLHF_TRACEBACK=1 in the environment the whole traceback is shown.
     """
     mains: dict[type, Any] = dict(COMMANDS.values())
@@ -32,6 +35,9 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
             raise
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedError as stopped:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was written so far stays in the run's folder.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -134,7 +134,7 @@ def main(config: Reward) -> pathlib.Path:
         title="Reward learning",
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder reward.",
         figures=[*draw_history(folder, history, {"accuracy": "share", "log_loss": "nats a pair"}), "reliability.png"],
-        notes=notes,
+        notes=notes + done.notes,
     )
 
 

@@ -1,32 +1,89 @@
 """What supervised training and reward learning share: the loop around a pure step, its optimiser, its plan."""
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxrlhf.commands.data import Format
 from jaxrlhf.lm import lora
+from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.learning import Loss, ParamsOf, itself, learning
 from jaxrlhf.lm.memory import bytes_of
+from jaxrlhf.training.checkpoint import fingerprints
 from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.guard import Patience, guarded
+from jaxrlhf.training.keeping import Keeper, StoppedError
+from jaxrlhf.training.loop import outer_steps
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
-from jaxrlhf.training.step import check_batch, compile_update, data_mesh, replicate
+from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
+from jaxrlhf.training.step import check_batch, compile_update, place
 from jaxrlhf.training.tracking import tracker as open_tracker
 from jaxrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class Running:
+    """What every run that trains is told alike: where it is kept, how it goes on, what it runs on."""
+
+    output: pathlib.Path = pathlib.Path("runs")
+    """Where the run's own folder is made."""
+    run: str | None = None
+    """Name of that folder; otherwise it is named by the time."""
+    resume: bool = False
+    """Goes on with the run of that name, or begins it: may always be given."""
+    checkpoint_minutes: float = 10.0
+    """Between two checkpoints; one is written at the end too, and when the run is asked to stop or fails."""
+    patience: int = 5
+    """So many steps in a row that come to something that is not finite end the run; each is left out."""
+    mesh: str = "data=-1"
+    """How devices are arranged, such as fsdp=8 or tensor=2,data=-1; of data, fsdp, tensor and stencil."""
+    data_dir: pathlib.Path = pathlib.Path("runs/data")
+    """Where prepared data lie."""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """Also logs there."""
+    seed: int = 0
+
+
+# What may differ when a run goes on. Models are compared by their weights and data by their rows, wherever they lie.
+FREE = {field.name for field in dataclasses.fields(Running)} - {"seed"} | {"policy", "reward", "data", "tokenizer"}
+
+
+def keeper_of(config: Running, folder: RunFolder, models: dict[str, Params], *, free: Sequence[str] = ()) -> Keeper:
+    """Returns what keeps a run: with its settings and models, which must be the same when it goes on.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        models: parameters that it begins with, by what they are called in a message.
+        free: settings that may differ then, beside `FREE`.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE.union(free)}
+    weights = {name: hash_of(fingerprints(params)) for name, params in models.items()}
+    return Keeper(folder, settings | weights | {"command": type(config).__name__}, minutes=config.checkpoint_minutes)
+
+
+def hash_of(value: Any) -> str:
+    """Returns a short name of a value in JSON's types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Running):
     """What supervised training and reward learning are told alike."""
 
     data: str
@@ -55,13 +112,6 @@ class Training:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; bfloat16 needs --lora-rank, as small steps round to nothing."""
     evaluations: int = 8
-    seed: int = 0
-    output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
-    data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where prepared data lie."""
-    track: Literal["tensorboard", "wandb"] | None = None
-    """Also logs there."""
 
 
 class Learner(NamedTuple):
@@ -155,12 +205,21 @@ class History(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The run's folder, the trained parameters on the host, what was measured before the first step, and the curves."""
+    """What came of a run.
+
+    Attributes:
+        folder: of the run.
+        params: what was trained, on the host.
+        before: measured before the first step.
+        history: the curves.
+        notes: for the report.
+    """
 
     folder: RunFolder
     params: Params
     before: dict[str, float]
     history: History
+    notes: list[str]
 
 
 def train(
@@ -169,7 +228,7 @@ def train(
     name: str,
     loss: Loss,
     learner: Learner,
-    batches: Iterator[Any],
+    batches: grain.DatasetIterator,
     *,
     steps: int,
     count: Callable[[Any], float],
@@ -184,7 +243,7 @@ def train(
         name: of the folder and the progress bar.
         loss: of `lm.learning`.
         learner: what is trained.
-        batches: endless.
+        batches: endless, of `data.pipelines`.
         steps: how many.
         count: `(batch) -> ` its tokens, for the throughput.
         evaluate: `(trained parameters) -> ` measurements on held-out data; the last step is always evaluated.
@@ -193,49 +252,89 @@ def train(
     Raises:
         ValueError: a setting is out of range, or the loss is not finite.
     """
-    console, optimizer = Console(), adamw(config, steps)
+    console, optimizer, mesh = Console(), adamw(config, steps), make_mesh(parse_mesh(config.mesh))
     algorithm = learning(loss, optimizer, parts=config.parts)
-    folder = begin(config.output, name, config)
+    folder = begin(config, name)
     tell_plan(console, title, learner, optimizer, told)
     tracker = open_tracker(config.track, folder.path, name=folder.path.name, config=config)
     before = evaluate(learner.trained)
-    mesh = data_mesh()
-    update = compile_update(algorithm.update, mesh)
-    state, frozen = replicate(algorithm.init(learner.trained), mesh), replicate(learner.frozen, mesh)
-    every = max(1, steps // max(1, config.evaluations))
-    history, late = History([], [], [], []), None
+    where, frozen_where = (
+        shardings(jax.eval_shape(make, part), mesh, decoder_names)
+        for make, part in ((algorithm.init, learner.trained), (lambda part: part, learner.frozen))
+    )
+    update = compile_update(guarded(algorithm.update, state=0), mesh, state=where, frozen=frozen_where)
+    frozen, every = place(learner.frozen, frozen_where), max(1, steps // max(1, config.evaluations))
+    history, patience = History([], [], [], []), Patience(folder.path / "skipped", limit=config.patience)
 
     def note(number, info):
-        loss = float(info.loss)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"The loss of step {number} is {loss}: lower --learning-rate; what was written before stays."
-            )
-        row = {"loss": loss, "accuracy": float(info.accuracy), "gradient_norm": float(info.gradient_norm)}
+        row = {name: _float(info[name]) for name in ("loss", "accuracy", "gradient_norm")}
         history.steps.append(number)
-        history.losses.append(loss)
+        history.losses.append(row["loss"])
         folder.append_metrics(step=number, **row)
         tracker.log(number, row)
         return row
 
-    with progress(name, steps, console=console) as advance:
-        for number in range(1, steps + 1):
-            batch = next(batches)
-            check_batch(len(jax.tree.leaves(batch)[0]), mesh)
-            state, info = update(state, batch, frozen)
-            # Read one step late, so that reading never waits for the device.
-            shown = note(number - 1, late) if late is not None else {}
-            late = info
-            advance(count(batch), loss=shown.get("loss"))
-            if number % every == 0 or number == steps:
-                measured = evaluate(state.params)
-                history.evaluated.append(number)
-                history.measured.append(measured)
-                folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
-                tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
-        note(steps, late)
+    def measure(number, params):
+        measured = evaluate(params)
+        history.evaluated.append(number)
+        history.measured.append(measured)
+        folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
+        tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
+
+    with (
+        keeper_of(config, folder, {"weights": learner.trained}) as keeper,
+        progress(name, steps, console=console) as advance,
+    ):
+        state, notes = keeper.begin(algorithm.init, (learner.trained,), where)
+        begun = int(state.step)
+        if notes:
+            batches.set_state(notes["data"])
+            history = _history_of(folder.metrics())
+            note(begun, notes["info"])
+        for reached in outer_steps(
+            lambda key, state, batch, frozen: update(state, batch, frozen),
+            state,
+            _checked(itertools.islice(batches, steps - begun), mesh),
+            frozen,
+            key=jax.random.key(config.seed),
+        ):
+            shown = {}
+            if reached.info is not None:
+                shown = note(reached.told, reached.info.info._asdict())
+                patience.take(reached.told, reached.info, reached.data)
+            if reached.latest is None:
+                break
+            state = reached.state
+            advance(count(reached.given), loss=shown.get("loss"))
+            if reached.step % every == 0 or reached.step == steps:
+                measure(reached.step, state.params)
+            kept = {"data": batches.get_state(), "info": reached.latest.info}
+            if keeper.stops(reached.step, state, kept, last=reached.step == steps) and reached.step < steps:
+                raise StoppedError(folder.path, reached.step, steps, keeper.stop.signal)
     tracker.close()
-    return Trained(folder, jax.device_get(state.params), before, history)
+    return Trained(folder, jax.device_get(state.params), before, history, patience.notes())
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _checked(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
+    for batch in batches:
+        check_batch(len(jax.tree.leaves(batch)[0]), mesh)
+        yield batch
+
+
+def _history_of(rows: list[dict[str, Any]]) -> History:
+    """Returns the curves that a run had written before it went on."""
+    taken, held_out = ([row for row in rows if name in row] for name in ("gradient_norm", "held_out_loss"))
+    start = len("held_out_")
+    return History(
+        [row["step"] for row in taken],
+        [_float(row["loss"]) for row in taken],
+        [row["step"] for row in held_out],
+        [{name[start:]: _float(value) for name, value in row.items() if name != "step"} for row in held_out],
+    )
 
 
 def draw_history(folder: RunFolder, history: History, panels: dict[str, str]) -> list[str]:
@@ -313,8 +412,9 @@ def half_or_full(name: str, rank: int) -> Any:
     return jnp.dtype(name)
 
 
-def begin(output: pathlib.Path, name: str, config: Any) -> RunFolder:
-    """Makes a run's folder and writes its configuration."""
-    folder = RunFolder(output, name)
+def begin(config: Any, name: str) -> RunFolder:
+    """Makes a run's folder, or opens the one to go on in, and writes its configuration."""
+    named: dict[str, Any] = {"fixed": config.run, "resume": config.resume} if isinstance(config, Running) else {}
+    folder = RunFolder(config.output, name, **named)
     folder.write_json("config.json", config)
     return folder

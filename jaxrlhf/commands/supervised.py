@@ -138,7 +138,7 @@ def main(config: Supervised) -> pathlib.Path:
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder policy.",
         figures=draw_history(folder, history, {"loss": "nats a token", "accuracy": "share"}),
         samples=[_samples(start, trained, kept, max_length)],
-        notes=notes,
+        notes=notes + done.notes,
     )
 
 

@@ -1,11 +1,10 @@
 """The outer loop: keys by step number, metrics one step late, nothing else."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxrlhf.bilevel.descent import BilevelInfo, BilevelState
 from jaxrlhf.types import Batch, Key, Params
 
 
@@ -16,18 +15,27 @@ class Progress(NamedTuple):
         step: number of steps taken.
         state: the state after it; valid until the iterator is advanced.
         info: diagnostics of the step *before* it (None at the first), so that reading them never waits for the device.
+        data: the batch of `info`; None where there is no info.
         latest: diagnostics of this step (None when the iterator only delivers the last `info`); reading them waits.
+        given: the batch of this step, likewise.
     """
 
     step: int
-    state: BilevelState
-    info: BilevelInfo | None
-    latest: BilevelInfo | None = None
+    state: Any
+    info: Any
+    data: Batch | None = None
+    latest: Any = None
+    given: Batch | None = None
+
+    @property
+    def told(self) -> int:
+        """The number of the step that `info` is of."""
+        return self.step - (self.latest is not None)
 
 
 def outer_steps(
-    step: Callable[[Key, BilevelState, Batch, Params], tuple[BilevelState, BilevelInfo]],
-    state: BilevelState,
+    step: Callable[[Key, Any, Batch, Params], tuple[Any, Any]],
+    state: Any,
     batches: Iterable[Batch],
     frozen: Params,
     *,
@@ -37,12 +45,19 @@ def outer_steps(
 
     Step t uses `fold_in(key, t)`, with t read from the state, so that a resumed run draws what an uninterrupted one would,
     given the batches that remain.
+
+    Args:
+        step: `(key, state, data, frozen) -> (state, info)`; the state has a `step`.
+        state: to begin with.
+        batches: one a step.
+        frozen: what is not trained.
+        key: of all steps.
     """
-    number, late = int(state.step), None
+    number, late, before = int(state.step), None, None
     for data in batches:
         state, info = step(jax.random.fold_in(key, number), state, data, frozen)
         number += 1
-        yield Progress(number, state, late, info)
-        late = info
+        yield Progress(number, state, late, before, info, data)
+        late, before = info, data
     if late is not None:
-        yield Progress(number, state, late)
+        yield Progress(number, state, late, before)

@@ -8,14 +8,19 @@ from typing import Any
 
 
 class Stop:
-    """Whether a run was asked to stop; see `stopping`."""
+    """Whether a run was asked to stop; see `stopping`.
+
+    Attributes:
+        signal: that it was asked by, 0 where none was.
+    """
 
     def __init__(self):
         """Not yet."""
-        self._asked = threading.Event()
+        self._asked, self.signal = threading.Event(), 0
 
-    def ask(self) -> None:
+    def ask(self, number: int = 0) -> None:
         """Asks for an end after the step that is under way."""
+        self.signal = number
         self._asked.set()
 
     def __bool__(self) -> bool:
@@ -35,7 +40,7 @@ def stopping() -> Iterator[Stop]:
 
     def asked(number: int, frame: Any) -> None:
         del frame
-        stop.ask()
+        stop.ask(number)
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -73,6 +73,21 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def metrics_size(self) -> int:
+        """Returns the bytes of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.is_file() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Takes back what metrics.jsonl has beyond a size: steps that a run goes on before."""
+        if self.metrics_size() > size:
+            os.truncate(self.path / "metrics.jsonl", size)
+
     def write_text(self, name: str, text: str) -> None:
         """Writes one text file."""
         (self.path / name).write_text(text)

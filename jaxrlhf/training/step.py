@@ -50,17 +50,15 @@ def place(tree: Any, where: Any) -> Any:
     return jax.tree.map(jax.device_put, tree, where)
 
 
-def create(algorithm: BilevelAlgorithm, key: Key, upper: Params, lower: Params, where: Any) -> BilevelState:
-    """Returns the algorithm's first state, made where it will live: no device ever holds more than its part.
+def create(init: Callable[..., Any], *arguments: Any, where: Any) -> Any:
+    """Returns a first state, made where it will live: no device ever holds more than its part.
 
     Args:
-        algorithm: any.
-        key: consumed.
-        upper: as they lie, on the host or placed.
-        lower: likewise.
-        where: shardings of the state: `shardings(jax.eval_shape(algorithm.init, key, upper, lower), mesh, names_of)`.
+        init: of an algorithm, with its arguments, as they lie on the host or are placed.
+        arguments: consumed.
+        where: shardings of the state: `shardings(jax.eval_shape(init, *arguments), mesh, names_of)`.
     """
-    return jax.jit(algorithm.init, out_shardings=where)(key, upper, lower)
+    return jax.jit(init, out_shardings=where)(*arguments)
 
 
 def compile_algorithm(
@@ -88,15 +86,18 @@ def compile_algorithm(
     )
 
 
-def compile_update(update: Callable, mesh: Mesh) -> Callable:
-    """Returns an `(state, batch, frozen) -> (state, info)`, jitted over the mesh; rows are split, the state is donated."""
+def compile_update(update: Callable, mesh: Mesh, *, state: Any = None, frozen: Any = None) -> Callable:
+    """Returns an `(state, batch, frozen) -> (state, info)`, jitted over the mesh; rows are split, the state is donated.
+
+    Args:
+        update: such a function.
+        mesh: of `sharding.make_mesh`.
+        state, frozen: shardings, as in `compile_algorithm`.
+    """
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
-    return jax.jit(
-        update,
-        in_shardings=(everywhere, split, everywhere),
-        out_shardings=(everywhere, everywhere),
-        donate_argnums=0,
-    )
+    state = everywhere if state is None else state
+    inputs: Any = (state, split, everywhere if frozen is None else frozen)
+    return jax.jit(update, in_shardings=inputs, out_shardings=(state, everywhere), donate_argnums=0)
 
 
 def outer_step(

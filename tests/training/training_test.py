@@ -51,7 +51,7 @@ for sizes in ({"fsdp": 4, "tensor": 2}, {"data": 1}):
     compiled = compile_algorithm(algorithm, mesh, state=where, frozen=frozen_where)
     frozen = place(frozen, frozen_where)
     data = prompts
-    state = create(algorithm, jax.random.key(2), scored, start, where)
+    state = create(algorithm.init, jax.random.key(2), scored, start, where=where)
     for index in range(2):
         state, info = compiled.step(jax.random.key(index), state, data, frozen)
     host = lambda key, sample: preferences.gold_annotator(gold)(key, jax.tree.map(np.asarray, sample), frozen)
