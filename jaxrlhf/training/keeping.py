@@ -12,14 +12,17 @@ What happens between two steps needs no keeping: a step draws the same responses
 
 import contextlib
 import pathlib
+import signal
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxrlhf.training.checkpoint import Checkpoints
 from jaxrlhf.training.preemption import Stop, stopping
+from jaxrlhf.training.processes import SharedError
 from jaxrlhf.training.run_folder import RunFolder, plain
 from jaxrlhf.training.step import create
 from jaxrlhf.types import Params
@@ -79,12 +82,15 @@ class Keeper:
 
     def __enter__(self) -> "Keeper":
         self._ending.callback(self._checkpoints.close)
-        self.stop = self._ending.enter_context(stopping())
+        if jax.process_count() == 1:
+            self.stop = self._ending.enter_context(stopping())
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._ending:
-            if error is not None and self._latest is not None:
+            # Of several processes one alone cannot keep anything.
+            together = jax.process_count() == 1 or isinstance(error, SharedError)
+            if error is not None and self._latest is not None and together:
                 # What failed is told; that it could not be kept either is beside it.
                 try:
                     self._save()
@@ -125,6 +131,9 @@ class Keeper:
             OSError, ValueError: this checkpoint, or the one before it, could not be written; older ones are whole.
         """
         self._latest = step, state, {METRICS: self._folder.metrics_size()} | dict(notes)
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            # One of them was told to end, and all of them know it at the same step.
+            self.stop.ask(signal.SIGTERM)
         if last or self.stop or self._checkpoints.due(step):
             self._save()
         return bool(self.stop)

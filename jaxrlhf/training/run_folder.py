@@ -19,6 +19,7 @@ class RunFolder:
     Attributes:
         path: of the folder.
         resumed: whether it was there before.
+        writes: whether this process is the one that writes.
     """
 
     def __init__(self, root: pathlib.Path, name: str, *, fixed: str | None = None, resume: bool = False):
@@ -41,7 +42,7 @@ class RunFolder:
         if fixed is not None and (pathlib.PurePath(fixed).name != fixed or fixed in ("", ".", "..")):
             raise ValueError(f"A run's name is that of one folder, without slashes; got {fixed!r}.")
         stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if fixed is None else fixed
-        self.resumed = False
+        self.resumed, self.writes = False, True
         for attempt in range(1000):
             self.path = root / (stamp + (f"-{attempt}" if attempt else ""))
             try:
@@ -64,12 +65,21 @@ class RunFolder:
             raise ValueError(f"There is a run in {self.path} already; add --resume to go on with it, or name another.")
         self._lock = _locked(self.path)
 
+    @classmethod
+    def followed(cls, path: pathlib.Path) -> "RunFolder":
+        """Returns the folder that another process of the same run writes; this one only reads."""
+        folder = cls.__new__(cls)
+        folder.path, folder.resumed, folder.writes = path, True, False
+        return folder
+
     def write_json(self, name: str, value: Any) -> None:
         """Writes one JSON file; dataclasses, paths and arrays become plain values, a number that is not finite null."""
-        (self.path / name).write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
     def append_metrics(self, **row: Any) -> None:
         """Appends one line to metrics.jsonl."""
+        if not self.writes:
+            return
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
 
@@ -85,12 +95,13 @@ class RunFolder:
 
     def cut_metrics(self, size: int) -> None:
         """Takes back what metrics.jsonl has beyond a size: steps that a run goes on before."""
-        if self.metrics_size() > size:
+        if self.writes and self.metrics_size() > size:
             os.truncate(self.path / "metrics.jsonl", size)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one text file."""
-        (self.path / name).write_text(text)
+        if self.writes:
+            (self.path / name).write_text(text)
 
 
 def _locked(path: pathlib.Path) -> Any:
