@@ -21,31 +21,40 @@ from jaxrlhf.bilevel.problem import Sample
 from jaxrlhf.types import Key
 
 
-def once(annotate: Callable[[Key, Sample], Any], path: pathlib.Path) -> Callable[[Key, Sample], np.ndarray]:
-    """Returns the host annotator `(key, sample) -> labels` with a file of what it has answered.
+def once(
+    annotate: Callable[[Key, Sample], Any],
+    path: pathlib.Path | None,
+    *,
+    agreed: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Callable[[Key, Sample], np.ndarray]:
+    """Returns the host annotator `(key, sample) -> labels [B, M, 1]` with a file of what it has answered.
 
     Args:
         annotate: asked for samples that are not in the file, and for those in it whose line is damaged.
-        path: of the file, a line a sample; made at the first answer.
+        path: of the file, a line a sample; made at the first answer. None remembers without one.
+        agreed: of several processes, `array -> ` the first one's; only the first one has a path then.
 
     Raises:
-        ValueError: at a call, where labels are not an array of numbers.
         OSError: the file cannot be read or written.
     """
-    known = _read(path)
+    known = {} if path is None else _read(path)
+
+    def find(name, shape):
+        found = known.get(name)
+        if agreed is None:
+            return found
+        found = agreed(np.full(shape, np.nan, np.float32) if found is None else found)
+        return None if np.isnan(found).any() else found
 
     def ask(key: Key, sample: Sample) -> np.ndarray:
         name = _name(key, sample)
-        if name not in known:
+        labels = find(name, (*sample.measure.shape, 1))
+        if labels is None:
             labels = np.asarray(annotate(key, sample))
-            line = json.dumps({"sample": name, "dtype": str(labels.dtype), "labels": labels.tolist()}) + "\n"
-            with path.open("ab") as stream:
-                # Whatever was being written when a process was killed ends its own line.
-                stream.write((b"\n" if _unfinished(path) else b"") + line.encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-            known[name] = labels
-        return known[name]
+            if path is not None:
+                _append(path, {"sample": name, "dtype": str(labels.dtype), "labels": labels.tolist()})
+        known[name] = labels
+        return labels
 
     return ask
 
@@ -69,9 +78,11 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     return known
 
 
-def _unfinished(path: pathlib.Path) -> bool:
-    if not path.stat().st_size:
-        return False
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read() != b"\n"
+def _append(path: pathlib.Path, told: dict[str, Any]) -> None:
+    with path.open("ab+") as stream:
+        # Whatever was being written when a process was killed ends its own line.
+        stream.seek(-min(1, stream.tell()), os.SEEK_END)
+        unfinished = stream.read() not in (b"", b"\n")
+        stream.write((b"\n" if unfinished else b"") + json.dumps(told).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())

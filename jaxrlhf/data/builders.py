@@ -7,12 +7,14 @@
 A prepared folder is named by the records in it, so that changed data, or data read otherwise, are prepared anew.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,8 +162,9 @@ def prepare(
     """
     if not 0 <= held_out < 1:
         raise DataError(f"The held-out share must lie in [0, 1), got {held_out:g}.")
-    builder = RecordBuilder(path, parse=parse, skip_bad=skip_bad, held_out=held_out, data_dir=data_dir)
-    builder.download_and_prepare()
+    with _alone(str(data_dir)):
+        builder = RecordBuilder(path, parse=parse, skip_bad=skip_bad, held_out=held_out, data_dir=data_dir)
+        builder.download_and_prepare()
     metadata = builder.info.metadata
     assert metadata is not None
     kind = KINDS[metadata["kind"]]
@@ -170,6 +173,18 @@ def prepare(
     examples = [builder.as_data_source(split=name) for name in names]  # pyright: ignore[reportCallIssue]
     sources = {name: RecordSource(each, kind) for name, each in zip(names, examples, strict=True)}
     return Prepared(sources, [BadLine(pathlib.Path(file), line, reason) for file, line, reason in metadata["bad"]])
+
+
+@contextlib.contextmanager
+def _alone(data_dir: str) -> Iterator[None]:
+    """Lets one process at a time prepare data there; the next one finds them. In a bucket there are no locks."""
+    if "://" in data_dir:
+        yield
+        return
+    pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    with (pathlib.Path(data_dir) / "preparing").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def download(published: str | Published, data_dir: str | pathlib.Path) -> pathlib.Path:
