@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxrlhf.bilevel.descent import BilevelAlgorithm, BilevelInfo, BilevelState
 from jaxrlhf.bilevel.problem import Labelled, Sample
+from jaxrlhf.training.processes import gathered
 from jaxrlhf.training.sharding import RULES, make_mesh
 from jaxrlhf.types import Batch, Key, Params
 
@@ -46,8 +49,27 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, where: Any) -> Any:
-    """Returns the arrays of `tree` as `where` says, a sharding for each; each device receives its own part only."""
-    return jax.tree.map(jax.device_put, tree, where)
+    """Returns the arrays of `tree` as `where` says, one sharding or one for each; each device receives its own part only.
+
+    In several processes all of them must hold the same arrays.
+    """
+    if isinstance(where, Sharding):
+        return jax.tree.map(lambda leaf: _placed(leaf, where), tree)
+    return jax.tree.map(_placed, tree, where)
+
+
+def _placed(leaf: Any, where: Sharding) -> jax.Array:
+    if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, where)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_placed(jax.random.key_data(leaf), where), impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def split_by_batch(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays `[B, ...]`."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def create(init: Callable[..., Any], *arguments: Any, where: Any) -> Any:
@@ -72,17 +94,35 @@ def compile_algorithm(
         state: shardings of the state; a copy on every device by default.
         frozen: shardings of the frozen argument, likewise.
     """
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), split_by_batch(mesh)
     state = everywhere if state is None else state
     frozen = everywhere if frozen is None else frozen
     inputs: Any = (everywhere, state, split, frozen)
-    # A sample mixes leaves with and without a batch axis, so its placement is left to the compiler.
-    labelled: Any = (everywhere, state, None, frozen)
+    # Responses stay with the prompts that they answer.
+    whole: Any = dict.fromkeys(("by_policy", "draws"), everywhere)
+    split_labels: Any = split
+    sample = Sample(**{name: whole.get(name, split) for name in Sample._fields})
+    labelled: Any = (everywhere, state, Labelled(sample, split_labels), frozen)
     outputs: Any = (state, everywhere)
+
+    def spread(function: Any, place_data: Callable[[Any], Any]) -> Any:
+        """What lies on the hosts of several processes is put where the function wants it; one process does that itself."""
+        if jax.process_count() == 1:
+            return function
+        return lambda key, state, data, frozen: function(place(key, everywhere), state, place_data(data), frozen)
+
+    def by_rows(data):
+        return place(data, split)
+
+    def labels_by_rows(labelled):
+        return labelled._replace(labels=place(labelled.labels, split))
+
     return CompiledAlgorithm(
-        step=jax.jit(algorithm.step, in_shardings=inputs, out_shardings=outputs, donate_argnums=1),
-        propose=jax.jit(algorithm.propose, in_shardings=inputs),
-        update=jax.jit(algorithm.update, in_shardings=labelled, out_shardings=outputs, donate_argnums=1),
+        step=spread(jax.jit(algorithm.step, in_shardings=inputs, out_shardings=outputs, donate_argnums=1), by_rows),
+        propose=spread(jax.jit(algorithm.propose, in_shardings=inputs, out_shardings=sample), by_rows),
+        update=spread(
+            jax.jit(algorithm.update, in_shardings=labelled, out_shardings=outputs, donate_argnums=1), labels_by_rows
+        ),
     )
 
 
@@ -94,10 +134,13 @@ def compile_update(update: Callable, mesh: Mesh, *, state: Any = None, frozen: A
         mesh: of `sharding.make_mesh`.
         state, frozen: shardings, as in `compile_algorithm`.
     """
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), split_by_batch(mesh)
     state = everywhere if state is None else state
     inputs: Any = (state, split, everywhere if frozen is None else frozen)
-    return jax.jit(update, in_shardings=inputs, out_shardings=(state, everywhere), donate_argnums=0)
+    compiled = jax.jit(update, in_shardings=inputs, out_shardings=(state, everywhere), donate_argnums=0)
+    if jax.process_count() == 1:
+        return compiled
+    return lambda state, batch, frozen: compiled(state, place(batch, split), frozen)
 
 
 def outer_step(
@@ -107,7 +150,8 @@ def outer_step(
 
     Args:
         compiled: the compiled algorithm.
-        annotate: `(key, sample) -> labels [B, M, L]`, plain Python; None uses the algorithm's own.
+        annotate: `(key, sample) -> labels [B, M, L]`, plain Python, called with prompts and responses on the host, in
+            every process alike; None uses the algorithm's own.
     """
     if annotate is None:
         return compiled.step
@@ -115,6 +159,7 @@ def outer_step(
     def step(key: Key, state: BilevelState, data: Batch, frozen: Params):
         sample_key, label_key, update_key = jax.random.split(key, 3)
         sample = compiled.propose(sample_key, state, data, frozen)
-        return compiled.update(update_key, state, Labelled(sample, annotate(label_key, sample)), frozen)
+        seen = sample._replace(prompts=gathered(sample.prompts), responses=gathered(sample.responses))
+        return compiled.update(update_key, state, Labelled(sample, annotate(label_key, seen)), frozen)
 
     return step

@@ -1,0 +1,143 @@
+"""Several real processes on this machine do what one does; one that dies takes the others with it and is named."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxrlhf.training.processes import Place, gathered, lost, parse_place, shared
+
+JUDGE = """
+import os, pathlib
+
+def score(prompts, completions):
+    with (pathlib.Path(__file__).parent / f"asked-{os.environ['WHO']}").open("a") as stream:
+        stream.write(f"{len(prompts)}\\n")
+    return [float(text.split().count("sun")) - float(text.split().count("rain")) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_world):
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    (folder / "judges.py").write_text(JUDGE)
+    return folder
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def begin(world, name, count, *options, steps=4):
+    """Starts a run in so many processes; returns them."""
+    port, started = free_port(), []
+    for index in range(count):
+        place = ["--processes", f"127.0.0.1:{port},{count},{index}"] if count > 1 else []
+        command = [
+            sys.executable, "-m", "jaxrlhf.commands.main", "align", "--policy", "base", "--data", "pairs.jsonl",
+            "--score", "judges:score", "--steps", str(steps), "--batch-size", "4", "--pairs", "2", "--max-new-tokens", "6",
+            "--evaluations", "1", "--evaluation-answers", "8", "--run", name, "--resume", *place, *options,
+        ]  # fmt: skip
+        said = (world / f"said-{name}-{index}").open("w")
+        environment = os.environ | {"WHO": f"{name}-{index}"}
+        started.append(subprocess.Popen(command, cwd=world, env=environment, stdout=said, stderr=said))
+    return started
+
+
+def finish(world, name, processes, *, seconds=300):
+    """Waits for a run's processes; those that take longer are ended."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def said(world, name, index):
+    return (world / f"said-{name}-{index}").read_text()
+
+
+def questions(world, who):
+    path = world / f"asked-{who}"
+    return sum(map(int, path.read_text().split())) if path.is_file() else 0
+
+
+def models_of(world, name):
+    return [load_file(world / "runs" / name / kind / "model.safetensors") for kind in ("policy", "reward")]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_do_what_one_does(world, count):
+    """The same tokens and labels, each process asking about its share; states as one process has them after 4 steps."""
+    several, one = f"several-{count}", f"one-{count}"
+    for name, processes in ((several, count), (one, 1)):
+        started = begin(world, name, processes)
+        assert finish(world, name, started) == [0] * processes, said(world, name, 0)
+    for ours, theirs in zip(models_of(world, several), models_of(world, one), strict=True):
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    whole = questions(world, f"{one}-0")
+    assert [questions(world, f"{several}-{index}") for index in range(count)] == [whole // count] * count
+    labels = [(world / "runs" / name / "labels.jsonl").read_text() for name in (several, one)]
+    assert labels[0] == labels[1]
+    assert "align" in said(world, several, 0) and "align  " not in said(world, several, 1)
+
+
+@pytest.mark.slow
+def test_one_of_four_dies_and_all_go_on_later(world):
+    whole = begin(world, "whole", 4, steps=400)
+    assert finish(world, "whole", whole) == [0] * 4, said(world, "whole", 0)
+    processes = begin(world, "killed", 4, "--checkpoint-steps", "2", steps=400)
+    metrics = world / "runs" / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 6):
+        assert time.monotonic() < deadline, said(world, "killed", 0)
+        time.sleep(0.05)
+    processes[2].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    ends = finish(world, "killed", processes, seconds=60)
+    assert time.monotonic() - killed < 60 and all(ends)
+    assert any(
+        "process 2 of 4 is gone" in said(world, "killed", index) or "task:2" in said(world, "killed", index)
+        for index in (0, 1, 3)
+    )
+    again = begin(world, "killed", 4, "--checkpoint-steps", "2", steps=400)
+    assert finish(world, "killed", again) == [0] * 4, said(world, "killed", 0)
+    for ours, theirs in zip(models_of(world, "killed"), models_of(world, "whole"), strict=True):
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_places_are_told():
+    assert parse_place("auto") is None
+    assert parse_place("10.0.0.1:1234,4,3") == Place("10.0.0.1:1234", 4, 3)
+    for text in ("10.0.0.1,4,0", "host:1,2", "host:1,2,2", "host:x,2,1", ""):
+        with pytest.raises(ValueError, match="auto or HOST:PORT,COUNT,INDEX"):
+            parse_place(text)
+
+
+def test_one_process_needs_nothing_of_it():
+    assert lost() == [] and shared(len) is len
+    tree = gathered({"a": np.arange(3)})
+    np.testing.assert_array_equal(tree["a"], np.arange(3))
+
+
+def test_processes_that_do_not_come_are_waited_for_a_while(tmp_path):
+    code = (
+        "import jaxrlhf.training.processes as p\n"
+        f"try: p.connect(p.Place('127.0.0.1:{free_port()}', 2, 1), seconds=2)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "Not all processes came to 127.0.0.1" in done.stdout, done.stderr[-2000:]
+    assert pathlib.Path(tmp_path).is_dir()
