@@ -12,20 +12,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 from jaxrlhf.annotation.functions import load_function
 from jaxrlhf.commands import align, evaluate, export, models, reward, sample, supervised
 from jaxrlhf.commands.main import COMMANDS, run
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import DataError
-from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import SpecialIds, save_decoder
+from jaxrlhf.lm.weights import SpecialIds
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
-WORDS = ("<s>", "</s>", "<unk>", "good", "bad", "day", "sun", "rain", "Human:", "Assistant:", "the", "a", ".", "?")
 JUDGES = """
 def score(prompts, completions):
     return [float(text.split().count("sun")) - float(text.split().count("rain")) for text in completions]
@@ -54,35 +51,9 @@ def rude(prompts, firsts, seconds):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, make_world):
     """A folder with a tiny model, preferences for `sun` over `rain`, prompts and a module of judges; one works in it."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    shape = DecoderConfig(
-        vocabulary_size=len(WORDS),
-        width=16,
-        layers=1,
-        query_heads=2,
-        key_value_heads=1,
-        head_size=8,
-        mlp_width=32,
-        context_length=48,
-    )
-    params = decoder(shape).init(jax.random.key(0))
-    save_decoder(folder / "base", shape, params, special=SpecialIds(0, (1,), None), tokenizer=tokenizer)
-    (folder / "base" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    source = np.random.default_rng(0)
-    lines = []
-    for _ in range(60):
-        prompt = " ".join(source.choice(["good", "bad", "day", "the", "a"], 5)) + " ?"
-        chosen = " " + " ".join(source.choice(["sun", "the", "."], 4)) + " sun"
-        rejected = " " + " ".join(source.choice(["rain", "the", "."], 4)) + " rain"
-        lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    folder = make_world(tmp_path_factory.mktemp("world"))
     (folder / "judges.py").write_text(JUDGES)
     return folder
 

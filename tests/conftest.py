@@ -1,6 +1,7 @@
 """Strict numerics for every test; programs that several tests or commands compile are compiled once a run."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
@@ -37,3 +38,48 @@ def x64():
     """Double precision, for comparisons with oracles."""
     with jax.enable_x64(True):
         yield
+
+
+WORDS = ("<s>", "</s>", "<unk>", "good", "bad", "day", "sun", "rain", "Human:", "Assistant:", "the", "a", ".", "?")
+
+
+@pytest.fixture(scope="session")
+def make_world():
+    """Fills a folder with a tiny model of `WORDS` in `base`, and with 60 preferences for `sun` over `rain`."""
+    import numpy as np
+    import tokenizers
+
+    from jaxrlhf.lm.config import DecoderConfig
+    from jaxrlhf.lm.model import decoder
+    from jaxrlhf.lm.weights import SpecialIds, save_decoder
+
+    def fill(folder):
+        tokenizer = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens(["<s>", "</s>"])
+        shape = DecoderConfig(
+            vocabulary_size=len(WORDS),
+            width=16,
+            layers=1,
+            query_heads=2,
+            key_value_heads=1,
+            head_size=8,
+            mlp_width=32,
+            context_length=48,
+        )
+        params = decoder(shape).init(jax.random.key(0))
+        save_decoder(folder / "base", shape, params, special=SpecialIds(0, (1,), None), tokenizer=tokenizer)
+        (folder / "base" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        source = np.random.default_rng(0)
+        lines = []
+        for _ in range(60):
+            prompt = " ".join(source.choice(["good", "bad", "day", "the", "a"], 5)) + " ?"
+            chosen = " " + " ".join(source.choice(["sun", "the", "."], 4)) + " sun"
+            rejected = " " + " ".join(source.choice(["rain", "the", "."], 4)) + " rain"
+            lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+        (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+        return folder
+
+    return fill

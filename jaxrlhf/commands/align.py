@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from jaxrlhf import bilevel, objectives
@@ -33,11 +34,12 @@ from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.guard import Patience, guarded
 from jaxrlhf.training.keeping import StoppedError
 from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.processes import agreed, first, gathered
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
 from jaxrlhf.training.report import Samples
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
-from jaxrlhf.training.step import check_batch, compile_algorithm, outer_step, place
+from jaxrlhf.training.step import check_batch, compile_algorithm, outer_step, place, split_by_batch
 from jaxrlhf.training.tracking import tracker
 from jaxrlhf.types import Params
 
@@ -215,12 +217,14 @@ def main(config: Align) -> pathlib.Path:
     Raises:
         ValueError, DataError: what is given cannot be used; the message says what to change.
     """
-    console, began = Console(), time.monotonic()
+    console, began = Console(quiet=not first()), time.monotonic()
     _check(config)
     model = open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
     start = _start(config, model)
+    # Each of several processes asks about its own share, and keeps its own verdicts.
+    labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
     judge = open_judge(
-        config.annotator, config.score, model, journal=config.data_dir / LABELS, seconds=config.annotator_timeout
+        config.annotator, config.score, model, journal=config.data_dir / labels, seconds=config.annotator_timeout
     )
     parts = assemble(config, model, start, judge)
     learned, held_out, notes = _prompts(config, model)
@@ -231,12 +235,14 @@ def main(config: Align) -> pathlib.Path:
     memory = plan_bilevel(parts.algorithm.init, key, parts.upper, parts.lower, parts.frozen)
     folder = begin(config, "align")
     tell_plan(console, config, model, memory, notes)
-    log = tracker(config.track, folder.path, name=folder.path.name, config=config)
+    log = tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)
     if judge.host is not None:
-        judge = judge._replace(host=once(judge.host, folder.path / "labels.jsonl"))
+        path = folder.path / "labels.jsonl" if first() else None
+        judge = judge._replace(host=once(judge.host, path, agreed=agreed if jax.process_count() > 1 else None))
     begins = key, parts.upper, parts.lower
     where = shardings(jax.eval_shape(parts.algorithm.init, *begins), mesh, decoder_names)
-    frozen_where = shardings(parts.frozen, mesh, decoder_names)
+    frozen_where, *begin_where = (shardings(part, mesh, decoder_names) for part in (parts.frozen, *begins[1:]))
+    everywhere = NamedSharding(mesh, PartitionSpec())
     frozen, models = place(parts.frozen, frozen_where), {"weights": model.params}
     if config.reward is not None:
         models["reward"] = start.params
@@ -251,6 +257,7 @@ def main(config: Align) -> pathlib.Path:
         judge,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed + 1,
+        everywhere=everywhere,
     )
     every = max(1, config.steps // max(1, config.evaluations))
     # Each answer is written once; the reference's beside it.
@@ -259,15 +266,15 @@ def main(config: Align) -> pathlib.Path:
         keeper_of(config, folder, models, free=("steps", "evaluations", "annotator_timeout")) as keeper,
         progress("align", config.steps, "answers", console=console) as advance,
     ):
-        state, kept = keeper.begin(parts.algorithm.init, begins, where)
+        state, kept = keeper.begin(parts.algorithm.init, place(begins, (everywhere, *begin_where)), where)
         begun, curves = int(state.step), [row for row in folder.metrics() if "upper_loss" in row]
         if kept:
             batches.set_state(kept["data"])
             curves.append(_noted(begun, kept["info"], folder, log))
         # The state holds copies: what they were made of need not be kept.
         parts, start, begins = parts._replace(upper=(), lower=()), start._replace(params={}), None
-        first = last = measure(frozen.reference)
-        rows = (Prompts(*(jnp.asarray(part) for part in batch)) for batch in batches)
+        start_verdict = last = measure(frozen.reference)
+        rows = (Prompts(*place(tuple(batch), split_by_batch(mesh))) for batch in batches)
         rows = itertools.islice(rows, max(0, config.steps - begun))
         for reached in outer_steps(step, state, rows, frozen, key=jax.random.fold_in(key, 1)):
             if reached.info is not None:
@@ -289,10 +296,12 @@ def main(config: Align) -> pathlib.Path:
         if begun >= config.steps:
             last = measure(parts.policy_of(state))
     log.close()
-    final = jax.device_get(state)
+    final = gathered(state)
+    if not first():
+        return folder.path
     save_model(folder.path / "policy", model._replace(params=parts.policy_of(final)), "policy")
     save_model(folder.path / "reward", start._replace(params=parts.reward_of(final)), "reward")
-    _report(folder, config, (first, last), curves, notes + patience.notes(), time.monotonic() - began)
+    _report(folder, config, (start_verdict, last), curves, notes + patience.notes(), time.monotonic() - began)
     return folder.path
 
 

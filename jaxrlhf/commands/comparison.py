@@ -19,7 +19,9 @@ from jaxrlhf.lm.generate import generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses
+from jaxrlhf.training.processes import gathered, shared
 from jaxrlhf.training.report import Table
+from jaxrlhf.training.step import place
 from jaxrlhf.types import Params
 
 LABELS = "labels.sqlite"
@@ -91,15 +93,17 @@ def open_judge(
         raise ValueError("Give --annotator or --score, one of the two: they say which answers are better.")
     tokenizer = model.words.tokenizer
     if score is not None:
-        return Judge(None, host_scorer(tokenizer, bounded(load_function(score), seconds, score), score))
+        return Judge(None, host_scorer(tokenizer, shared(bounded(load_function(score), seconds, score)), score))
     assert annotator is not None
     if is_judge(annotator):
-        return Judge(None, host_annotator(tokenizer, load_judge(annotator, journal=journal), annotator))
+        return Judge(None, host_annotator(tokenizer, shared(load_judge(annotator, journal=journal)), annotator))
     if pathlib.Path(annotator).is_dir():
         directory = open_model(pathlib.Path(annotator), "reward").words.directory
         annotate, params = reward_model_annotator(directory, vocabulary_size=model.config.vocabulary_size)
         return Judge(annotate, None, params)
-    return Judge(None, host_annotator(tokenizer, bounded(load_function(annotator), seconds, annotator), annotator))
+    return Judge(
+        None, host_annotator(tokenizer, shared(bounded(load_function(annotator), seconds, annotator)), annotator)
+    )
 
 
 def policy_comparer(
@@ -110,6 +114,7 @@ def policy_comparer(
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
+    everywhere: Any = None,
 ) -> Callable[[Params], Comparison]:
     """Returns `(params) -> Comparison`: how a policy's answers fare against its reference's, one of each a prompt.
 
@@ -120,6 +125,7 @@ def policy_comparer(
         max_new_tokens: of an answer.
         seed: of answers and order; the same at every call.
         temperature: of both.
+        everywhere: sharding of copies on all devices, where parameters are spread over several.
     """
     # Log-ratios of half precision would be rounding, of about 0.2 nats over a hundred tokens.
     model, words = decoder(reference.config, dtype=jnp.float32), reference.words
@@ -151,10 +157,12 @@ def policy_comparer(
             filled = padded_prompts(part + part[:1] * (SEEN_AT_ONCE - len(part)), length)
             rows = Prompts(*(jnp.asarray(each) for each in filled))
             own_key, other_key, order_key, label_key = jax.random.split(jax.random.key(seed + first), 4)
-            own, ratio = answer(params, reference.params, own_key, rows)
-            other, _ = answer(reference.params, reference.params, other_key, rows)
+            if everywhere is not None:
+                rows, own_key, other_key = place((rows, own_key, other_key), everywhere)
+            own, ratio = gathered(answer(params, reference.params, own_key, rows))
+            other, _ = gathered(answer(reference.params, reference.params, other_key, rows))
             # What only fills is shown to no annotator: answers may cost.
-            rows, own, other, ratio = _first(len(part), (rows, own, other, ratio))
+            rows, own, other, ratio = _first(len(part), (gathered(rows), own, other, ratio))
             swapped = jax.random.bernoulli(order_key, 0.5, (len(part), 1))
             labels = ask(label_key, _sample(rows, *_shown(own, other, swapped)))
             labels = np.where(np.asarray(swapped)[:, 0], 1 - labels, labels)

@@ -4,10 +4,12 @@ import os
 import sys
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
 from jaxrlhf.data.records import DataError
+from jaxrlhf.training import processes
 from jaxrlhf.training.keeping import StoppedError
 
 COMMANDS = {
@@ -29,12 +31,20 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     """
     mains: dict[type, Any] = dict(COMMANDS.values())
     try:
+        if getattr(config, "processes", None):
+            processes.connect(processes.parse_place(config.processes))
         return mains[type(config)](config)
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"{name}: {processes.told_of_lost(error)}", file=sys.stderr, flush=True)
+        # Whoever ends in order waits for those who are gone.
+        os._exit(1)
     except StoppedError as stopped:
         print(f"{name}: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -29,6 +28,7 @@ from jaxrlhf.lm.learning import pair_scores, preference_loss
 from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.preference_report import PairVerdict, fit_one_feature, gain, judge_differences
+from jaxrlhf.training.processes import first, gathered
 from jaxrlhf.training.report import Table
 
 
@@ -91,12 +91,12 @@ def main(config: Reward) -> pathlib.Path:
             "All held-out pairs are ties, which say nothing of accuracy; give more data or another --held-out."
         )
 
-    def differences(trained):
-        found = scores_of(lambda batch: score(trained, learner.frozen, batch), held_out.rows, config.batch_size)
+    def differences(trained, frozen):
+        found = scores_of(lambda batch: gathered(score(trained, frozen, batch)), held_out.rows, config.batch_size)
         return found[:, 0] - found[:, 1]
 
-    def evaluate(trained):
-        verdict = judge_differences(differences(trained), labels)
+    def evaluate(trained, frozen):
+        verdict = judge_differences(differences(trained, frozen), labels)
         return {name: getattr(verdict, name) for name in ("log_loss", "accuracy", "calibration_error")}
 
     multiple = min(128, max_length)
@@ -120,9 +120,11 @@ def main(config: Reward) -> pathlib.Path:
         },
     )
     folder, history = done.folder, done.history
+    if not first():
+        return folder.path
     trained = start._replace(params=learner.whole(done.params))
     save_model(folder.path / "reward", trained, "reward")
-    judged = compare(differences(done.params), fitted, held_out, seed=config.seed)
+    judged = compare(differences(done.params, learner.frozen), fitted, held_out, seed=config.seed)
     table = verdict_table(judged)
     seconds = time.monotonic() - began
     folder.write_json("results.json", {"steps": steps, "seconds": seconds} | results_of(judged))
@@ -143,7 +145,7 @@ def scores_of(score: Any, rows: list[PairRow], batch_size: int) -> np.ndarray:
     found = np.zeros((len(rows), 2))
     for numbers, batch in in_order(rows, padded_pairs, batch_size=batch_size, multiple=128):
         real = numbers >= 0
-        found[numbers[real]] = np.asarray(score(jax.tree.map(jnp.asarray, batch)))[real]
+        found[numbers[real]] = np.asarray(score(batch))[real]
     return found
 
 

@@ -27,6 +27,7 @@ from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.guard import Patience, guarded
 from jaxrlhf.training.keeping import Keeper, StoppedError
 from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.processes import first, from_first, gathered
 from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
@@ -48,8 +49,12 @@ class Running:
     """Goes on with the run of that name, or begins it: may always be given."""
     checkpoint_minutes: float = 10.0
     """Between two checkpoints; one is written at the end too, and when the run is asked to stop or fails."""
+    checkpoint_steps: int | None = None
+    """Also after so many steps."""
     patience: int = 5
     """So many steps in a row that come to something that is not finite end the run; each is left out."""
+    processes: str | None = None
+    """Where this process is one of several: auto on a TPU pod or in a Slurm job, or HOST:PORT,COUNT,INDEX."""
     mesh: str = "data=-1"
     """How devices are arranged, such as fsdp=8 or tensor=2,data=-1; of data, fsdp, tensor and stencil."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")
@@ -74,7 +79,8 @@ def keeper_of(config: Running, folder: RunFolder, models: dict[str, Params], *, 
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE.union(free)}
     weights = {name: hash_of(fingerprints(params)) for name, params in models.items()}
-    return Keeper(folder, settings | weights | {"command": type(config).__name__}, minutes=config.checkpoint_minutes)
+    identity = settings | weights | {"command": type(config).__name__}
+    return Keeper(folder, identity, minutes=config.checkpoint_minutes, steps=config.checkpoint_steps)
 
 
 def hash_of(value: Any) -> str:
@@ -232,7 +238,7 @@ def train(
     *,
     steps: int,
     count: Callable[[Any], float],
-    evaluate: Callable[[Params], dict[str, float]],
+    evaluate: Callable[[Params, Params], dict[str, float]],
     told: dict[str, str],
 ) -> Trained:
     """Makes the run's folder, prints the plan, takes the steps and reports them.
@@ -246,24 +252,23 @@ def train(
         batches: endless, of `data.pipelines`.
         steps: how many.
         count: `(batch) -> ` its tokens, for the throughput.
-        evaluate: `(trained parameters) -> ` measurements on held-out data; the last step is always evaluated.
+        evaluate: `(trained, frozen parameters) -> ` measurements on held-out data; the last step is always evaluated.
         told: further rows of the plan.
 
     Raises:
         ValueError: a setting is out of range, or the loss is not finite.
     """
-    console, optimizer, mesh = Console(), adamw(config, steps), make_mesh(parse_mesh(config.mesh))
+    console, optimizer, mesh = Console(quiet=not first()), adamw(config, steps), make_mesh(parse_mesh(config.mesh))
     algorithm = learning(loss, optimizer, parts=config.parts)
     folder = begin(config, name)
     tell_plan(console, title, learner, optimizer, told)
-    tracker = open_tracker(config.track, folder.path, name=folder.path.name, config=config)
-    before = evaluate(learner.trained)
-    where, frozen_where = (
-        shardings(jax.eval_shape(make, part), mesh, decoder_names)
-        for make, part in ((algorithm.init, learner.trained), (lambda part: part, learner.frozen))
-    )
-    update = compile_update(guarded(algorithm.update, state=0), mesh, state=where, frozen=frozen_where)
-    frozen, every = place(learner.frozen, frozen_where), max(1, steps // max(1, config.evaluations))
+    tracker = open_tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)
+    shapes = jax.eval_shape(algorithm.init, learner.trained), learner.trained, learner.frozen
+    where, *places = (shardings(each, mesh, decoder_names) for each in shapes)
+    trained, frozen = place((learner.trained, learner.frozen), tuple(places))
+    before = evaluate(trained, frozen)
+    update = compile_update(guarded(algorithm.update, state=0), mesh, state=where, frozen=places[1])
+    every = max(1, steps // max(1, config.evaluations))
     history, patience = History([], [], [], []), Patience(folder.path / "skipped", limit=config.patience)
 
     def note(number, info):
@@ -275,7 +280,7 @@ def train(
         return row
 
     def measure(number, params):
-        measured = evaluate(params)
+        measured = evaluate(params, frozen)
         history.evaluated.append(number)
         history.measured.append(measured)
         folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
@@ -285,7 +290,7 @@ def train(
         keeper_of(config, folder, {"weights": learner.trained}) as keeper,
         progress(name, steps, console=console) as advance,
     ):
-        state, notes = keeper.begin(algorithm.init, (learner.trained,), where)
+        state, notes = keeper.begin(algorithm.init, (trained,), where)
         begun = int(state.step)
         if notes:
             batches.set_state(notes["data"])
@@ -312,7 +317,7 @@ def train(
             if keeper.stops(reached.step, state, kept, last=reached.step == steps) and reached.step < steps:
                 raise StoppedError(folder.path, reached.step, steps, keeper.stop.signal)
     tracker.close()
-    return Trained(folder, jax.device_get(state.params), before, history, patience.notes())
+    return Trained(folder, gathered(state.params), before, history, patience.notes())
 
 
 def _float(value: Any) -> float:
@@ -327,14 +332,16 @@ def _checked(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
 
 def _history_of(rows: list[dict[str, Any]]) -> History:
     """Returns the curves that a run had written before it went on."""
-    taken, held_out = ([row for row in rows if name in row] for name in ("gradient_norm", "held_out_loss"))
-    start = len("held_out_")
-    return History(
-        [row["step"] for row in taken],
-        [_float(row["loss"]) for row in taken],
-        [row["step"] for row in held_out],
-        [{name[start:]: _float(value) for name, value in row.items() if name != "step"} for row in held_out],
-    )
+    history, start = History([], [], [], []), "held_out_"
+    for row in rows:
+        measured = {name.removeprefix(start): _float(value) for name, value in row.items() if name.startswith(start)}
+        if measured:
+            history.evaluated.append(row["step"])
+            history.measured.append(measured)
+        else:
+            history.steps.append(row["step"])
+            history.losses.append(_float(row["loss"]))
+    return history
 
 
 def draw_history(folder: RunFolder, history: History, panels: dict[str, str]) -> list[str]:
@@ -392,7 +399,7 @@ def finish(
         samples=samples,
         notes=notes,
     )
-    console = Console()
+    console = Console(quiet=not first())
     console.print(rich_table(table))
     console.print("Report, metrics and what was made are in:")
     console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
@@ -415,6 +422,13 @@ def half_or_full(name: str, rank: int) -> Any:
 def begin(config: Any, name: str) -> RunFolder:
     """Makes a run's folder, or opens the one to go on in, and writes its configuration."""
     named: dict[str, Any] = {"fixed": config.run, "resume": config.resume} if isinstance(config, Running) else {}
-    folder = RunFolder(config.output, name, **named)
+    made = []
+
+    def make():
+        made.append(RunFolder(config.output, name, **named))
+        return str(made[0].path.absolute())
+
+    path = from_first(make)
+    folder = made[0] if made else RunFolder.followed(pathlib.Path(path))
     folder.write_json("config.json", config)
     return folder

@@ -28,6 +28,7 @@ from jaxrlhf.data.records import DataError
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.learning import supervised_loss
 from jaxrlhf.lm.model import decoder
+from jaxrlhf.training.processes import first
 from jaxrlhf.training.report import Samples, Table
 
 
@@ -83,12 +84,12 @@ def main(config: Supervised) -> pathlib.Path:
     loss = supervised_loss(model, params_of=learner.params_of)
     totals = jax.jit(loss)
 
-    def evaluate(trained):
+    def evaluate(trained, frozen):
         sums = np.zeros(3)
         for _, batch in in_order(
             held_out.rows, padded_demonstrations, batch_size=config.batch_size, multiple=max_length
         ):
-            sums += np.array([float(total) for total in totals(trained, batch, learner.frozen)])
+            sums += np.array([float(total) for total in totals(trained, batch, frozen)])
         return {
             "loss": sums[0] / sums[2],
             "perplexity": math.exp(min(sums[0] / sums[2], 50)),
@@ -117,6 +118,8 @@ def main(config: Supervised) -> pathlib.Path:
         },
     )
     folder, history = done.folder, done.history
+    if not first():
+        return folder.path
     trained = start._replace(params=learner.whole(done.params))
     save_model(folder.path / "policy", trained, "policy")
     after = history.measured[-1]
