@@ -10,6 +10,7 @@ rewards (a function of the text, a reward model), each with a learner's reward t
 
 import concurrent.futures
 import dataclasses
+import json
 import multiprocessing
 import os
 import pathlib
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
-from frontier_harness import Budget, compile_method, make_yard, run
+from frontier_harness import Budget, Spent, compile_method, make_yard, run
 from frontier_methods import RATES, WITH_REWARD, Parts, build
-from frontier_tables import Found, Setting, report
+from frontier_tables import Found, Setting, joined, report
 from frontier_tasks import (
     LEARNERS_RATE,
     Gold,
@@ -44,7 +46,7 @@ from rich.console import Console
 from jaxrlhf.lm.problem import Responses
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.training.progress import progress
-from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.run_folder import RunFolder, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Config:
     """Processes side by side; 1 where one device does everything."""
     quick: bool = False
     """A quick look: two seeds, four methods, one gold reward, one KL, 20 steps."""
+    extends: pathlib.Path | None = None
+    """Folder of an earlier study, the same but for its --kls, whose runs are taken too."""
     output: pathlib.Path = pathlib.Path("runs")
     """Where the run's own folder is made."""
 
@@ -117,8 +121,35 @@ def check(config: Config) -> None:
         raise ValueError(f"--kls are positive and rise, got {config.kls}.")
     if not all(0 < at <= max(config.kls) for at in config.at):
         raise ValueError(f"--at lies within --kls, got {config.at} and {config.kls}.")
+    earlier_of(config)
     if config.evaluations > config.steps:
         raise ValueError(f"--evaluations {config.evaluations} are more than the {config.steps} steps.")
+
+
+def earlier_of(config: Config) -> dict[Any, dict[str, Found]]:
+    """Returns what the study that is extended has found, by method and size of the reward, and by gold reward.
+
+    Raises:
+        ValueError: there is no such study, or it was another one.
+    """
+    if config.extends is None:
+        return {}
+    try:
+        told = json.loads((config.extends / "config.json").read_text())
+        rows = [json.loads(line) for line in (config.extends / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--extends {config.extends} is no study's folder ({error}).") from None
+    ours = plain(dataclasses.replace(config, extends=None))
+    free = {"kls", "at", "output", "extends", "workers", "policy"}
+    other = [name for name in ours if name not in free and told.get(name) != ours[name]]
+    if other:
+        raise ValueError(f"--extends {config.extends} is another study: its {', '.join(other)} differ.")
+    found: dict[Any, dict[str, Found]] = {}
+    for row in rows:
+        history = [{name: np.array(values, float) for name, values in each.items()} for each in row["history"]]
+        one = Found(history, tuple(row["kls"]), Spent(**row["spent"]), row["seconds"])
+        found.setdefault((row["method"], row["reward"]), {})[row["gold"]] = one
+    return found
 
 
 def parts_of(config: Config, world: World, size: str) -> tuple[Parts, Any]:
@@ -243,13 +274,14 @@ def study(config: Config, world: World, folder: RunFolder, console: Console) -> 
     _, many = pool(world, max(config.pool, 2 * repeats), seed=config.first_seed + 1_000)
     fitted = fit_gold_model(world) if "model" in config.golds else None
     given = Given(fitted, jax.device_get(many))
-    cases, found = cases_of(config), {}
+    cases, found, earlier = cases_of(config), {}, earlier_of(config)
     with progress("frontier", len(cases), "methods", console=console) as advance:
         for case, results in everything(config, cases, given):
             found[case] = results
             advance()
             for label, result in results.items():
                 if case[0] != BEST:
+                    result = results[label] = joined(earlier[case][label], result) if earlier else result
                     folder.append_metrics(gold=label, method=case[0], reward=case[1], **result._asdict())
     settings = []
     for label, gold in golds_of(config, world, given).items():

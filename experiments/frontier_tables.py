@@ -36,6 +36,20 @@ class Found(NamedTuple):
         return rows.reshape(len(rows), -1, len(self.kls))
 
 
+def joined(one: Found, other: Found) -> Found:
+    """Returns the runs of both, the KLs of the second behind those of the first; the times are added."""
+
+    def both(first, second):
+        parts = [np.reshape(each, (-1, len(found.kls))) for each, found in ((first, one), (second, other))]
+        return np.concatenate(parts, axis=1).ravel()
+
+    history = [
+        {name: both(first[name], second[name]) for name in first}
+        for first, second in zip(one.history, other.history, strict=True)
+    ]
+    return Found(history, one.kls + other.kls, other.spent, one.seconds + other.seconds)
+
+
 class Setting(NamedTuple):
     """A gold reward and a size of the learner's.
 

@@ -104,6 +104,22 @@ def test_a_small_study_from_end_to_end(directory, tmp_path, capsys):
     assert "minutes" in capsys.readouterr().out
 
 
+def test_a_study_takes_the_runs_of_an_earlier_one(directory, tmp_path):
+    history = [{"kl": [1.0, 2.0], "gain": [0.1, 0.2]}]
+    row = {"gold": "words", "method": "GRPO", "reward": "small", "history": history, "kls": [0.5], "seconds": 3.0}
+    spent = {"labels": 1, "responses": 2, "tokens": 3, "control_tokens": 0}
+    (tmp_path / "config.json").write_text(json.dumps(frontier.plain(config(directory, kls=(0.5,)))))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"spent": spent}) + "\n")
+    (earlier,) = frontier.earlier_of(config(directory, kls=(0.8, 0.9), extends=tmp_path)).values()
+    later = [{"kl": np.arange(4.0), "gain": -np.arange(4.0)}]
+    both = tables.joined(earlier["words"], tables.Found(later, (0.8, 0.9), harness.Spent(**spent), 1.0))
+    np.testing.assert_array_equal(both.field("kl")[0], [[1, 0, 1], [2, 2, 3]])
+    assert both.kls == (0.5, 0.8, 0.9) and both.seconds == 4.0
+    for other, message in (({"steps": 3}, "its steps differ"), ({"extends": tmp_path / "no"}, "is no study's folder")):
+        with pytest.raises(ValueError, match=message):
+            frontier.check(config(directory, **({"extends": tmp_path} | other)))
+
+
 def test_gains_between_evaluations_and_their_intervals():
     # Two seeds, led to two KLs each; what was before the end counts for nothing.
     history = [{"kl": np.full(4, 2.25), "gain": np.full(4, 9.0)}]
