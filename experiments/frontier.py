@@ -64,7 +64,7 @@ class Config:
     seeds: int = 3
     first_seed: int = 0
     """The rates were chosen on seeds from 100 on."""
-    kls: tuple[float, ...] = (2.2, 6.0)
+    kls: tuple[float, ...] = (2.2, 8.0)
     """Where the controller leads a run of every seed, in nats."""
     at: tuple[float, ...] = (2.0, 5.0)
     """KLs that the tables compare at, between the runs' ends."""

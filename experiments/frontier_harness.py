@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from frontier_methods import Method, Parts, problem_of
-from frontier_tasks import Gold, World
+from frontier_tasks import Gold, World, characters
 
 from jaxrlhf import objectives, preferences
 from jaxrlhf.bilevel import Labelled
@@ -210,7 +210,7 @@ def run(
         tokens += int(np.sum(np.asarray(sample.responses.mask))) // len(seeds)
         control += 2 * budget.batch * world.max_new_tokens if runner.method.offline else 0
         if step + 1 in due:
-            row = evaluate(runner, state, frozen, gold, yard)
+            row = evaluate(runner, state, world, gold, yard)
             history.append(row | {"step": np.full(len(seeds), step + 1), "labels": np.full(len(seeds), labels)})
     return history, Spent(labels, responses, tokens, control), state
 
@@ -222,14 +222,15 @@ def _gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndar
     return gold(rows, flat_responses).reshape(responses.tokens.shape[:4])
 
 
-def evaluate(runner: Runner, state: Any, frozen: LanguageFrozen, gold: Gold, yard: Yard) -> dict[str, np.ndarray]:
+def evaluate(runner: Runner, state: Any, world: World, gold: Gold, yard: Yard) -> dict[str, np.ndarray]:
     """Returns what the policies and what they predict preferences by are worth, a number a run, `[R]`.
 
     Attributes of a row: gold and gain (over the reference's), their standard error; kl by k1 and by k3; beta; win_rate,
-    controlled_win_rate (at equal length) and its half interval; length; proxy (its predictor's gain, in its own units),
-    the correlation of the predictor with length and with the gold reward; calibration and accuracy of the predictor
-    offline (two of the reference's responses) and fresh (one of the policy's).
+    controlled_win_rate (at equal length) and its half interval; length in characters; proxy (its predictor's gain, in its
+    own units), the correlation of the predictor with length and with the gold reward; calibration and accuracy of the
+    predictor offline (two of the reference's responses) and fresh (one of the policy's).
     """
+    frozen = LanguageFrozen(world.start)
     written, ratio = runner.write(state, jax.random.key(1_000_000), frozen)
     runs = len(ratio)
     score_base, score_other = (
@@ -244,7 +245,7 @@ def evaluate(runner: Runner, state: Any, frozen: LanguageFrozen, gold: Gold, yar
         learned, base, other = (np.asarray(each[number], float) for each in (score_own, score_base, score_other))
         logs = np.asarray(ratio[number], float)
         chances = _probability(scores - yard.base_gold)
-        lengths, base_lengths = (np.asarray(each.mask).sum(axis=-1)[..., 0] for each in (own, yard.base))
+        lengths, base_lengths = (characters(world, yard.openings, each)[..., 0] for each in (own, yard.base))
         controlled = length_controlled_win_rate(chances.ravel(), (lengths - base_lengths).ravel().astype(float))
         offline = judge_differences((base - other).ravel(), yard.offline_labels.ravel())
         fresh = judge_differences((learned - base).ravel(), (yard.fresh_uniforms < chances).astype(float).ravel())

@@ -179,8 +179,9 @@ def last_table(setting: Setting) -> Table:
             )
         )
     columns = (
-        "method", "KL", "k3", "gain", "win rate", "at equal length", "tokens", "predictor ~ length", "predictor ~ gold",
-        "calibration error offline", "of its own answers", "accuracy there", "onset of over-optimisation (nats)",
+        "method", "KL", "k3", "gain", "win rate", "at equal length", "characters", "predictor ~ length",
+        "predictor ~ gold", "calibration error offline", "of its own answers", "accuracy there",
+        "onset of over-optimisation (nats)",
     )  # fmt: skip
     return Table(f"{setting.name}: the policies that went farthest", columns, rows)
 

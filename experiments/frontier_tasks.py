@@ -79,6 +79,14 @@ def open_world(directory: Path, *, max_new_tokens: int) -> World:
     return World(shape, decoder(shape), start, tuple(sorted(ends)), openings, max_new_tokens, texts)
 
 
+def characters(world: World, prompts: Prompts, responses: Responses) -> np.ndarray:
+    """Returns the characters of responses `[B, M, K, L]`, `[B, M, K]`: most texts here have as many tokens as they may."""
+    shape = responses.tokens.shape[:3]
+    whole = [len(text) for text in world.texts(prompts, responses)]
+    given = [len(text) for text in world.texts(prompts, Responses(*(part[..., :0] for part in responses)))]
+    return (np.array(whole) - np.array(given)).reshape(shape)
+
+
 def learners_reward(world: World, size: str) -> tuple[RewardModel, Callable[[jax.Array], Any]]:
     """Returns a learner's reward model and `key -> ` its first parameters.
 
