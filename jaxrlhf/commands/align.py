@@ -104,6 +104,8 @@ class Align(Running):
     """Makes the policy's iterates and the reward adapters of this rank on the reference; they are merged at the end."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the reference's weights; bfloat16 needs --lora-rank."""
+    remat: Literal["layer", "products"] | None = None
+    """What a backward pass computes again, to save memory: everything but each layer's input, or but its products."""
     evaluations: int = 5
     evaluation_answers: int = 64
     """Answers to held-out prompts that the policies are compared on."""
@@ -144,7 +146,7 @@ def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembl
         ValueError: settings that do not go together.
     """
     # Whatever the weights are stored in: the reference must compute as the policy does, or rounding counts as KL.
-    policy, reward = (decoder(each.config, dtype=jnp.float32) for each in (model, start))
+    policy, reward = (decoder(each.config, dtype=jnp.float32, remat=config.remat) for each in (model, start))
     reward = reward_model(reward)
     if start.config.vocabulary_size != model.config.vocabulary_size:
         raise ValueError(

@@ -75,7 +75,7 @@ def main(config: Reward) -> pathlib.Path:
     notes = [*told_of_bad(prepared), f"Learned from: {described(fitted)}.", f"Held out: {described(held_out)}."]
     steps = steps_of(config, len(fitted.rows))
     learner = reward_learner(start.params, config.lora_rank, jax.random.key(config.seed))
-    model = reward_model(decoder(start.config))
+    model = reward_model(decoder(start.config, remat=config.remat))
     loss = preference_loss(
         model,
         smoothing=config.smoothing,

@@ -65,7 +65,13 @@ class Running:
 
 
 # What may differ when a run goes on. Models are compared by their weights and data by their rows, wherever they lie.
-FREE = {field.name for field in dataclasses.fields(Running)} - {"seed"} | {"policy", "reward", "data", "tokenizer"}
+FREE = {field.name for field in dataclasses.fields(Running)} - {"seed"} | {
+    "policy",
+    "reward",
+    "data",
+    "tokenizer",
+    "remat",
+}
 
 
 def keeper_of(config: Running, folder: RunFolder, models: dict[str, Params], *, free: Sequence[str] = ()) -> Keeper:
@@ -117,6 +123,8 @@ class Training(Running):
     """Trains adapters of this rank in place of the weights; they are merged at the end."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; bfloat16 needs --lora-rank, as small steps round to nothing."""
+    remat: Literal["layer", "products"] | None = None
+    """What a backward pass computes again, to save memory: everything but each layer's input, or but its products."""
     evaluations: int = 8
 
 

@@ -72,7 +72,7 @@ def main(config: Supervised) -> pathlib.Path:
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
     shown, kept = splits_of(prepared)
-    words, model = start.words, decoder(start.config)
+    words, model = start.words, decoder(start.config, remat=config.remat)
     max_length = min(config.max_length, start.config.context_length)
     fitted, held_out = (fit_demonstrations(words.codec(), part, max_length=max_length) for part in (shown, kept))
     notes = [*told_of_bad(prepared), f"Learned from: {described(fitted)}.", f"Held out: {described(held_out)}."]

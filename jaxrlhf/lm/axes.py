@@ -28,12 +28,14 @@ _NAMES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 def decoder_names(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Returns the names of an array's dimensions from its path: parameters, adapters, and whatever is shaped like them.
 
-    Optimiser moments end in the same names as their parameters. One dimension more than a parameter has is that of the
-    lower iterates, which are stacked; norms and scalars have no names, they are small.
+    Optimiser moments end in the same names as their parameters. Arrays of layers have the layers as their first axis, and
+    one more axis than a parameter has is that of the lower iterates, which are stacked. Norms are small and not split.
     """
-    for length in (2, 1):
-        names = _NAMES.get(path[-length:])
-        if names is not None and len(shape) >= len(names):
-            return (*("iterates",) * (len(shape) > len(names)), *(None,) * (len(shape) - len(names) - 1), *names)
-    stacked = len(shape) == 2 and path[-1:] in (("scale",), ("bias",))
-    return ("iterates", *(None,) * (len(shape) - 1)) if stacked else (None,) * len(shape)
+    above = (None,) * ("layers" in path)
+    names = next((names for length in (2, 1) if (names := _NAMES.get(path[-length:])) is not None), None)
+    if names is None and path[-1:] in (("scale",), ("bias",)):
+        names = (None,)
+    if names is None or len(shape) < len(above) + len(names):
+        return (None,) * len(shape)
+    more = len(shape) - len(above) - len(names)
+    return (*("iterates",) * min(1, more), *(None,) * (more - 1), *above, *names)

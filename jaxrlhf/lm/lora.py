@@ -27,7 +27,7 @@ UNREAD = ("output_head",)
 def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
     """Returns an adapter of every product in the layers of a `decoder`, in float32; its leaves follow the base's names.
 
-    `down ~ N(0, 1 / inputs)`, `[in, rank]`; `up = 0`, `[rank, ...]`. Consumes the key.
+    `down ~ N(0, 1 / inputs)`, `[layers, in, rank]`; `up = 0`, `[layers, rank, ...]`. Consumes the key.
 
     Args:
         key: PRNG key.
@@ -49,8 +49,9 @@ def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
         place = adapter
         for name in path:
             place = place.setdefault(name, {})
-        place["down"] = shape[0] ** -0.5 * jax.random.normal(one, (shape[0], rank), jnp.float32)
-        place["up"] = jnp.zeros((rank, *shape[1:]), jnp.float32)
+        layers, inputs, *outputs = shape
+        place["down"] = inputs**-0.5 * jax.random.normal(one, (layers, inputs, rank), jnp.float32)
+        place["up"] = jnp.zeros((layers, rank, *outputs), jnp.float32)
     return {"layers": adapter}
 
 
@@ -68,7 +69,7 @@ def merge(base: Params, adapter: Params) -> Params:
     """
     if "down" in adapter:
         weight = base["weight"]
-        change = jnp.tensordot(adapter["down"], adapter["up"], axes=1)
+        change = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1))(adapter["down"], adapter["up"])
         return base | {"weight": (weight.astype(change.dtype) + change).astype(weight.dtype)}
     return base | {name: merge(base[name], part) for name, part in adapter.items()}
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.layers import capped, wide
-from jaxrlhf.lm.trunk import Trunk
+from jaxrlhf.lm.trunk import REMAT, Trunk
 
 __all__ = ["DecoderConfig", "LanguageModel", "decoder", "pad_left", "without_cache"]
 
@@ -65,22 +65,30 @@ def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
-def decoder(config: DecoderConfig, *, dtype: Any = None) -> LanguageModel:
+def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = None) -> LanguageModel:
     """Pure functions of a decoder.
 
-    The parameters are a nested dict: `embedding [V, D]`, `layers` (by number, as text), `final_norm`, `positions` where
-    they are learned and, unless the embeddings are tied, `output_head [D, V]`, which `logits` alone reads: the other
-    functions do without it. Parameters with adapters, of `lora.attach`, are taken too. Norms, attention weights and logits
-    are float32 at least.
+    The parameters are a nested dict: `embedding [V, D]`, `layers` (each array with the layers as its first axis),
+    `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which
+    `logits` alone reads: the other functions do without it. Parameters with adapters, of `lora.attach`, are taken too.
+    Norms, attention weights and logits are float32 at least. Up to `trunk.UNROLLED` layers are written out; more are one
+    loop, so that deep models compile as fast as shallow ones.
 
     Args:
         config: the decoder's shape.
         dtype: of the residual stream and the products; None is the widest of the parameters', so that adapters in float32
             on weights in bfloat16 give states in float32.
+        remat: what a backward pass computes again, to save memory: "layer", everything but each layer's input, or
+            "products", everything but products with weights; by default attention's scores alone.
 
     Returns:
         The `LanguageModel`. Its functions raise ValueError for parameters of another structure.
+
+    Raises:
+        ValueError: there is no such remat.
     """
+    if remat is not None and remat not in REMAT:
+        raise ValueError(f"A decoder's remat is one of {', '.join(REMAT)}, or None, not {remat!r}.")
 
     def structure_of(rank):
         structure, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), rank)))
@@ -93,10 +101,10 @@ def decoder(config: DecoderConfig, *, dtype: Any = None) -> LanguageModel:
         params = {name: leaf for name, leaf in params.items() if name != "output_head"}
         # Merging goes by order alone: parameters of other names would be taken silently.
         structure = structures.get(jax.tree.structure(params))
-        if structure is None:
+        if structure is None or {len(leaf) for leaf in jax.tree.leaves(params["layers"])} != {config.layers}:
             raise ValueError(
                 f"These are not the parameters of a decoder of {config.layers} layers: they have "
-                f"{len(jax.tree.leaves(params))} arrays instead of {plain.num_leaves}, or other names."
+                f"{len(jax.tree.leaves(params))} arrays instead of {plain.num_leaves}, other names, or other layers."
             )
         stream = jnp.result_type(*jax.tree.leaves(params)) if dtype is None else jnp.dtype(dtype)
         return nnx.merge(structure, params), stream
@@ -114,7 +122,7 @@ def decoder(config: DecoderConfig, *, dtype: Any = None) -> LanguageModel:
 
     def hidden(params, tokens, mask):
         module, stream = trunk(params)
-        return module.forward(tokens, segments(mask), stream)[0]
+        return module.forward(tokens, segments(mask), stream, remat=remat)[0]
 
     def logits(params, hidden):
         weights = params["embedding"].T if config.tied_embeddings else params["output_head"]

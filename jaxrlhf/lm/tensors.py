@@ -7,6 +7,7 @@ and up). Every `Entry` says both directions of one parameter, and everything els
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxrlhf.lm.config import DecoderConfig
@@ -17,7 +18,7 @@ class Entry(NamedTuple):
     """One of our parameters.
 
     Attributes:
-        path: where it is in our nested dict.
+        path: where it is in our nested dict, the layers by their numbers; in `params_from` they are stacked.
         theirs: the tensors it is made of, names and shapes, in order.
         join: from those tensors to ours.
         split: the inverse.
@@ -62,14 +63,18 @@ def params_from(tensors: dict[str, np.ndarray], config: DecoderConfig, kind: Kin
         for part in above:
             place = place.setdefault(part, {})
         place[name] = entry.join(*(tensors[name] for name in entry.theirs))
-    return params
+    layers = [params["layers"][str(index)] for index in range(config.layers)]
+    return params | {"layers": jax.tree.map(lambda *rows: np.stack(rows), *layers)}
 
 
 def tensors_from(params: dict, config: DecoderConfig, kind: Kind) -> dict[str, np.ndarray]:
     """A checkpoint's tensors from our parameters; the inverse of `params_from`."""
-    tensors = {}
+    tensors, stacked = {}, jax.tree.map(np.asarray, params["layers"])
+    layers = {
+        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(config.layers)
+    }
     for entry in entries(config, kind):
-        leaf: Any = params
+        leaf: Any = params | {"layers": layers}
         for part in entry.path:
             leaf = leaf[part]
         tensors |= dict(zip(entry.theirs, entry.split(np.asarray(leaf)), strict=True))

@@ -4,8 +4,9 @@ Shapes: N rows, T columns, P prompt columns, C cache columns, D width, K key/val
 head, H head size, R rank of an adapter.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +32,29 @@ ACTIVATIONS = {
 }
 
 
+UNROLLED = 8
+"""Layers up to which they are written out one after the other: faster on small models, and compiled in about as long."""
+
+REMAT = {
+    "layer": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a backward pass keeps of a layer, by name: nothing but its input, or the results of its products with weights."""
+
+
 class Cache(NamedTuple):
-    """Keys and values so far, one array a layer, so that a decoding step writes each in place.
+    """Keys and values so far, so that a decoding step writes each in place.
 
     Attributes:
-        keys: a tuple of `[N, K, C, H]`, already rotated.
-        values: a tuple of `[N, K, C, H]`.
+        keys: already rotated, `[L, N, K, C, H]`; of few layers a tuple of L arrays, which need no slicing.
+        values: likewise.
         valid: `[N, C]`, True where a real token has been written.
         positions: `[N]` int32, position of the next token.
         column: scalar int32, where the next token is written, in every row.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: Any
+    values: Any
     valid: jax.Array
     positions: jax.Array
     column: jax.Array
@@ -151,31 +162,70 @@ class Block(nnx.Module):
 
 
 class Trunk(nnx.Module):
-    """A decoder up to its final norm; with `rank`, every product of its layers has an adapter."""
+    """A decoder up to its final norm; with `rank`, every product of its layers has an adapter.
+
+    `layers` is one `Block` whose parameters have the layers as their first axis.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, rank: int = 0):
         self.config = config
         self.embedding = normal(rngs, (config.vocabulary_size, config.width), config.width**-0.5)
         if config.rope_base is None:
             self.positions = normal(rngs, (config.context_length, config.width), 0.1 * config.width**-0.5)
-        self.layers = nnx.Dict({str(index): Block(config, rngs, rank) for index in range(config.layers)})
+        blocks = [nnx.split(Block(config, rngs, rank)) for _ in range(config.layers)]
+        self.layers = nnx.merge(
+            blocks[0][0], jax.tree.map(lambda *rows: jnp.stack(rows), *(state for _, state in blocks))
+        )
         self.final_norm = Norm(config, config.width)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attention: Callable, dtype: jnp.dtype) -> jax.Array:
-        """Final-norm states `[N, T, D]`; `attention(index, query, key, value)` gives `[N, T, K * G * H]`."""
+    def embed(self, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The residual stream `[N, T, D]` before the first layer."""
         config = self.config
-        embedding = self.embedding[...]
-        x = embedding[tokens]
+        x = self.embedding[...][tokens]
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = x.astype(dtype)
-        if config.rope_base is None:
-            x = x + self.positions[...][positions].astype(dtype)
-        rotations = self.rotations(positions)
-        for index in range(config.layers):
-            layer = self.layers[str(index)]
-            x = layer.finish(x, attention(index, *layer.project(x, rotations[index in config.windowed_layers])))
-        return self.final_norm(x)
+        return x + self.positions[...][positions].astype(dtype) if config.rope_base is None else x
+
+    def through(
+        self, carry: Any, step: Callable, rows: Any = None, *, checkpoint: Callable | None = None
+    ) -> tuple[Any, Any]:
+        """Carries something through the layers: `step(block, index, near, carry, row) -> (carry, row)`.
+
+        Args:
+            carry: such as the residual stream.
+            step: `near` says whether the layer has a window: a bool where that is known, else `[]`.
+            rows: what each layer has of its own: a list where the layers are written out, else the first axis.
+            checkpoint: of a function of the carry, the layer's parameters and its row, what its backward pass keeps.
+
+        Returns:
+            the carry, and the new rows in the same form.
+        """
+        config = self.config
+        structure, params = nnx.split(self.layers)
+        near = [index in config.windowed_layers for index in range(config.layers)]
+
+        def one(carry, layer, index, near, row):
+            return step(nnx.merge(structure, layer), index, near, carry, row)
+
+        if config.layers <= UNROLLED:
+            found = []
+            for index in range(config.layers):
+                taken = jax.tree.map(lambda leaf, index=index: leaf[index], params)
+                run = functools.partial(one, index=index, near=near[index])
+                run = run if checkpoint is None else checkpoint(run)
+                carry, row = run(carry, taken, row=None if rows is None else rows[index])
+                found.append(row)
+            return carry, found
+        alike = len(set(near)) == 1
+
+        def body(carry, each):
+            layer, index, is_near, row = each
+            run = functools.partial(one, near=near[0] if alike else is_near)
+            run = run if checkpoint is None else checkpoint(run)
+            return run(carry, layer, index=index, row=row)
+
+        return jax.lax.scan(body, carry, (params, jnp.arange(config.layers), jnp.array(near), rows))
 
     def rotations(self, positions: jax.Array) -> tuple:
         """Cosines and sines of layers without and with a window; None where there are none."""
@@ -191,23 +241,26 @@ class Trunk(nnx.Module):
         """`layers.attend` with this decoder's scale and cap."""
         return attend(query, keys, values, allowed, scale=self.config.query_scale, cap=self.config.score_cap)
 
-    def forward(self, tokens: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, list, list]:
-        """States `[N, T, D]` of whole rows, and each layer's keys and values `[N, K, T, H]`."""
+    def forward(
+        self, tokens: jax.Array, mask: jax.Array, dtype: jnp.dtype, *, keep: bool = False, remat: str | None = None
+    ) -> tuple[jax.Array, Any]:
+        """States `[N, T, D]` of whole rows, and if asked to keep them the layers' keys and values `[N, K, T, H]`."""
         columns, positions = jnp.arange(tokens.shape[1]), positions_of(mask)
         allowed = (mask > 0)[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
         if mask.dtype != jnp.bool_:
             allowed &= mask[:, None, :] == mask[:, :, None]
-        windowed = allowed & self.near(positions, positions)
-        keys, values = [], []
+        windowed, (plain, turned) = allowed & self.near(positions, positions), self.rotations(positions)
 
-        def attention(index, query, key, value):
-            keys.append(key)
-            values.append(value)
-            seen = windowed if index in self.config.windowed_layers else allowed
+        def step(block, index, near, x, row):
+            del index, row
+            query, key, value = block.project(x, _either(near, turned, plain))
             # Scores are quadratic in T: computing them again in the backward pass beats keeping them.
-            return jax.checkpoint(self.attend)(query, key, value, seen)
+            attended = jax.checkpoint(self.attend)(query, key, value, _either(near, windowed, allowed))
+            return block.finish(x, attended), (key, value) if keep else None
 
-        return self(tokens, positions, attention, dtype), keys, values
+        checkpoint = None if remat is None else functools.partial(jax.checkpoint, policy=REMAT[remat])
+        x, kept = self.through(self.embed(tokens, positions, dtype), step, checkpoint=checkpoint)
+        return self.final_norm(x), kept
 
     def near(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """`[N, T, S]` or broadcast to it: whether a key `[N, S]` lies in the window of a query `[N, T]`."""
@@ -219,12 +272,16 @@ class Trunk(nnx.Module):
         self, tokens: jax.Array, mask: jax.Array, cache_length: int, dtype: jnp.dtype
     ) -> tuple[jax.Array, Cache]:
         """Last column's state `[N, D]` and a cache of `cache_length` columns that holds the prompts."""
-        hidden, keys, values = self.forward(tokens, mask, dtype)
+        hidden, kept = self.forward(tokens, mask, dtype, keep=True)
         room = cache_length - tokens.shape[1]
-        pads = ((0, 0), (0, 0), (0, room), (0, 0))
+
+        def longer(leaf):
+            return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, room), (0, 0)])
+
+        keys, values = zip(*kept, strict=True) if isinstance(kept, list) else kept
         cache = Cache(
-            keys=tuple(jnp.pad(key, pads) for key in keys),
-            values=tuple(jnp.pad(value, pads) for value in values),
+            keys=jax.tree.map(longer, keys),
+            values=jax.tree.map(longer, values),
             valid=jnp.pad(mask, ((0, 0), (0, room))),
             positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
             column=jnp.int32(tokens.shape[1]),
@@ -233,20 +290,39 @@ class Trunk(nnx.Module):
 
     def decode(self, tokens: jax.Array, cache: Cache, dtype: jnp.dtype) -> tuple[jax.Array, Cache]:
         """State `[N, D]` of one more token in every row, and the cache with it."""
-        write = jax.lax.dynamic_update_slice_in_dim
-        valid = write(cache.valid, jnp.ones((tokens.shape[0], 1), bool), cache.column, axis=1)
-        windowed = valid[:, None, :] & self.near(cache.positions[:, None], positions_of(valid))
-        keys, values = list(cache.keys), list(cache.values)
+        valid = jax.lax.dynamic_update_slice_in_dim(
+            cache.valid, jnp.ones((tokens.shape[0], 1), bool), cache.column, axis=1
+        )
+        allowed, positions = valid[:, None, :], cache.positions[:, None]
+        windowed, (plain, turned) = allowed & self.near(positions, positions_of(valid)), self.rotations(positions)
 
-        def attention(index, query, key, value):
-            keys[index] = write(keys[index], key, cache.column, axis=2)
-            values[index] = write(values[index], value, cache.column, axis=2)
-            seen = windowed if index in self.config.windowed_layers else valid[:, None, :]
-            return self.attend(query, keys[index], values[index], seen)
+        def written(kept, new, index):
+            """The cache of all layers with one more column in one of them, and that layer's part."""
+            if isinstance(kept, tuple):
+                own = jax.lax.dynamic_update_slice_in_dim(kept[index], new, cache.column, axis=2)
+                return (*kept[:index], own, *kept[index + 1 :]), own
+            zero = jnp.zeros((), jnp.int32)
+            kept = jax.lax.dynamic_update_slice(kept, new[None], (index, zero, zero, cache.column, zero))
+            return kept, jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
 
-        hidden = self(tokens[:, None], cache.positions[:, None], attention, dtype)
-        cache = Cache(tuple(keys), tuple(values), valid, cache.positions + 1, cache.column + 1)
-        return hidden[:, 0], cache
+        # The cache is carried and not a layer's row: it would be copied whole.
+        def step(block, index, near, carry, row):
+            x, keys, values = carry
+            query, key, value = block.project(x, _either(near, turned, plain))
+            (keys, own_keys), (values, own_values) = written(keys, key, index), written(values, value, index)
+            attended = self.attend(query, own_keys, own_values, _either(near, windowed, allowed))
+            return (block.finish(x, attended), keys, values), row
+
+        start = self.embed(tokens[:, None], positions, dtype), cache.keys, cache.values
+        (x, keys, values), _ = self.through(start, step)
+        return self.final_norm(x)[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.column + 1)
+
+
+def _either(near: Any, one: Any, other: Any) -> Any:
+    """One of two trees of arrays, by a bool or by a `[]`."""
+    if isinstance(near, bool) or one is None:
+        return one if near is True else other
+    return jax.tree.map(lambda yes, no: jnp.where(near, yes, no), one, other)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:

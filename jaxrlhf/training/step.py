@@ -98,11 +98,8 @@ def compile_algorithm(
     state = everywhere if state is None else state
     frozen = everywhere if frozen is None else frozen
     inputs: Any = (everywhere, state, split, frozen)
-    # Responses stay with the prompts that they answer.
-    whole: Any = dict.fromkeys(("by_policy", "draws"), everywhere)
-    split_labels: Any = split
-    sample = Sample(**{name: whole.get(name, split) for name in Sample._fields})
-    labelled: Any = (everywhere, state, Labelled(sample, split_labels), frozen)
+    sample = where_labelled(mesh)
+    labelled: Any = (everywhere, state, sample, frozen)
     outputs: Any = (state, everywhere)
 
     def spread(function: Any, place_data: Callable[[Any], Any]) -> Any:
@@ -119,11 +116,18 @@ def compile_algorithm(
 
     return CompiledAlgorithm(
         step=spread(jax.jit(algorithm.step, in_shardings=inputs, out_shardings=outputs, donate_argnums=1), by_rows),
-        propose=spread(jax.jit(algorithm.propose, in_shardings=inputs, out_shardings=sample), by_rows),
+        propose=spread(jax.jit(algorithm.propose, in_shardings=inputs, out_shardings=sample.sample), by_rows),
         update=spread(
             jax.jit(algorithm.update, in_shardings=labelled, out_shardings=outputs, donate_argnums=1), labels_by_rows
         ),
     )
+
+
+def where_labelled(mesh: Mesh) -> Labelled:
+    """Returns the shardings of a labelled sample: responses stay with the prompts that they answer."""
+    split: Any = split_by_batch(mesh)
+    whole: Any = dict.fromkeys(("by_policy", "draws"), NamedSharding(mesh, PartitionSpec()))
+    return Labelled(Sample(**{name: whole.get(name, split) for name in Sample._fields}), split)
 
 
 def compile_update(update: Callable, mesh: Mesh, *, state: Any = None, frozen: Any = None) -> Callable:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.lm import trunk
 from jaxrlhf.lm.model import DecoderConfig, decoder, pad_left
 from jaxrlhf.lm.weights import load_decoder
 
@@ -154,8 +155,10 @@ def test_init_follows_the_key_and_is_float32(tiny_config):
 def test_parameters_of_another_structure_are_refused(tiny):
     model, params = tiny
     renamed = {"embeddings" if name == "embedding" else name: part for name, part in params.items()}
-    with pytest.raises(ValueError, match="not the parameters of a decoder of 2 layers"):
-        model.hidden(renamed, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    deeper = params | {"layers": jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params["layers"])}
+    for wrong in (renamed, deeper):
+        with pytest.raises(ValueError, match="not the parameters of a decoder of 2 layers"):
+            model.hidden(wrong, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool))
 
 
 def test_pad_left_keeps_the_order_of_real_tokens():
@@ -165,6 +168,54 @@ def test_pad_left_keeps_the_order_of_real_tokens():
     np.testing.assert_array_equal(
         jnp.where(moved_mask, moved, -1), [[-1, -1, 1, 2, 3], [-1, -1, -1, 4, 5], [6, 7, 8, 9, 10]]
     )
+
+
+WINDOWS = {"window": 4, "windowed_layers": (0, 2), "window_rope_base": 100.0}
+
+
+@pytest.mark.parametrize(
+    "windows", [{}, WINDOWS, {"window": 3, "windowed_layers": (0, 1, 2)}], ids=["none", "some", "all"]
+)
+def test_a_loop_over_layers_does_what_they_do_one_by_one(tiny_config, monkeypatch, windows):
+    config = dataclasses.replace(tiny_config, layers=3, **windows)
+    model = decoder(config)
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(2), (3, 9), 0, 23)
+    mask = jnp.arange(9)[None] >= jnp.array([[0], [2], [5]])
+
+    def everything():
+        def loss(params):
+            return jnp.sum(jnp.sin(model.hidden(params, tokens, mask)) * mask[..., None])
+
+        def steps(params):
+            state, cache = model.prefill(params, tokens, mask, 12)
+            states = [state]
+            for token in range(3):
+                state, cache = model.decode(params, jnp.full(3, token), cache)
+                states.append(state)
+            return jnp.stack(states)
+
+        return jax.jit(lambda params: (jax.grad(loss)(params), steps(params)))(params)
+
+    one_by_one = everything()
+    monkeypatch.setattr(trunk, "UNROLLED", 1)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), everything(), one_by_one)
+
+
+@pytest.mark.parametrize("unrolled", [1, 8])
+@pytest.mark.parametrize("remat", ["layer", "products"])
+def test_what_is_computed_again_changes_no_gradient(tiny, tiny_config, monkeypatch, remat, unrolled):
+    monkeypatch.setattr(trunk, "UNROLLED", unrolled)
+    _, params = tiny
+    tokens, mask = jax.random.randint(jax.random.key(2), (3, 9), 0, 23), jnp.ones((3, 9), bool)
+
+    def slope(**options):
+        model = decoder(tiny_config, **options)
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.hidden(params, tokens, mask)))))(params)
+
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), slope(remat=remat), slope())
+    with pytest.raises(ValueError, match="remat is one of layer, products, or None, not 'all'"):
+        decoder(tiny_config, remat="all")
 
 
 @pytest.mark.parametrize(

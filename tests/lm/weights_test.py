@@ -343,7 +343,7 @@ def test_special_ids_that_are_no_numbers_are_named(saved):
 def test_parameters_of_another_configuration_are_not_saved(tiny, tiny_config, tmp_path):
     _, params = tiny
     other = dataclasses.replace(tiny_config, mlp_width=21)
-    with pytest.raises(WeightsError, match=r"gate_up.* has shape \(16, 2, 20\) where .* asks for \(16, 2, 21\)"):
+    with pytest.raises(WeightsError, match=r"gate_up.* has shape \(2, 16, 2, 20\) where .* asks for \(2, 16, 2, 21\)"):
         save_decoder(tmp_path, other, params)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     with pytest.raises(WeightsError, match=r"\['embedding'\] has shape \(2, 23, 16\)"):
