@@ -1,0 +1,1 @@
+"""What a run costs: planned here without the machine that it is for."""

@@ -1,0 +1,85 @@
+"""What is read from programs: products in jaxprs, communication in compiled text."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+programs = importlib.import_module("benchmarks.programs")
+plan = importlib.import_module("benchmarks.plan")
+sys.path.pop(0)
+
+ONE = jnp.ones((4, 8)), jnp.ones((8, 8))
+PRODUCT = 2 * 4 * 8 * 8
+
+
+def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]
+
+
+CASES = {
+    "one": (lambda x, w: x @ w, 1),
+    "jitted": (jax.jit(lambda x, w: x @ w), 1),
+    "a scan counts as often as it runs": (scanned, 5),
+    "a scan of scans": (lambda x, w: jax.lax.scan(lambda x, _: (scanned(x, w), None), x, None, length=3)[0], 15),
+    "a gradient has two more": (jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=(0, 1)), 3),
+    "what is computed again counts": (
+        jax.grad(lambda x, w: jnp.sum(jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x))),
+        6,
+    ),
+    "a loop whose turns nobody knows": (
+        lambda x, w: jax.lax.while_loop(lambda x: jnp.sum(x) < 1, lambda x: x @ w, x),
+        7,
+    ),
+    "the larger branch": (lambda x, w: jax.lax.cond(jnp.sum(x) > 0, lambda: x @ w @ w, lambda: x @ w), 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_are_counted(case):
+    function, products = CASES[case]
+    assert programs.flops_of(jax.make_jaxpr(function)(*ONE), turns=7) == products * PRODUCT
+
+
+TEXT = """HloModule step, entry_computation_layout={()->f32[]}
+
+%body (parameter: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %parameter = (s32[], f32[16]{0}) parameter(0)
+  %all-gather.1 = bf16[16,64]{1,0} all-gather(%slice), dimensions={0}
+  ROOT %tuple = (s32[], f32[16]{0}) tuple(%next, %moved)
+}
+
+%fused (parameter.1: f32[8]) -> f32[8] {
+  ROOT %all-reduce-start.3 = (f32[2]{0}, f32[8]{0}) all-reduce-start(%parameter.1), to_apply=%add
+}
+
+ENTRY %main (argument: f32[8]) -> f32[] {
+  %while.1 = (s32[], f32[16]{0}) while(%start), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"32"}}
+  %call.2 = f32[8]{0} fusion(%argument), kind=kCustom, calls=%fused
+  ROOT %reduce-scatter.9 = f32[4]{0} reduce-scatter(%call.2), dimensions={0}
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loop_runs():
+    found = programs.collectives_of(TEXT)
+    assert found == {"all-gather": 32 * 16 * 64 * 2, "all-reduce": 8 * 4, "reduce-scatter": 4 * 4}
+    assert programs.largest_collective(TEXT) == 16 * 64 * 2
+    assert programs.collectives_of("") == {}
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "h100:", "8"])
+def test_a_topology_that_nobody_knows_is_named(topology):
+    with pytest.raises(ValueError, match="A topology is written as v5e:2x4 or h100:8"):
+        plan.devices_of(plan.Config(topology=topology))
+
+
+@pytest.mark.slow
+def test_an_update_is_planned_for_a_tpu_that_is_not_here():
+    pytest.importorskip("libtpu", reason="pip install '.[plan]'")
+    row = plan.plan(plan.Config(model="llama-1b", layers=2, topology="v5e:2x4", max_prompt=64, max_new_tokens=64))
+    assert row.how == "compiled" and row.fits and row.flops > 1e12 and row.collectives["all-gather"] > 0
