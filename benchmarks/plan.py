@@ -124,7 +124,7 @@ def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
     from jaxrlhf.lm.problem import Prompts
     from jaxrlhf.lm.reward import reward_model
     from jaxrlhf.training.sharding import shardings
-    from jaxrlhf.training.step import where_labelled
+    from jaxrlhf.training.step import where_labelled, within
 
     shape = dict(SHAPES[config.model])
     tied = shape.pop("tied")
@@ -171,7 +171,7 @@ def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
     state_where, frozen_where = (shardings(tree, mesh, decoder_names) for tree in (state, parts.frozen))
     arguments = key, state, Labelled(sample, labels), parts.frozen
     where: Any = (everywhere, state_where, where_labelled(mesh), frozen_where)
-    return parts.algorithm.update, arguments, where, (state_where, everywhere)
+    return within(mesh, parts.algorithm.update), arguments, where, (state_where, everywhere)
 
 
 def plan(config: Config) -> Row:

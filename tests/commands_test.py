@@ -108,7 +108,7 @@ def told(folder):
 
 def logits(directory, seed=0):
     model = models.open_model(directory, "policy")
-    tokens = jax.random.randint(jax.random.key(seed), (2, 9), 0, len(WORDS))
+    tokens = jax.random.randint(jax.random.key(seed), (2, 9), 0, 14)
     language = decoder(model.config)
     return language.logits(model.params, language.hidden(model.params, tokens, tokens >= 0))
 
@@ -131,7 +131,7 @@ def test_the_stages_build_on_each_other(learned):
 def test_transformers_reads_every_stage(learned):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     first, second = learned
-    tokens = np.random.default_rng(0).integers(3, len(WORDS), (2, 9))
+    tokens = np.random.default_rng(0).integers(3, 14, (2, 9))
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(first / "policy")(torch.tensor(tokens)).logits
         scores = transformers.AutoModelForSequenceClassification.from_pretrained(second / "reward")(

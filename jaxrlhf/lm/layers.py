@@ -162,3 +162,16 @@ def attend(
     out = jnp.einsum("nkts,nksh->nkth", weights, values, preferred_element_type=wide(values.dtype)) / total
     out = jnp.transpose(out.reshape(rows, heads, group, length, size), (0, 3, 1, 2, 4))
     return out.reshape(rows, length, -1).astype(values.dtype)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps the rows of `x [N, ...]` where the batch's are, on the axes `data` and `fsdp` of a mesh that is in use.
+
+    Compilers would else leave weights where they are and move activations, which are larger.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names and mesh.shape[name] > 1)
+    if not axes or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes, *[free] * (x.ndim - 1)))

@@ -22,6 +22,7 @@ from jaxrlhf.lm.layers import (
     rms_norm_from_one,
     rotary,
     rotate,
+    split_rows,
     wide,
 )
 
@@ -158,7 +159,7 @@ class Block(nnx.Module):
         else:
             inner = activation(inner)
         out = self.mlp_output(inner)
-        return x + (self.mlp_norm_after(out) if config.norm_after else out)
+        return split_rows(x + (self.mlp_norm_after(out) if config.norm_after else out))
 
 
 class Trunk(nnx.Module):
@@ -185,7 +186,7 @@ class Trunk(nnx.Module):
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = x.astype(dtype)
-        return x + self.positions[...][positions].astype(dtype) if config.rope_base is None else x
+        return split_rows(x + self.positions[...][positions].astype(dtype) if config.rope_base is None else x)
 
     def through(
         self, carry: Any, step: Callable, rows: Any = None, *, checkpoint: Callable | None = None

@@ -5,6 +5,7 @@ the first process (files, what is printed), in each process for its share (annot
 """
 
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,8 @@ def connect(place: Place | None, *, seconds: int = 300) -> None:
     """
     told: dict[str, Any] = {}
     if place is not None:
+        if place.index:
+            _wait_for(place.address, seconds)
         told = {"coordinator_address": place.address, "num_processes": place.count, "process_id": place.index}
     try:
         jax.distributed.initialize(**told, initialization_timeout=seconds, heartbeat_timeout_seconds=LOST)
@@ -181,6 +184,22 @@ def _raise_together(failed: str) -> None:
     told = [bytes(each).rstrip(b"\0").decode(errors="ignore") for each in rows]
     if any(told):
         raise SharedError("; ".join(each for each in told if each))
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    """Waits until the first process listens: JAX would end this one without a word that one can act on."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=2.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"The first process does not answer at {address} ({error}); start it too, at its own address."
+                ) from None
+            time.sleep(0.2)
 
 
 def _client() -> Any:

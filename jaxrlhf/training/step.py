@@ -115,12 +115,27 @@ def compile_algorithm(
         return labelled._replace(labels=place(labelled.labels, split))
 
     return CompiledAlgorithm(
-        step=spread(jax.jit(algorithm.step, in_shardings=inputs, out_shardings=outputs, donate_argnums=1), by_rows),
-        propose=spread(jax.jit(algorithm.propose, in_shardings=inputs, out_shardings=sample.sample), by_rows),
+        step=spread(
+            jax.jit(within(mesh, algorithm.step), in_shardings=inputs, out_shardings=outputs, donate_argnums=1), by_rows
+        ),
+        propose=spread(
+            jax.jit(within(mesh, algorithm.propose), in_shardings=inputs, out_shardings=sample.sample), by_rows
+        ),
         update=spread(
-            jax.jit(algorithm.update, in_shardings=labelled, out_shardings=outputs, donate_argnums=1), labels_by_rows
+            jax.jit(within(mesh, algorithm.update), in_shardings=labelled, out_shardings=outputs, donate_argnums=1),
+            labels_by_rows,
         ),
     )
+
+
+def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function as it is traced where a mesh is in use, so that it can say where rows belong."""
+
+    def run(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return run
 
 
 def where_labelled(mesh: Mesh) -> Labelled:
@@ -141,7 +156,7 @@ def compile_update(update: Callable, mesh: Mesh, *, state: Any = None, frozen: A
     everywhere, split = NamedSharding(mesh, PartitionSpec()), split_by_batch(mesh)
     state = everywhere if state is None else state
     inputs: Any = (state, split, everywhere if frozen is None else frozen)
-    compiled = jax.jit(update, in_shardings=inputs, out_shardings=(state, everywhere), donate_argnums=0)
+    compiled = jax.jit(within(mesh, update), in_shardings=inputs, out_shardings=(state, everywhere), donate_argnums=0)
     if jax.process_count() == 1:
         return compiled
     return lambda state, batch, frozen: compiled(state, place(batch, split), frozen)
