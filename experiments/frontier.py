@@ -79,7 +79,7 @@ class Config:
     """Responses that a policy is judged by, each time."""
     pool: int = 512
     """Responses of the reference to each opening, for best-of-n."""
-    utility_weight: float = 1.0
+    utility_weight: float = 0.3
     """Weight of the coupled win rate beside the likelihood, of the bilevel methods."""
     workers: int = 2
     """Processes side by side; 1 where one device does everything."""
