@@ -134,6 +134,7 @@ def test_an_opponents_episodes_teach_as_the_policys_own(x64):
     assert jnp.any(jnp.abs(gradient(first)[0] - policys) > 1e-3)
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_value(x64):
     reward, upper, lower, _, frozen = design()
     problem = incentives.incentive_problem(reward, reward, episodes=256, steps=60)

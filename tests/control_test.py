@@ -147,6 +147,7 @@ def test_another_rule_or_budget_is_another_result(monkeypatch):
     assert all(other != first for other in [*others, settings()])
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was(tmp_path, capsys):
     small = ("--outer-steps=12", "--budget.pairs=4", "--budget.labels=2", "--budget.first-steps=1", "--seeds=2")
     names = ("oracle", "bilevel, all of PEBBLE")

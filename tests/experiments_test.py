@@ -91,6 +91,7 @@ def test_the_default_run_writes_its_folder(short_run, capsys):
     assert results["config"]["tangent_rate"] is not None
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(short_run, tmp_path):
     _, results = short_run
     # Evaluations take no part: with fewer of them the run is the same.

@@ -48,6 +48,7 @@ def test_adaptive_model_design_is_the_exact_gradient(x64):
     np.testing.assert_allclose(moves, truths, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_hpgd_comes_to_the_exact_gradient_with_more_episodes(x64):
     """It is consistent, and noisy: at the published 10,000 environment steps this gradient is off by half its length."""
     errors = []
@@ -73,6 +74,7 @@ def run_command(*arguments, script="four_rooms.py"):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_table_and_pictures(tmp_path):
     small = ("--seeds", "2", "--restarts", "1", "--steps", "3", "--outer-steps", "2", "--episodes", "4")
     names = tuple(methods.METHODS)
@@ -99,6 +101,7 @@ def test_the_command_leaves_a_table_and_pictures(tmp_path):
     assert "0.95 +- 0.002" in table and re.search(r"\| 0.003 \| 1 \|", table)
 
 
+@pytest.mark.slow
 def test_the_follower_learns_within_few_batches(tmp_path):
     small = ("--outer-steps", "25", "--seeds", "1", "--length", "60", "--output", str(tmp_path))
     done = run_command(*small, script="four_rooms_follower.py")
@@ -140,6 +143,7 @@ def test_the_best_known_optima_are_what_they_say(x64):
         assert reached > max(mean for mean, _ in four_rooms.PUBLISHED[cell].values())
 
 
+@pytest.mark.slow
 def test_the_search_reports_what_its_weights_reach(capsys):
     cells, environment = [(0.003, 1.0), (0.005, 1.0)], rooms.four_rooms()
     found = four_rooms_search.search(cells, 1, 4, four_rooms.over_seeds, environment)

@@ -119,6 +119,7 @@ def test_a_refitted_reward_uses_its_labels_better():
     assert again.mean() < 0.7 * once.mean()
 
 
+@pytest.mark.slow
 def test_it_starts_from_labels_that_exist():
     frozen, problem = make(), problem_of(4)
     learning = reward_learning(problem, optax.adam(0.05))

@@ -264,6 +264,7 @@ def test_kl_estimators_have_the_exact_value_and_gradient(world, per_token):
         of("k4", policy)(policy)
 
 
+@pytest.mark.slow
 def test_the_usual_way_of_differentiating_k3_is_another_gradient(world):
     """Why the KL's gradient is not left to the estimate: k3 as it stands descends KL(reference || policy)."""
     frozen, _, reference = world

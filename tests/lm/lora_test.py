@@ -165,6 +165,7 @@ def test_the_plan_is_what_a_1b_llama_takes():
     assert held == plan.total <= 1.25 * sum(leaf.nbytes for leaf in jax.tree.leaves(base))
 
 
+@pytest.mark.slow
 def test_bilevel_descent_on_adapters_improves_the_exact_value():
     language = alphabet_language(letters=4, length=3, prompts=2, prompt_length=2)
     shape = DecoderConfig(

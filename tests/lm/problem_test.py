@@ -111,7 +111,13 @@ def enumerated(policy, reference):
     )
 
 
-@pytest.mark.parametrize("rule", [bilevel.central(0.3), bilevel.boltzmann()], ids=["central", "boltzmann"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(bilevel.central(0.3), id="central"),
+        pytest.param(bilevel.boltzmann(), id="boltzmann", marks=pytest.mark.slow),
+    ],
+)
 def test_drawn_completions_estimate_the_enumerated_hypergradient(rule):
     """Transformers, sampler, labels and all: within 5 standard errors of enumeration, at fixed policies."""
     policy, reference, reward = parameters()
@@ -153,6 +159,7 @@ def test_drawn_completions_estimate_the_enumerated_hypergradient(rule):
     assert np.linalg.norm(error) < 0.2 * np.linalg.norm(truth)
 
 
+@pytest.mark.slow
 def test_exact_judgement_agrees_with_samples():
     policy, reference, reward = parameters()
     own, other = (words.policy_table(POLICY, params, LANGUAGE) for params in (policy, reference))

@@ -159,6 +159,7 @@ def small_design(seed=0):
     return follower, leader, jax.random.normal(keys[3], (5, 3)), data, frozen
 
 
+@pytest.mark.slow
 def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64):
     follower, leader, upper, data, frozen = small_design()
     truth = -jax.jit(jax.grad(lambda upper: incentives.leader_value(follower, leader, upper, data, frozen)))(upper)
@@ -183,6 +184,7 @@ def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64):
     np.testing.assert_allclose(info.effective_sample_size, 1.0, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_network_follower_learns_the_best_response_from_episodes():
     """No planning: a network of state and context, moved by sampled gradients of J alone."""
     follower, leader, upper, data, frozen = small_design()

@@ -204,6 +204,7 @@ def test_segments_lie_within_their_episodes(segment):
         assert len(np.unique(starts)) > 5
 
 
+@pytest.mark.slow
 def test_the_stencils_gradient_is_that_of_two_exact_tilts(x64):
     """With lower iterates given and held, the estimate is sum_i c_i grad_phi [s_i G - J](phi, lambda_i) in the mean."""
     problem, mdp, _ = problem_of(objectives.utility(kl_price=0.0), pairs=256)

@@ -36,7 +36,7 @@ def free_port():
         return held.getsockname()[1]
 
 
-def begin(world, name, count, *options, steps=4):
+def begin(world, name, count, *options, steps=2):
     """Starts a run in so many processes; returns them."""
     port, started = free_port(), []
     for index in range(count):
@@ -77,7 +77,7 @@ def models_of(world, name):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_do_what_one_does(world, count):
-    """The same tokens and labels, each process asking about its share; states as one process has them after 4 steps."""
+    """The same tokens and labels, each process asking about its share; the states of one process."""
     several, one = f"several-{count}", f"one-{count}"
     for name, processes in ((several, count), (one, 1)):
         started = begin(world, name, processes)
