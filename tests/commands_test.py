@@ -396,6 +396,7 @@ def test_the_stages_are_scripts_too(here, monkeypatch, capsys, script):
     assert "There is no file or folder none.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rewards_from_human_preferences_from_end_to_end(here, capsys):
     lines = [
         {side: f"\n\nHuman: the day {number} ?\n\nAssistant: the {word} ." for side, word in sides}

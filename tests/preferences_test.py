@@ -138,6 +138,7 @@ def test_a_myopic_annotator_weighs_late_steps_more():
     np.testing.assert_allclose(preferences.myopic(lambda *_: steps, decay=1.0)(sample, None), [[[1.0, 1.0]]])
 
 
+@pytest.mark.slow
 def test_counted_pairs_and_labels_have_the_right_means():
     """Ten draws at a time, many times over: shares and labels against the probabilities."""
     frozen = bandit.Bandit(

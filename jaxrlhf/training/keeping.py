@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrlhf.training.checkpoint import Checkpoints
 from jaxrlhf.training.preemption import Stop, stopping
-from jaxrlhf.training.processes import SharedError
+from jaxrlhf.training.processes import SharedError, agreed
 from jaxrlhf.training.run_folder import RunFolder, plain
 from jaxrlhf.training.step import create
 from jaxrlhf.types import Params
@@ -134,7 +135,9 @@ class Keeper:
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             # One of them was told to end, and all of them know it at the same step.
             self.stop.ask(signal.SIGTERM)
-        if last or self.stop or self._checkpoints.due(step):
+        # Clocks differ between processes, and all of them must keep a step or none.
+        due = agreed(np.array([self._checkpoints.due(step)]))[0]
+        if last or self.stop or due:
             self._save()
         return bool(self.stop)
 

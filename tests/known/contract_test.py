@@ -266,6 +266,7 @@ def test_a_pair_that_cannot_be_drawn_does_not_poison_a_listed_sample():
     chex.assert_tree_all_finite(after.upper)
 
 
+@pytest.mark.slow
 def test_double_precision_with_parameters_in_single(x64):
     given = known.random_bandit(objective=COUPLED)
     upper, lower = (leaf.astype(jnp.float32) for leaf in given.start(jax.random.key(1), 0.5))

@@ -202,7 +202,7 @@ def scaled_optimum(gold, reference, beta):
     return policy
 
 
-@pytest.mark.parametrize("case", ["rloo", "ppo", "dr. grpo", "grpo"])
+@pytest.mark.parametrize("case", ["rloo", "ppo", pytest.param("dr. grpo", marks=pytest.mark.slow), "grpo"])
 def test_lower_levels_under_the_gold_reward(world, case):
     frozen, gold, reference = world
     per_token = case != "rloo"

@@ -61,6 +61,7 @@ def test_values_and_visits_are_sums_over_time(x64):
     np.testing.assert_allclose(np.sum(policy * advantages, axis=-1), 0.0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_derivatives_go_through_the_fixed_point(x64):
     """First and second derivatives of a function of the optimal policy, against finite differences and the envelope."""
     mdp, (reward, other) = random_mdp(), random_tables()
