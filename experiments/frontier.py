@@ -1,7 +1,7 @@
 """Gold reward against KL: bilevel alignment and every baseline, in one harness, at equal labels and equal responses.
 
     python experiments/frontier.py --policy DIR
-    python experiments/frontier.py --policy DIR --quick      # 2.5 minutes on 2 cores
+    python experiments/frontier.py --policy DIR --quick      # some minutes
 
 DIR is a Hugging Face directory of a small model of stories. A controller leads a run of every method to each of a few KLs,
 where all end with the same labels spent; what differs is how much gold reward they have to show for that. Two gold

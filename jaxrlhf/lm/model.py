@@ -72,7 +72,7 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
     `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which
     `logits` alone reads: the other functions do without it. Parameters with adapters, of `lora.attach`, are taken too.
     Norms, attention weights and logits are float32 at least. Up to `trunk.UNROLLED` layers are written out; more are one
-    loop, so that deep models compile as fast as shallow ones.
+    loop, so that compile times do not grow in proportion.
 
     Args:
         config: the decoder's shape.

@@ -34,7 +34,7 @@ ACTIVATIONS = {
 
 
 UNROLLED = 8
-"""Layers up to which they are written out one after the other: faster on small models, and compiled in about as long."""
+"""Layers up to which they are written out one after the other; more are one loop."""
 
 REMAT = {
     "layer": None,

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.training.processes import first, gathered
+
 
 class Guarded(NamedTuple):
     """Diagnostics of a step, and whether it was left out, `[]`."""
@@ -80,10 +82,11 @@ class Patience:
             self._row = 0
             return
         self._row, self.skipped = self._row + 1, self.skipped + 1
-        if data is not None:
+        # All of several processes hold parts of it; one of them writes.
+        whole = jax.tree_util.tree_leaves_with_path(gathered(data))
+        if whole and first():
             self._folder.mkdir(exist_ok=True)
-            leaves = jax.tree_util.tree_leaves_with_path(data)
-            arrays: dict[str, Any] = {jax.tree_util.keystr(path).strip("."): np.asarray(leaf) for path, leaf in leaves}
+            arrays: dict[str, Any] = {jax.tree_util.keystr(path).strip("."): leaf for path, leaf in whole}
             np.savez(self._folder / f"step-{step}.npz", **arrays)
         if self._row >= self._limit:
             told = {name: float(value) for name, value in found.info._asdict().items() if np.ndim(value) == 0}
