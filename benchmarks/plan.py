@@ -45,6 +45,8 @@ class Config:
     lora_rank: int = 16
     """0 trains all weights."""
     remat: Literal["layer", "products"] = "layer"
+    parts: int = 1
+    """Pieces that the responses of a step are read in."""
     layers: int | None = None
     """Fewer layers than the model has, to try it."""
     output: pathlib.Path | None = None
@@ -55,7 +57,7 @@ class Row(NamedTuple):
     """One plan; bytes and seconds are those of one device and one update.
 
     Attributes:
-        model, topology, devices, mesh: what was planned.
+        model, topology, devices, mesh, lora_rank, parts: what was planned.
         tokens: in the responses and prompts of a step.
         arguments: bytes of state, reference and batch; temporaries: bytes beside them.
         fits: whether both fit the chip.
@@ -71,6 +73,8 @@ class Row(NamedTuple):
     topology: str
     devices: int
     mesh: str
+    lora_rank: int
+    parts: int
     tokens: int
     arguments: float
     temporaries: float
@@ -160,6 +164,7 @@ def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
         max_new_tokens=config.max_new_tokens,
         lora_rank=config.lora_rank,
         remat=config.remat,
+        parts=config.parts,
     )
     parts = assemble(settings, model, start, Judge(None, None, ()))
     state = jax.eval_shape(parts.algorithm.init, key, parts.upper, parts.lower)
@@ -202,6 +207,8 @@ def plan(config: Config) -> Row:
         topology=config.topology,
         devices=len(devices),
         mesh=config.mesh,
+        lora_rank=config.lora_rank,
+        parts=config.parts,
         tokens=math.prod(batch[:3]) * (config.max_prompt + config.max_new_tokens),
         arguments=given,
         temporaries=beside,

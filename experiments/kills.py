@@ -10,6 +10,7 @@ may be asked twice for a label that was given.
 """
 
 import collections
+import contextlib
 import dataclasses
 import filecmp
 import json
@@ -170,14 +171,24 @@ def steps_of(folder: pathlib.Path) -> tuple[int, int]:
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """Returns what is not the same in two run folders."""
-    return [name for name in SAME if not filecmp.cmp(one / name, other / name, shallow=False)]
+    different = [name for name in SAME if not filecmp.cmp(one / name, other / name, shallow=False)]
+    # Each sample is named by its prompts and responses: none is skipped, none comes twice.
+    return different + ["labels.jsonl"] * (samples_of(one) != samples_of(other))
+
+
+def samples_of(folder: pathlib.Path) -> list[dict]:
+    """Returns the samples of a run in their order, with their labels; a line that was being written is not one."""
+    found = []
+    for line in (folder / "labels.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def asked_again(place: pathlib.Path, kills: int) -> list[str]:
     """Returns how far questions were put more often than the kills explain: each may interrupt one call of 8."""
     asked = (place / "asked").read_text().splitlines()
-    kept = (place / "runs" / "mine" / "labels.jsonl").read_text().splitlines()
-    labelled = sum(len(line["labels"]) * len(line["labels"][0]) for line in map(json.loads, kept) if line)
+    labelled = sum(len(line["labels"]) * len(line["labels"][0]) for line in samples_of(place / "runs" / "mine"))
     return [f"{len(asked)} questions for {labelled} labels"] if len(asked) > labelled + 8 * kills else []
 
 
@@ -234,7 +245,8 @@ def report(folder: RunFolder, config: Config, kills: list[Killed], wrong: list[s
         tables=[table],
         figures=[],
         config=config,
-        notes=wrong or ["Policy, reward and metrics are those of the run that was left alone, to the last byte."],
+        notes=wrong
+        or ["Policy, reward, metrics and samples are those of the run that was left alone, to the last byte."],
     )
     return table
 

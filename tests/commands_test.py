@@ -10,11 +10,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.annotation.functions import load_function
-from jaxrlhf.commands import align, evaluate, export, models, reward, sample, supervised
+from jaxrlhf.commands import align, evaluate, export, models, reward, sample, stage, supervised
 from jaxrlhf.commands.main import COMMANDS, run
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import DataError
@@ -159,7 +160,7 @@ def aligned(world, learned):
     shared |= {"policy_rate": 1e-2, "warmup": 1, "data_dir": world / "prepared", "output": world / "runs"} | ALIGN
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
-        half = {"dtype": "bfloat16", "lora_rank": 2}
+        half = {"dtype": "bfloat16", "lora_rank": 2, "rollout_dtype": "bfloat16", "parts": 2, "keep_best": 1}
         return {
             "whole": align.main(align.Align(score="judges:score", reward=second, **shared)),
             "adapters": align.main(align.Align(annotator=str(second), **half, **shared)),
@@ -181,6 +182,10 @@ def test_alignment_moves_the_policy_and_reports(learned, aligned, kind):
     # Nothing has moved in the first step, whatever precision the weights are in.
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert models.open_model(folder, "reward").config == models.open_model(second, "reward").config
+    # The only evaluated step is the last one.
+    assert (folder / "best").is_dir() == (kind == "adapters")
+    if kind == "adapters":
+        np.testing.assert_array_equal(logits(folder / "best"), logits(folder))
 
 
 def test_policies_and_rewards_are_evaluated(here, learned, aligned):
@@ -288,14 +293,20 @@ def test_an_export_is_the_model_again(here, learned, tmp_path, dtype):
 
 def test_adapters_learn_in_every_stage(here, learned):
     first, _ = learned
-    shared = {"data": "pairs.jsonl", "held_out": 0.25, "steps": 8, "batch_size": 8, "evaluations": 1, "lora_rank": 2}
+    shared = {"data": "pairs.jsonl", "held_out": 0.25, "steps": 8, "batch_size": 8, "lora_rank": 2}
+    kept = {"keep_best": 1, "evaluations": 8}
     tuned = supervised.main(
         supervised.Supervised(
-            policy=first, packed=False, parts=2, learning_rate=3e-2, max_length=24, dtype="bfloat16", **shared
+            policy=first, packed=False, parts=2, learning_rate=1.0, max_length=24, dtype="bfloat16", **kept, **shared
         )
     )
-    results = json.loads((tuned / "results.json").read_text())
-    assert results["after"]["loss"] < results["before"]["loss"]
+    # It goes wrong at such a rate, and what it was at its best is there.
+    rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 8 and f"The best on held-out data was step {best};" in told(tuned)
+    assert float(np.max(np.abs(logits(tuned / "best") - logits(tuned)))) > 1e-2
+    tuned, shared = tuned / "best", shared | {"evaluations": 1}
     pytest.importorskip("tensorboardX")
     settings = {"learning_rate": 3e-2, "max_length": 24, "ties": 0.1, "track": "tensorboard"}
     judged = reward.main(reward.Reward(policy=first, **settings, **shared))
@@ -413,6 +424,19 @@ def test_rewards_from_human_preferences_from_end_to_end(here, capsys):
     assert {"pretrained", "from scratch"} <= json.loads((folder / "results.json").read_text()).keys()
     assert "reward, from scratch, seed 0" in told(folder)
     assert "Skipped hh.jsonl, line 21" in told(next(folder.glob("reward-*")))
+
+
+def test_norms_and_biases_do_not_decay():
+    layers = {
+        "mlp_norm": {"scale": jnp.ones((3, 4))},
+        "gate_up": {"weight": jnp.ones((3, 4, 2, 5)), "bias": jnp.ones((3, 2, 5))},
+    }
+    params = {"layers": layers, "embedding": jnp.ones((7, 4)), "head": jnp.ones(4)}
+    optimizer = stage.adamw(supervised.Supervised(data="", weight_decay=0.5, warmup=0.0), 10)
+    move, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = jax.tree.map(lambda leaf: bool(jnp.any(leaf != 0)), move)
+    assert moved["layers"] == {"mlp_norm": {"scale": False}, "gate_up": {"weight": True, "bias": False}}
+    assert moved["embedding"] and not moved["head"]
 
 
 def test_the_command_is_installed_and_says_what_it_can_do():

@@ -9,6 +9,7 @@ An annotator's answer is 1 where the first completion is preferred, 0 where the 
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,14 +90,26 @@ def bounded(call: Callable[..., Any], seconds: float | None, name: str) -> Calla
     """Returns the function of texts with a limit to how long it may take; None is no limit.
 
     Raises:
-        ValueError: when called, where the time is over. The call is left to itself and its answers are lost.
+        ValueError: when called, where the time is over, or the function raised: its name is told. A call that took too
+            long is left to itself and its answers are lost.
     """
+
+    def named(*texts):
+        try:
+            return call(*texts)
+        except Exception as error:  # whatever people's own code raises
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"{name} failed with {type(error).__name__}: {error} ({last.filename}, line {last.lineno}). "
+                "JAXRLHF_TRACEBACK=1 in the environment shows the way there."
+            ) from error
+
     if seconds is None:
-        return call
+        return named
 
     def answer(*texts):
         try:
-            return within(seconds, lambda: call(*texts))
+            return within(seconds, lambda: named(*texts))
         except TimeoutError:
             raise ValueError(
                 f"{name} has not answered {len(texts[0])} questions within {seconds:g} s; "

@@ -21,23 +21,21 @@ from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, d
 from jaxrlhf.commands.comparison import LABELS, Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
-from jaxrlhf.commands.stage import Running, begin, finish, half_or_full, keeper_of
+from jaxrlhf.commands.running import Course, Running, begin, finish, keeper_of, take_steps
+from jaxrlhf.commands.stage import half_or_full
 from jaxrlhf.data.fitted import described, fit_prompts
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.memory import MemoryPlan, plan_bilevel
 from jaxrlhf.lm.model import decoder
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Writer, language_problem
 from jaxrlhf.lm.reward import RewardModel, reward_model
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.guard import Patience, guarded
-from jaxrlhf.training.keeping import StoppedError
-from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.guard import guarded
 from jaxrlhf.training.processes import agreed, first, gathered
-from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
+from jaxrlhf.training.progress import bytes_text, count_text, plan
 from jaxrlhf.training.report import Samples
-from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
 from jaxrlhf.training.step import check_batch, compile_algorithm, outer_step, place, split_by_batch
 from jaxrlhf.training.tracking import tracker
@@ -104,8 +102,8 @@ class Align(Running):
     """Makes the policy's iterates and the reward adapters of this rank on the reference; they are merged at the end."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the reference's weights; bfloat16 needs --lora-rank."""
-    remat: Literal["layer", "products"] | None = None
-    """What a backward pass computes again, to save memory: everything but each layer's input, or but its products."""
+    rollout_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Answers are written in this precision; log-ratios are float32 whatever it is."""
     evaluations: int = 5
     evaluation_answers: int = 64
     """Answers to held-out prompts that the policies are compared on."""
@@ -190,8 +188,17 @@ def _problem(config: Align, model: Model, policy: Any, reward: RewardModel, **pa
         max_new_tokens=config.max_new_tokens,
         stop_ids=model.words.stop_ids,
         pad_id=model.words.pad_id,
+        parts=config.parts,
+        writer=_writer(config, model),
         **params,
     )
+
+
+def _writer(config: Align, model: Model) -> Writer | None:
+    if config.rollout_dtype == "float32":
+        return None
+    dtype = jnp.dtype(config.rollout_dtype)
+    return Writer(decoder(model.config, dtype=dtype), lambda params: optax.tree.cast(params, dtype))
 
 
 def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelAlgorithm:
@@ -219,28 +226,22 @@ def main(config: Align) -> pathlib.Path:
     Raises:
         ValueError, DataError: what is given cannot be used; the message says what to change.
     """
-    console, began = Console(quiet=not first()), time.monotonic()
+    began, key = time.monotonic(), jax.random.key(config.seed)
     _check(config)
     model = open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
-    start = _start(config, model)
-    # Each of several processes asks about its own share, and keeps its own verdicts.
-    labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
-    judge = open_judge(
-        config.annotator, config.score, model, journal=config.data_dir / labels, seconds=config.annotator_timeout
-    )
+    start, judge = _start(config, model), _judge(config, model)
     parts = assemble(config, model, start, judge)
     learned, held_out, notes = _prompts(config, model)
     mesh = make_mesh(parse_mesh(config.mesh))
     check_batch(config.batch_size, mesh)
-
-    key = jax.random.key(config.seed)
     memory = plan_bilevel(parts.algorithm.init, key, parts.upper, parts.lower, parts.frozen)
     folder = begin(config, "align")
-    tell_plan(console, config, model, memory, notes)
+    tell_plan(Console(quiet=not first()), config, model, memory, notes)
     log = tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)
     if judge.host is not None:
         path = folder.path / "labels.jsonl" if first() else None
         judge = judge._replace(host=once(judge.host, path, agreed=agreed if jax.process_count() > 1 else None))
+
     begins = key, parts.upper, parts.lower
     where = shardings(jax.eval_shape(parts.algorithm.init, *begins), mesh, decoder_names)
     frozen_where, *begin_where = (shardings(part, mesh, decoder_names) for part in (parts.frozen, *begins[1:]))
@@ -251,9 +252,7 @@ def main(config: Align) -> pathlib.Path:
     safe = parts.algorithm._replace(
         **{name: guarded(getattr(parts.algorithm, name), state=1) for name in ("step", "update")}
     )
-    step = outer_step(compile_algorithm(safe, mesh, state=where, frozen=frozen_where), judge.host)
-    batches, patience = _batches(config, learned), Patience(folder.path / "skipped", limit=config.patience)
-    measure = policy_comparer(
+    compare = policy_comparer(
         model._replace(params=frozen.reference),
         held_out,
         judge,
@@ -261,50 +260,62 @@ def main(config: Align) -> pathlib.Path:
         seed=config.seed + 1,
         everywhere=everywhere,
     )
-    every = max(1, config.steps // max(1, config.evaluations))
-    # Each answer is written once; the reference's beside it.
-    units = 2 * config.batch_size * config.pairs
-    with (
-        keeper_of(config, folder, models, free=("steps", "evaluations", "annotator_timeout")) as keeper,
-        progress("align", config.steps, "answers", console=console) as advance,
-    ):
+    verdicts = [compare(frozen.reference)]
+    with keeper_of(config, folder, models, free=("steps", "evaluations", "annotator_timeout")) as keeper:
         state, kept = keeper.begin(parts.algorithm.init, place(begins, (everywhere, *begin_where)), where)
-        begun, curves = int(state.step), [row for row in folder.metrics() if "upper_loss" in row]
-        if kept:
-            batches.set_state(kept["data"])
-            curves.append(_noted(begun, kept["info"], folder, log))
         # The state holds copies: what they were made of need not be kept.
         parts, start, begins = parts._replace(upper=(), lower=()), start._replace(params={}), None
-        start_verdict = last = measure(frozen.reference)
-        rows = (Prompts(*place(tuple(batch), split_by_batch(mesh))) for batch in batches)
-        rows = itertools.islice(rows, max(0, config.steps - begun))
-        for reached in outer_steps(step, state, rows, frozen, key=jax.random.fold_in(key, 1)):
-            if reached.info is not None:
-                curves.append(_noted(reached.told, reached.info.info._asdict(), folder, log))
-                patience.take(reached.told, reached.info, reached.data)
-            if reached.latest is None:
-                break
-            advance(units, **({"KL": curves[-1]["kl"]} if curves else {}))
-            state = reached.state
-            if reached.step % every == 0 or reached.step == config.steps:
-                last = measure(parts.policy_of(state))
-                shown = last.numbers()
-                folder.append_metrics(step=reached.step, **shown)
-                log.log(reached.step, {f"held_out/{name}": value for name, value in shown.items()})
-            noted = {"data": batches.get_state(), "info": reached.latest.info}
-            ended = reached.step == config.steps
-            if keeper.stops(reached.step, state, noted, last=ended) and not ended:
-                raise StoppedError(folder.path, reached.step, config.steps, keeper.stop.signal)
-        if begun >= config.steps:
-            last = measure(parts.policy_of(state))
+        curves = [row for row in folder.metrics() if "upper_loss" in row]
+
+        def note(number, info):
+            row = {name: math.nan if value is None else float(value) for name, value in info.items()}
+            folder.append_metrics(step=number, **row)
+            log.log(number, row)
+            curves.append({"step": number} | row)
+            return {"KL": row["kl"]}
+
+        def measure(number, state):
+            verdicts[1:] = [compare(parts.policy_of(state))]
+            shown = verdicts[1].numbers()
+            folder.append_metrics(step=number, **shown)
+            log.log(number, {f"held_out/{name}": value for name, value in shown.items()})
+            return shown["win_rate"] - config.kl_price * shown["kl"]
+
+        course = Course(
+            name="align",
+            unit="answers",
+            steps=config.steps,
+            step=outer_step(compile_algorithm(safe, mesh, state=where, frozen=frozen_where), judge.host),
+            batches=_batches(config, learned),
+            ready=lambda batch: Prompts(*place(tuple(batch), split_by_batch(mesh))),
+            frozen=frozen,
+            key=jax.random.fold_in(key, 1),
+            # Each answer is written once; the reference's beside it.
+            units=lambda batch: 2 * config.batch_size * config.pairs,
+            note=note,
+            measure=measure,
+        )
+        taken = take_steps(config, config.evaluations, folder, keeper, course, state, kept)
     log.close()
-    final = gathered(state)
-    if not first():
-        return folder.path
-    save_model(folder.path / "policy", model._replace(params=parts.policy_of(final)), "policy")
-    save_model(folder.path / "reward", start._replace(params=parts.reward_of(final)), "reward")
-    _report(folder, config, (start_verdict, last), curves, notes + patience.notes(), time.monotonic() - began)
+    if len(verdicts) == 1:
+        # The run had ended before.
+        verdicts.append(compare(parts.policy_of(taken.state)))
+    for place_of, state in {"": taken.state, "best": taken.best}.items():
+        whole = gathered(state)
+        if first() and state is not None:
+            save_model(folder.path / place_of / "policy", model._replace(params=parts.policy_of(whole)), "policy")
+            save_model(folder.path / place_of / "reward", start._replace(params=parts.reward_of(whole)), "reward")
+    if first():
+        _report(folder, config, verdicts, curves, notes + taken.notes, time.monotonic() - began)
     return folder.path
+
+
+def _judge(config: Align, model: Model) -> Judge:
+    # Each of several processes asks about its own share, and keeps its own verdicts.
+    labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
+    return open_judge(
+        config.annotator, config.score, model, journal=config.data_dir / labels, seconds=config.annotator_timeout
+    )
 
 
 def _start(config: Align, model: Model) -> Model:
@@ -319,6 +330,11 @@ def _check(config: Align) -> None:
         raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
     if config.lora_rank and config.reward is not None:
         raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
+    if config.parts < 1 or config.batch_size * config.pairs % config.parts:
+        raise ValueError(
+            f"--parts {config.parts} must divide the {config.batch_size * config.pairs} answers of a step, --batch-size "
+            "times --pairs."
+        )
     for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
@@ -367,13 +383,6 @@ def tell_plan(console: Console, config: Align, model: Model, memory: MemoryPlan,
         "in all": f"{config.steps} steps, {config.steps * answers // 2:,} labels",
     }
     plan(console, "Bilevel alignment", rows | {"prompts": "\n".join(notes)})
-
-
-def _noted(step: int, info: dict[str, Any], folder: RunFolder, log: Any) -> dict[str, float]:
-    row = {name: math.nan if value is None else float(value) for name, value in info.items()}
-    folder.append_metrics(step=step, **row)
-    log.log(step, row)
-    return {"step": step} | row
 
 
 def _report(folder, config, compared, curves, notes, seconds) -> None:

@@ -11,7 +11,7 @@ from jaxrlhf.commands.comparison import LABELS, comparison_table, open_judge, po
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward import compare, draw_reliability, results_of, scores_of, verdict_table
-from jaxrlhf.commands.stage import begin, finish
+from jaxrlhf.commands.running import begin, finish
 from jaxrlhf.data.fitted import described, fit_pairs, fit_prompts
 from jaxrlhf.lm.learning import pair_scores
 from jaxrlhf.lm.memory import bytes_of

@@ -1,5 +1,6 @@
 """The entry point: `jaxrlhf sft|reward|align|evaluate|sample|export`."""
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -37,7 +38,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
@@ -51,6 +52,13 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was written so far stays in the run's folder.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _sentence(error: Exception) -> str:
+    told = " ".join(str(error).split())
+    if any(os.strerror(number) in told for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"The disk is full ({told}); make room, and the same command with --run NAME --resume goes on."
+    return told
 
 
 def main() -> None:

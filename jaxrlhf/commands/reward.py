@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from jaxrlhf import preferences
 from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
 from jaxrlhf.commands.models import open_reward, save_model
+from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.stage import (
     Training,
     draw_history,
-    finish,
     half_or_full,
     reward_learner,
     steps_of,
@@ -97,7 +97,11 @@ def main(config: Reward) -> pathlib.Path:
 
     def evaluate(trained, frozen):
         verdict = judge_differences(differences(trained, frozen), labels)
-        return {name: getattr(verdict, name) for name in ("log_loss", "accuracy", "calibration_error")}
+        return {
+            "loss": verdict.log_loss,
+            "accuracy": verdict.accuracy,
+            "calibration_error": verdict.calibration_error,
+        }
 
     multiple = min(128, max_length)
     batches = iter(pair_batches(fitted.rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple))
@@ -124,6 +128,8 @@ def main(config: Reward) -> pathlib.Path:
         return folder.path
     trained = start._replace(params=learner.whole(done.params))
     save_model(folder.path / "reward", trained, "reward")
+    if done.best is not None:
+        save_model(folder.path / "best" / "reward", start._replace(params=learner.whole(done.best)), "reward")
     judged = compare(differences(done.params, learner.frozen), fitted, held_out, seed=config.seed)
     table = verdict_table(judged)
     seconds = time.monotonic() - began
@@ -135,7 +141,7 @@ def main(config: Reward) -> pathlib.Path:
         table,
         title="Reward learning",
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder reward.",
-        figures=[*draw_history(folder, history, {"accuracy": "share", "log_loss": "nats a pair"}), "reliability.png"],
+        figures=[*draw_history(folder, history, {"accuracy": "share", "loss": "nats a pair"}), "reliability.png"],
         notes=notes + done.notes,
     )
 

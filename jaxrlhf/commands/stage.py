@@ -1,12 +1,8 @@
 """What supervised training and reward learning share: the loop around a pure step, its optimiser, its plan."""
 
 import dataclasses
-import hashlib
-import itertools
-import json
 import math
-import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -14,84 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxrlhf.commands.data import Format
+from jaxrlhf.commands.running import Course, Running, begin, keeper_of, take_steps
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.learning import Loss, ParamsOf, itself, learning
 from jaxrlhf.lm.memory import bytes_of
-from jaxrlhf.training.checkpoint import fingerprints
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.guard import Patience, guarded
-from jaxrlhf.training.keeping import Keeper, StoppedError
-from jaxrlhf.training.loop import outer_steps
-from jaxrlhf.training.processes import first, from_first, gathered
-from jaxrlhf.training.progress import bytes_text, count_text, plan, progress
-from jaxrlhf.training.report import Samples, Table, rich_table, write_report
+from jaxrlhf.training.guard import guarded
+from jaxrlhf.training.processes import first, gathered
+from jaxrlhf.training.progress import bytes_text, count_text, plan
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
 from jaxrlhf.training.step import check_batch, compile_update, place
 from jaxrlhf.training.tracking import tracker as open_tracker
 from jaxrlhf.types import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Running:
-    """What every run that trains is told alike: where it is kept, how it goes on, what it runs on."""
-
-    output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
-    run: str | None = None
-    """Name of that folder; otherwise it is named by the time."""
-    resume: bool = False
-    """Goes on with the run of that name, or begins it: may always be given."""
-    checkpoint_minutes: float = 10.0
-    """Between two checkpoints; one is written at the end too, and when the run is asked to stop or fails."""
-    checkpoint_steps: int | None = None
-    """Also after so many steps."""
-    patience: int = 5
-    """So many steps in a row that come to something that is not finite end the run; each is left out."""
-    processes: str | None = None
-    """Where this process is one of several: auto on a TPU pod or in a Slurm job, or HOST:PORT,COUNT,INDEX."""
-    mesh: str = "data=-1"
-    """How devices are arranged, such as fsdp=8 or tensor=2,data=-1; of data, fsdp, tensor and stencil."""
-    data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where prepared data lie."""
-    track: Literal["tensorboard", "wandb"] | None = None
-    """Also logs there."""
-    seed: int = 0
-
-
-# What may differ when a run goes on. Models are compared by their weights and data by their rows, wherever they lie.
-FREE = {field.name for field in dataclasses.fields(Running)} - {"seed"} | {
-    "policy",
-    "reward",
-    "data",
-    "tokenizer",
-    "remat",
-}
-
-
-def keeper_of(config: Running, folder: RunFolder, models: dict[str, Params], *, free: Sequence[str] = ()) -> Keeper:
-    """Returns what keeps a run: with its settings and models, which must be the same when it goes on.
-
-    Args:
-        config: of the run.
-        folder: of the run.
-        models: parameters that it begins with, by what they are called in a message.
-        free: settings that may differ then, beside `FREE`.
-    """
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE.union(free)}
-    weights = {name: hash_of(fingerprints(params)) for name, params in models.items()}
-    identity = settings | weights | {"command": type(config).__name__}
-    return Keeper(folder, identity, minutes=config.checkpoint_minutes, steps=config.checkpoint_steps)
-
-
-def hash_of(value: Any) -> str:
-    """Returns a short name of a value in JSON's types."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +46,6 @@ class Training(Running):
     epochs: float = 1.0
     batch_size: int = 32
     """Rows or pairs a step, over all devices."""
-    parts: int = 1
-    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same."""
     learning_rate: float = 1e-4
     warmup: float = 0.1
     """Share of the steps."""
@@ -123,8 +56,6 @@ class Training(Running):
     """Trains adapters of this rank in place of the weights; they are merged at the end."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; bfloat16 needs --lora-rank, as small steps round to nothing."""
-    remat: Literal["layer", "products"] | None = None
-    """What a backward pass computes again, to save memory: everything but each layer's input, or but its products."""
     evaluations: int = 8
 
 
@@ -187,8 +118,11 @@ def adamw(config: Training, steps: int) -> optax.GradientTransformation:
 
 
 def _matrices(params: Params) -> Any:
-    # Decay pulls products towards 0; norms and biases have no business there.
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    # Decay pulls products towards 0; norms and biases, of one layer or of all in one array, have no business there.
+    def one(path, leaf):
+        return leaf.ndim > 1 and getattr(path[-1], "key", None) not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def steps_of(config: Training, rows: int) -> int:
@@ -224,6 +158,7 @@ class Trained(NamedTuple):
     Attributes:
         folder: of the run.
         params: what was trained, on the host.
+        best: of the best evaluated step; None unless it was to be kept.
         before: measured before the first step.
         history: the curves.
         notes: for the report.
@@ -231,6 +166,7 @@ class Trained(NamedTuple):
 
     folder: RunFolder
     params: Params
+    best: Params | None
     before: dict[str, float]
     history: History
     notes: list[str]
@@ -260,82 +196,70 @@ def train(
         batches: endless, of `data.pipelines`.
         steps: how many.
         count: `(batch) -> ` its tokens, for the throughput.
-        evaluate: `(trained, frozen parameters) -> ` measurements on held-out data; the last step is always evaluated.
+        evaluate: `(trained, frozen parameters) -> ` measurements on held-out data, their `loss` among them, which the best
+            step has the smallest of; the last step is always evaluated.
         told: further rows of the plan.
 
     Raises:
         ValueError: a setting is out of range, or the loss is not finite.
     """
-    console, optimizer, mesh = Console(quiet=not first()), adamw(config, steps), make_mesh(parse_mesh(config.mesh))
+    optimizer, mesh = adamw(config, steps), make_mesh(parse_mesh(config.mesh))
     algorithm = learning(loss, optimizer, parts=config.parts)
     folder = begin(config, name)
-    tell_plan(console, title, learner, optimizer, told)
+    tell_plan(Console(quiet=not first()), title, learner, optimizer, told)
     tracker = open_tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)
     shapes = jax.eval_shape(algorithm.init, learner.trained), learner.trained, learner.frozen
     where, *places = (shardings(each, mesh, decoder_names) for each in shapes)
     trained, frozen = place((learner.trained, learner.frozen), tuple(places))
     before = evaluate(trained, frozen)
     update = compile_update(guarded(algorithm.update, state=0), mesh, state=where, frozen=places[1])
-    every = max(1, steps // max(1, config.evaluations))
-    history, patience = History([], [], [], []), Patience(folder.path / "skipped", limit=config.patience)
 
-    def note(number, info):
-        row = {name: _float(info[name]) for name in ("loss", "accuracy", "gradient_norm")}
-        history.steps.append(number)
-        history.losses.append(row["loss"])
-        folder.append_metrics(step=number, **row)
-        tracker.log(number, row)
-        return row
+    def ready(batch):
+        check_batch(len(jax.tree.leaves(batch)[0]), mesh)
+        return batch
 
-    def measure(number, params):
-        measured = evaluate(params, frozen)
-        history.evaluated.append(number)
-        history.measured.append(measured)
-        folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
-        tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
+    with keeper_of(config, folder, {"weights": learner.trained}) as keeper:
+        state, kept = keeper.begin(algorithm.init, (trained,), where)
+        # What was measured before a run goes on is in its metrics.
+        history = _history_of(folder.metrics())
 
-    with (
-        keeper_of(config, folder, {"weights": learner.trained}) as keeper,
-        progress(name, steps, console=console) as advance,
-    ):
-        state, notes = keeper.begin(algorithm.init, (trained,), where)
-        begun = int(state.step)
-        if notes:
-            batches.set_state(notes["data"])
-            history = _history_of(folder.metrics())
-            note(begun, notes["info"])
-        for reached in outer_steps(
-            lambda key, state, batch, frozen: update(state, batch, frozen),
-            state,
-            _checked(itertools.islice(batches, steps - begun), mesh),
-            frozen,
+        def note(number, info):
+            row = {name: _float(info[name]) for name in ("loss", "accuracy", "gradient_norm")}
+            history.steps.append(number)
+            history.losses.append(row["loss"])
+            folder.append_metrics(step=number, **row)
+            tracker.log(number, row)
+            return {"loss": row["loss"]}
+
+        def measure(number, state):
+            measured = evaluate(state.params, frozen)
+            history.evaluated.append(number)
+            history.measured.append(measured)
+            folder.append_metrics(step=number, **{f"held_out_{name}": value for name, value in measured.items()})
+            tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
+            return -measured["loss"]
+
+        course = Course(
+            name=name,
+            unit="tokens",
+            steps=steps,
+            step=lambda key, state, batch, frozen: update(state, batch, frozen),
+            batches=batches,
+            ready=ready,
+            frozen=frozen,
             key=jax.random.key(config.seed),
-        ):
-            shown = {}
-            if reached.info is not None:
-                shown = note(reached.told, reached.info.info._asdict())
-                patience.take(reached.told, reached.info, reached.data)
-            if reached.latest is None:
-                break
-            state = reached.state
-            advance(count(reached.given), loss=shown.get("loss"))
-            if reached.step % every == 0 or reached.step == steps:
-                measure(reached.step, state.params)
-            kept = {"data": batches.get_state(), "info": reached.latest.info}
-            if keeper.stops(reached.step, state, kept, last=reached.step == steps) and reached.step < steps:
-                raise StoppedError(folder.path, reached.step, steps, keeper.stop.signal)
+            units=count,
+            note=note,
+            measure=measure,
+        )
+        taken = take_steps(config, config.evaluations, folder, keeper, course, state, kept)
     tracker.close()
-    return Trained(folder, gathered(state.params), before, history, patience.notes())
+    best = None if taken.best is None else gathered(taken.best.params)
+    return Trained(folder, gathered(taken.state.params), best, before, history, taken.notes)
 
 
 def _float(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _checked(batches: Iterable[Any], mesh: Mesh) -> Iterator[Any]:
-    for batch in batches:
-        check_batch(len(jax.tree.leaves(batch)[0]), mesh)
-        yield batch
 
 
 def _history_of(rows: list[dict[str, Any]]) -> History:
@@ -385,35 +309,6 @@ def tell_plan(
     plan(console, title, rows | told | {"devices": devices})
 
 
-def finish(
-    folder: RunFolder,
-    config: Any,
-    table: Table,
-    *,
-    title: str,
-    summary: str,
-    figures: Sequence[str] = (),
-    samples: Sequence[Samples] = (),
-    notes: Sequence[str] = (),
-) -> pathlib.Path:
-    """Writes the report, prints its table and where the run's folder is; returns the folder's path."""
-    write_report(
-        folder.path,
-        title=title,
-        summary=summary,
-        tables=[table],
-        figures=figures,
-        config=config,
-        samples=samples,
-        notes=notes,
-    )
-    console = Console(quiet=not first())
-    console.print(rich_table(table))
-    console.print("Report, metrics and what was made are in:")
-    console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
-    return folder.path
-
-
 def half_or_full(name: str, rank: int) -> Any:
     """Returns the dtype of a name on the command line.
 
@@ -425,18 +320,3 @@ def half_or_full(name: str, rank: int) -> Any:
             f"Weights in {name} cannot be trained whole, as small steps round to nothing; give --lora-rank."
         )
     return jnp.dtype(name)
-
-
-def begin(config: Any, name: str) -> RunFolder:
-    """Makes a run's folder, or opens the one to go on in, and writes its configuration."""
-    named: dict[str, Any] = {"fixed": config.run, "resume": config.resume} if isinstance(config, Running) else {}
-    made = []
-
-    def make():
-        made.append(RunFolder(config.output, name, **named))
-        return str(made[0].path.absolute())
-
-    path = from_first(make)
-    folder = made[0] if made else RunFolder.followed(pathlib.Path(path))
-    folder.write_json("config.json", config)
-    return folder

@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
 from jaxrlhf.commands.models import Model, Words, find, open_model, open_words, save_model
+from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.sample import write_texts
 from jaxrlhf.commands.stage import (
     Training,
     draw_history,
-    finish,
     half_or_full,
     policy_learner,
     steps_of,
@@ -122,6 +122,8 @@ def main(config: Supervised) -> pathlib.Path:
         return folder.path
     trained = start._replace(params=learner.whole(done.params))
     save_model(folder.path / "policy", trained, "policy")
+    if done.best is not None:
+        save_model(folder.path / "best" / "policy", start._replace(params=learner.whole(done.best)), "policy")
     after = history.measured[-1]
     table = Table(
         "On held-out texts",

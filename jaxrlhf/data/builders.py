@@ -62,10 +62,10 @@ HH_RLHF = {
 
 
 class RecordSource:
-    """Records by number, from the disk; what `grain` reads."""
+    """Records by number, from the disk; what `grain` reads. One that cannot be read raises a DataError."""
 
-    def __init__(self, examples: Any, kind: type):
-        self._examples, self._kind = examples, kind
+    def __init__(self, examples: Any, kind: type, place: str):
+        self._examples, self._kind, self._place = examples, kind, place
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -74,7 +74,12 @@ class RecordSource:
         if not 0 <= index < len(self):
             # What ends a loop over a sequence.
             raise IndexError(f"There are {len(self)} records, not {index + 1}.")
-        return _decoded(self._examples[index], self._kind)
+        try:
+            example = self._examples[index]
+        except (OSError, ValueError, RuntimeError) as error:
+            told = " ".join(str(error).split())[:150]
+            raise DataError(f"The data prepared in {self._place} are damaged ({told}); remove that folder.") from None
+        return _decoded(example, self._kind)
 
 
 class Prepared(NamedTuple):
@@ -163,7 +168,12 @@ def prepare(
     if not 0 <= held_out < 1:
         raise DataError(f"The held-out share must lie in [0, 1), got {held_out:g}.")
     with _alone(str(data_dir)):
-        builder = RecordBuilder(path, parse=parse, skip_bad=skip_bad, held_out=held_out, data_dir=data_dir)
+        given: Any = {"parse": parse, "skip_bad": skip_bad, "held_out": held_out, "data_dir": data_dir}
+        builder = RecordBuilder(path, **given)
+        if not all(file.exists() for split in builder.info.splits.values() for file in split.filepaths):
+            # A part of what was prepared is gone.
+            builder.data_path.rmtree()
+            builder = RecordBuilder(path, **given)
         builder.download_and_prepare()
     metadata = builder.info.metadata
     assert metadata is not None
@@ -171,7 +181,8 @@ def prepare(
     names = list(builder.info.splits)
     # Its decorators hide the signature.
     examples = [builder.as_data_source(split=name) for name in names]  # pyright: ignore[reportCallIssue]
-    sources = {name: RecordSource(each, kind) for name, each in zip(names, examples, strict=True)}
+    place = str(builder.data_path)
+    sources = {name: RecordSource(each, kind, place) for name, each in zip(names, examples, strict=True)}
     return Prepared(sources, [BadLine(pathlib.Path(file), line, reason) for file, line, reason in metadata["bad"]])
 
 

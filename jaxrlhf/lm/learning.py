@@ -19,6 +19,7 @@ import optax
 from jaxrlhf import preferences
 from jaxrlhf.lm.log_probs import MAX_LOGITS, token_log_probs
 from jaxrlhf.lm.model import LanguageModel
+from jaxrlhf.lm.parts import split
 from jaxrlhf.lm.reward import RewardModel
 from jaxrlhf.types import Batch, Params
 
@@ -98,21 +99,15 @@ def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int 
         if parts == 1:
             gradient, totals = gradient_of(params, batch)
             return totals, gradient
-        rows = len(jax.tree.leaves(batch)[0])
-        if rows % parts:
-            raise ValueError(f"A batch of {rows} rows does not divide into {parts} parts.")
-        # Row r goes to part r mod parts: each part then has rows of every device that the batch is split over.
-        split = jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 0, 1), batch
-        )
+        pieces = split(batch, parts)
 
         def one(sums, part):
             gradient, totals = gradient_of(params, part)
             return jax.tree.map(jnp.add, sums, (totals, gradient)), None
 
-        shapes = jax.eval_shape(lambda: gradient_of(params, jax.tree.map(lambda leaf: leaf[0], split))[::-1])
+        shapes = jax.eval_shape(lambda: gradient_of(params, jax.tree.map(lambda leaf: leaf[0], pieces))[::-1])
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(one, zero, split)[0]
+        return jax.lax.scan(one, zero, pieces)[0]
 
     def update(state, batch, frozen=()):
         totals, gradient = totals_and_gradient(state.params, batch, frozen)

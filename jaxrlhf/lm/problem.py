@@ -15,6 +15,7 @@ from jaxrlhf.bilevel.problem import BilevelProblem, Sample, drawn
 from jaxrlhf.lm.generate import Completions, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.model import LanguageModel
+from jaxrlhf.lm.parts import in_parts
 from jaxrlhf.lm.reward import RewardModel
 from jaxrlhf.objectives import Objective
 from jaxrlhf.types import Key, Params
@@ -51,6 +52,18 @@ class LanguageFrozen(NamedTuple):
     annotator: Params = ()
 
 
+class Writer(NamedTuple):
+    """Who samples in the policy's place: the same model in a cheaper precision.
+
+    Attributes:
+        model: that samples.
+        params_of: `(the policy's parameters) -> ` its own, once a sample, such as `lambda params: cast(params, bfloat16)`.
+    """
+
+    model: LanguageModel
+    params_of: Callable[[Params], Params]
+
+
 def language_problem(
     policy: LanguageModel,
     reward: RewardModel,
@@ -65,6 +78,8 @@ def language_problem(
     self_play: bool = False,
     pad_id: int = 0,
     per_token: bool = False,
+    parts: int = 1,
+    writer: Writer | None = None,
     policy_params: Callable[[Params, LanguageFrozen], Params] = lambda lower, frozen: lower,
     reward_params: Callable[[Params, LanguageFrozen], Params] = lambda upper, frozen: upper,
 ) -> BilevelProblem:
@@ -85,13 +100,18 @@ def language_problem(
         pad_id: written after the end of a completion.
         per_token: whether every token is a step (T = L) in place of the whole completion (T = 1). The reward comes with
             the last; the problem is the same one.
+        parts: pieces that the models read a batch of responses in (`parts.in_parts`); it divides B M. The activations of
+            one piece are held at a time.
+        writer: samples in the policy's place. The recorded log-probabilities are the policy's own all the same, from one
+            more forward pass: ratios of iterates are then free of the writer's rounding, which in bfloat16 is about 0.2
+            nats over a hundred tokens. That draws are the rounded model's is neglected.
         policy_params: `(lower, frozen) -> ` the policy model's parameters; the lower iterate itself by default.
             `lora.policy_on_reference` makes iterates adapters.
         reward_params: `(upper, frozen) -> ` the reward model's, likewise.
 
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not
-            positive.
+            positive; at trace time, rows that do not divide into the parts.
     """
     if self_play and against_reference:
         raise ValueError(
@@ -110,8 +130,8 @@ def language_problem(
 
     def write(key: Key, params: Params, prompts: Prompts) -> Completions:
         return generate(
-            policy,
-            params,
+            policy if writer is None else writer.model,
+            params if writer is None else writer.params_of(params),
             key,
             *prompts,
             max_new_tokens=max_new_tokens,
@@ -124,7 +144,15 @@ def language_problem(
         return by_token if per_token else jnp.sum(by_token, axis=-1, keepdims=True)
 
     def log_probs(params: Params, prompts: Prompts, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return steps_of(completion_log_probs(policy, params, *prompts, tokens, mask, temperature=temperature))
+        def read(params, *rows):
+            return completion_log_probs(policy, params, *rows, temperature=temperature)
+
+        return steps_of(in_parts(read, parts)(params, *prompts, tokens, mask))
+
+    def recorded(params: Params, prompts: Prompts, written: Completions) -> jax.Array:
+        return (
+            steps_of(written.log_prob) if writer is None else log_probs(params, prompts, written.tokens, written.mask)
+        )
 
     def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
         batch = data.tokens.shape[0]
@@ -132,15 +160,17 @@ def language_problem(
         first_key, second_key = jax.random.split(key)
         own = policy_params(lower, frozen)
         first = write(first_key, own, rows)
-        second = write(second_key, frozen.reference if against_reference else own, rows)
+        opponent = frozen.reference if against_reference else own
+        second = write(second_key, opponent, rows)
 
-        def pair(*parts):
-            return jnp.stack([part.reshape(batch, pairs, *part.shape[1:]) for part in parts], axis=2)
+        def pair(*slots):
+            return jnp.stack([slot.reshape(batch, pairs, *slot.shape[1:]) for slot in slots], axis=2)
 
-        behaviour = pair(*(steps_of(written.log_prob) for written in (first, second)))
+        own_behaviour, other_behaviour = recorded(own, rows, first), recorded(opponent, rows, second)
+        behaviour = pair(own_behaviour, other_behaviour)
         reference = log_probs(frozen.reference, rows, first.tokens, first.mask)
         if against_reference:
-            other_reference = steps_of(second.log_prob)
+            other_reference = other_behaviour
         else:
             other_reference = log_probs(frozen.reference, rows, second.tokens, second.mask)
         mask = pair(first.mask, second.mask)
@@ -171,9 +201,9 @@ def language_problem(
         params = reward_params(upper, frozen)
         if self_play:
             first = Responses(*(part[:, :, :1] for part in sample.responses))
-            whole = both_sides(reward_of(reward, params, sample.prompts, first))
+            whole = both_sides(reward_of(reward, params, sample.prompts, first, parts=parts))
         else:
-            whole = reward_of(reward, params, sample.prompts, sample.responses)[..., None]
+            whole = reward_of(reward, params, sample.prompts, sample.responses, parts=parts)[..., None]
         if not per_token:
             return whole
         mask = sample.responses.mask.astype(whole.dtype)
@@ -198,9 +228,11 @@ def flat(prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
     return rows, Responses(*(part.reshape(-1, part.shape[-1]) for part in responses))
 
 
-def reward_of(reward: RewardModel, params: Params, prompts: Prompts, responses: Responses) -> jax.Array:
-    """Returns the reward model's score of each response with its prompt, `[B, M, K]`."""
+def reward_of(
+    reward: RewardModel, params: Params, prompts: Prompts, responses: Responses, *, parts: int = 1
+) -> jax.Array:
+    """Returns the reward model's score of each response with its prompt, `[B, M, K]`, read in so many parts."""
     rows, (tokens, mask) = flat(prompts, responses)
     whole = jnp.concatenate([rows.tokens, tokens], axis=1)
     seen = jnp.concatenate([rows.mask, mask], axis=1)
-    return reward.score(params, whole, seen).reshape(responses.tokens.shape[:3])
+    return in_parts(reward.score, parts)(params, whole, seen).reshape(responses.tokens.shape[:3])

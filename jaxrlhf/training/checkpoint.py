@@ -12,6 +12,7 @@ before it is.
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
 import time
 import warnings
@@ -35,6 +36,10 @@ class Restored(NamedTuple):
     step: int
     arrays: Params
     notes: Any
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -70,12 +75,8 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self.identity = json.loads(json.dumps(identity))
         self._every_steps, self._every_seconds, self._saved_at = every_steps, every_seconds, time.monotonic()
-        policies: list[Any] = [preservation_policy.LatestN(keep)]
-        if keep_best:
-            best = preservation_policy.BestN(
-                n=keep_best, get_metric_fn=lambda found: found["score"], keep_checkpoints_without_metrics=False
-            )
-            policies.append(best)
+        self._scores: dict[int, float] = {}
+        policies = [preservation_policy.LatestN(keep), _Best(self._scores, keep_best)]
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -83,6 +84,9 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
         )
+        for step in self._manager.all_steps():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._note(step, self._told(step).get("score"))
 
     def due(self, step: int) -> bool:
         """Returns whether it is time for a checkpoint of this step: by steps, or by seconds since the last."""
@@ -97,11 +101,12 @@ class Checkpoints:
             OSError, ValueError: this checkpoint, or the one before it, could not be written. Those before them are whole.
         """
         told = {"version": VERSION, "identity": self.identity, "notes": notes, "fingerprints": fingerprints(arrays)}
+        told |= {"score": score}
         told["seal"] = _seal(told)
+        self._note(step, score)
         self._manager.save(
             step,
             args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), told=ocp.args.JsonSave(told)),
-            metrics=None if score is None else {"score": score},
             force=True,
         )
         self._saved_at = time.monotonic()
@@ -119,26 +124,31 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                told = self._told(step)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged.append((step, _short(error)))
-                continue
-            self._check(told, step)
-            try:
-                args = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))
-                arrays = self._manager.restore(step, args=args)["arrays"]
-            except Exception as error:  # whatever a reader says of bytes that are not what they were
-                damaged.append((step, _short(error)))
-                continue
-            wrong = [name for name, value in fingerprints(arrays).items() if told["fingerprints"].get(name) != value]
-            if wrong:
-                damaged.append((step, f"{wrong[0]} is not as it was written"))
+                found = self._read(step, shapes)
+            except DamagedError as error:
+                damaged.append((step, str(error)))
                 continue
             self._set_aside(damaged)
-            return Restored(step, arrays, told["notes"])
+            return found
         if damaged:
             told = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
             raise ValueError(f"No checkpoint in {self.folder} is whole ({told}). Move the folder away to begin anew.")
+        return None
+
+    def best(self, shapes: Params) -> Restored | None:
+        """Returns the whole checkpoint of the largest score, or None where none has one.
+
+        Args:
+            shapes: as in `restore`.
+
+        Raises:
+            ValueError: as in `restore`.
+        """
+        self.wait()
+        kept = [step for step in self._manager.all_steps() if step in self._scores]
+        for step in sorted(kept, key=lambda step: self._scores[step], reverse=True):
+            with contextlib.suppress(DamagedError):
+                return self._read(step, shapes)
         return None
 
     def wait(self) -> None:
@@ -152,6 +162,26 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and gives the folder back."""
         self._manager.close()
+
+    def _note(self, step: int, score: float | None) -> None:
+        if score is not None and math.isfinite(score):
+            self._scores[step] = score
+
+    def _read(self, step: int, shapes: Params) -> Restored:
+        try:
+            told = self._told(step)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedError(_short(error)) from None
+        self._check(told, step)
+        try:
+            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))
+            arrays = self._manager.restore(step, args=args)["arrays"]
+        except Exception as error:  # whatever a reader says of bytes that are not what they were
+            raise DamagedError(_short(error)) from None
+        for name, value in fingerprints(arrays).items():
+            if told["fingerprints"].get(name) != value:
+                raise DamagedError(f"{name} is not as it was written")
+        return Restored(step, arrays, told["notes"])
 
     def _told(self, step: int) -> dict[str, Any]:
         told = self._manager.restore(step, args=ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
@@ -185,6 +215,20 @@ class Checkpoints:
                     place.rename(other)
         if damaged:
             self._manager.reload()
+
+
+class _Best(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoints of the largest scores, also of those that an earlier process wrote."""
+
+    def __init__(self, scores: Mapping[int, float], count: int):
+        self._scores, self._count = scores, count
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        steps = [each.step for each in checkpoints]
+        scored = sorted((step for step in steps if step in self._scores), key=lambda step: self._scores[step])
+        best = set(scored[-self._count :] if self._count else ())
+        return [step in best for step in steps]
 
 
 def fingerprints(tree: Params) -> dict[str, int]:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrlhf.training.checkpoint import Checkpoints
+from jaxrlhf.training.checkpoint import Checkpoints, Restored
 from jaxrlhf.training.preemption import Stop, stopping
 from jaxrlhf.training.processes import SharedError, agreed
 from jaxrlhf.training.run_folder import RunFolder, plain
@@ -56,7 +56,13 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: RunFolder, identity: Mapping[str, Any], *, minutes: float | None, steps: int | None = None
+        self,
+        folder: RunFolder,
+        identity: Mapping[str, Any],
+        *,
+        minutes: float | None,
+        steps: int | None = None,
+        keep_best: int = 0,
     ):
         """Opens the run's checkpoints.
 
@@ -64,9 +70,10 @@ class Keeper:
             folder: of the run.
             identity: as in `Checkpoints`.
             minutes, steps: between two checkpoints; either may be None.
+            keep_best: steps that are kept for their scores beside the last.
 
         Raises:
-            ValueError: a number is not positive.
+            ValueError: a number is out of range.
         """
         for name, value in (("minutes", minutes), ("steps", steps)):
             if value is not None and not value > 0:
@@ -78,8 +85,10 @@ class Keeper:
             plain(identity),
             every_steps=steps,
             every_seconds=None if minutes is None else 60 * minutes,
+            keep_best=keep_best,
         )
-        self._latest: tuple[int, Params, dict[str, Any]] | None = None
+        self._keeps_best = keep_best > 0
+        self._latest: tuple[int, Params, dict[str, Any], float | None] | None = None
 
     def __enter__(self) -> "Keeper":
         self._ending.callback(self._checkpoints.close)
@@ -88,15 +97,20 @@ class Keeper:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        with self._ending:
-            # Of several processes one alone cannot keep anything.
-            together = jax.process_count() == 1 or isinstance(error, SharedError)
-            if error is not None and self._latest is not None and together:
-                # What failed is told; that it could not be kept either is beside it.
-                try:
-                    self._save()
-                except (OSError, ValueError, RuntimeError) as second:
-                    warnings.warn(f"The last step could not be kept: {second}", stacklevel=2)
+        try:
+            with self._ending:
+                # Of several processes one alone cannot keep anything.
+                together = jax.process_count() == 1 or isinstance(error, SharedError)
+                if error is not None and self._latest is not None and together:
+                    # What failed is told; that it could not be kept either is beside it.
+                    try:
+                        self._save()
+                    except (OSError, ValueError, RuntimeError) as second:
+                        warnings.warn(f"The last step could not be kept: {second}", stacklevel=2)
+        finally:
+            if error is not None:
+                # In a notebook the error, and with it the folder, stays; the run can go on there too.
+                self._folder.release()
 
     def begin(self, init: Callable[..., Any], arguments: tuple, where: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the state of the last checkpoint and its notes, or a first state and no notes.
@@ -119,7 +133,19 @@ class Keeper:
         self._folder.cut_metrics(0 if kept is None else kept.notes[METRICS])
         return (create(init, *arguments, where=where), {}) if kept is None else (kept.arrays, kept.notes)
 
-    def stops(self, step: int, state: Params, notes: Mapping[str, Any], *, last: bool = False) -> bool:
+    def best(self, shapes: Params) -> Restored | None:
+        """Returns the kept step of the largest score, as `Checkpoints.best`."""
+        return self._checkpoints.best(shapes)
+
+    def stops(
+        self,
+        step: int,
+        state: Params,
+        notes: Mapping[str, Any],
+        *,
+        last: bool = False,
+        score: float | None = None,
+    ) -> bool:
         """Takes note of a finished step, keeps it where that is due, and returns whether the run was asked to stop.
 
         Args:
@@ -127,24 +153,25 @@ class Keeper:
             state: after it; kept as it is, if at all, before the next step can be given it.
             notes: what else is to be kept, in types that `run_folder.plain` knows; arrays are read only where it is.
             last: whether it is the run's last step, which is always kept.
+            score: how well it does, the larger the better, where that was measured; the best are kept if any are.
 
         Raises:
             OSError, ValueError: this checkpoint, or the one before it, could not be written; older ones are whole.
         """
-        self._latest = step, state, {METRICS: self._folder.metrics_size()} | dict(notes)
+        self._latest = step, state, {METRICS: self._folder.metrics_size()} | dict(notes), score
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             # One of them was told to end, and all of them know it at the same step.
             self.stop.ask(signal.SIGTERM)
         # Clocks differ between processes, and all of them must keep a step or none.
         due = agreed(np.array([self._checkpoints.due(step)]))[0]
-        if last or self.stop or due:
+        if last or self.stop or due or (self._keeps_best and score is not None):
             self._save()
         return bool(self.stop)
 
     def _save(self) -> None:
         assert self._latest is not None
-        step, state, notes = self._latest
+        step, state, notes, score = self._latest
         self._latest = None
         # A step that failed half-way may have taken its state with it.
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-            self._checkpoints.save(step, state, plain(notes))
+            self._checkpoints.save(step, state, plain(notes), score=score)

@@ -18,7 +18,7 @@ SILENCE = 60.0
 
 @contextlib.contextmanager
 def progress(
-    title: str, total: int, unit: str = "tokens", *, console: Console | None = None
+    title: str, total: int, unit: str = "tokens", *, done: int = 0, console: Console | None = None
 ) -> Iterator[Callable[..., None]]:
     """Yields `advance(amount=1, **figures)`, to be called once a step with the units the step processed.
 
@@ -32,10 +32,11 @@ def progress(
         title: what is done, "sft".
         total: number of steps.
         unit: what `amount` counts.
+        done: steps that were taken before, by a run that goes on.
         console: where to print; by default standard output.
     """
     console = console or Console()
-    meter = _Meter(total, unit)
+    meter = _Meter(total, unit, done)
     with contextlib.ExitStack() as stack:
         if console.is_interactive:
             bar = stack.enter_context(Progress(*_columns(), console=console))
@@ -54,8 +55,8 @@ def progress(
 class _Meter:
     """Counts steps and units, and says so in words."""
 
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.done, self.units = total, unit, 0, 0.0
+    def __init__(self, total: int, unit: str, before: int):
+        self.total, self.unit, self.before, self.done, self.units = total, unit, before, before, 0.0
         self.began, self.first = monotonic(), math.nan
         self.now = self.began
         self.figures: dict[str, Any] = {}
@@ -67,7 +68,7 @@ class _Meter:
         self.done += 1
         self.units += amount
         self.window.append((self.now, self.units))
-        if self.done == 1:
+        if self.done == self.before + 1:
             self.first = self.now
         self.figures.update({name: value for name, value in figures.items() if value is not None})
 
@@ -83,9 +84,10 @@ class _Meter:
     def time(self) -> str:
         if self.done >= self.total:
             return f"in {duration_text(self.now - self.began)}"
-        if self.done < 2:
+        timed = self.done - self.before - 1
+        if timed < 1:
             return ""
-        left = (self.total - self.done) * (self.now - self.first) / (self.done - 1)
+        left = (self.total - self.done) * (self.now - self.first) / timed
         return f"{duration_text(left)} left"
 
     def line(self) -> str:
@@ -129,12 +131,12 @@ def _bar_mover(title: str, meter: _Meter, bar: Progress) -> Callable[..., None]:
 
 def _line_printer(title: str, meter: _Meter, console: Console) -> Callable[..., None]:
     """Returns `show(last=False)`, which prints a line where one is due."""
-    printed = {"step": 0, "time": meter.began}
+    printed = {"step": meter.before, "time": meter.began}
 
     def show(last: bool = False) -> None:
         done, before = meter.done, printed["step"]
         tenth = 10 * done // max(meter.total, 1) > 10 * before // max(meter.total, 1)
-        due = last or before == 0 or tenth or meter.now - printed["time"] >= SILENCE
+        due = last or before == meter.before or tenth or meter.now - printed["time"] >= SILENCE
         if done > before and due:
             # One line a step whatever the width: a log file is searched by lines.
             console.print(f"{title}  {meter.line()}", soft_wrap=True, markup=False, highlight=False)

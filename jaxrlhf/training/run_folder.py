@@ -72,6 +72,11 @@ class RunFolder:
         folder.path, folder.resumed, folder.writes = path, True, False
         return folder
 
+    def release(self) -> None:
+        """Lets another writer in, this process among them."""
+        if self.writes:
+            self._lock.close()
+
     def write_json(self, name: str, value: Any) -> None:
         """Writes one JSON file; dataclasses, paths and arrays become plain values, a number that is not finite null."""
         self.write_text(name, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")

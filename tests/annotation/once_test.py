@@ -70,5 +70,6 @@ def test_an_annotator_who_hangs_is_named():
     gate.set()
     assert bounded(lambda texts: texts, None, "quick")(["a"]) == ["a"]
     assert bounded(lambda texts: texts, 5.0, "quick")(["a"]) == ["a"]
-    with pytest.raises(KeyError):
-        bounded(lambda texts: {}[0], 5.0, "broken")(["a"])
+    for seconds in (5.0, None):
+        with pytest.raises(ValueError, match=r"^broken failed with KeyError: 0 \(.*once_test.py, line \d+\)"):
+            bounded(lambda texts: {}[0], seconds, "broken")(["a"])

@@ -233,7 +233,7 @@ def test_what_cannot_be_is_refused(tiny, rewarded):
     with pytest.raises(ValueError, match="at least 1 part, got 0"):
         learning(supervised_loss(model), optax.sgd(1.0), parts=0)
     algorithm = learning(supervised_loss(model), optax.sgd(1.0), parts=4)
-    with pytest.raises(ValueError, match="A batch of 6 rows does not divide into 4 parts"):
+    with pytest.raises(ValueError, match="6 rows do not divide into 4 parts"):
         algorithm.update(algorithm.init(params), jnp_batch(padded_demonstrations(texts(0, 6), 9)))
     with pytest.raises(ValueError, match=r"smoothing must lie in \[0, 1/2\), got 0.5"):
         preference_loss(rewarded[0], smoothing=0.5)

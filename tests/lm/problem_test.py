@@ -10,7 +10,7 @@ import pytest
 from jaxrlhf import bilevel, exact, objectives, preferences
 from jaxrlhf.lm import language as words
 from jaxrlhf.lm.model import DecoderConfig, decoder
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem, reward_of
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, Writer, language_problem, reward_of
 from jaxrlhf.lm.reward import reward_model
 
 BETA = 0.5
@@ -73,6 +73,58 @@ def test_the_sampler_and_the_trainer_agree(against_reference, temperature):
     np.testing.assert_allclose(sample.reference_log_prob, reference_log_prob, atol=1e-5)
     assert sample.by_policy.tolist() == [1.0, 0.0 if against_reference else 1.0]
     assert problem.reward(reward, sample, frozen).shape == (2, 4, 2, 1)
+
+
+@pytest.mark.parametrize("self_play", [False, True])
+def test_parts_change_nothing_but_memory(self_play):
+    policy, reference, reward = parameters()
+    solver, frozen, results = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1)), LanguageFrozen(reference), []
+    for parts in (1, 4):
+        problem = make(parts=parts, self_play=self_play, against_reference=not self_play)
+        algorithm = bilevel.bilevel_descent(
+            problem, bilevel.central(0.2), solver, optax.sgd(0.1), beta=BETA, annotate=preferences.gold_annotator(gold)
+        )
+        state = algorithm.init(jax.random.key(3), reward, policy)
+        for number in range(2):
+            state, info = jax.jit(algorithm.step)(jax.random.key(number), state, LANGUAGE.prompts, frozen)
+        results.append((state, info))
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="8 rows do not divide into 3 parts"):
+        make(parts=3).sample(jax.random.key(0), policy, LANGUAGE.prompts, frozen)
+
+
+def test_parts_hold_the_activations_of_one_at_a_time():
+    policy, reference, _ = parameters()
+    frozen, rows = LanguageFrozen(reference), jax.tree.map(lambda leaf: jnp.repeat(leaf, 64, axis=0), LANGUAGE.prompts)
+    sizes = []
+    for parts in (1, 16):
+        problem = make(pairs=8, parts=parts)
+        sample = jax.eval_shape(problem.sample, jax.random.key(0), policy, rows, frozen)
+        slope = jax.jit(jax.grad(lambda lower, sample, problem=problem: problem.log_prob(lower, sample, frozen).sum()))
+        sizes.append(slope.lower(policy, sample).compile().memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < 0.25 * sizes[0], sizes
+
+
+def test_a_writer_in_half_precision_leaves_the_ratios_exact():
+    policy, reference, _ = parameters()
+    frozen = LanguageFrozen(reference)
+    drawn = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        writer = Writer(decoder(SHAPE, dtype=dtype), lambda params, dtype=dtype: optax.tree.cast(params, dtype))
+        problem = make(pairs=64, writer=writer)
+        drawn[dtype] = jax.jit(problem.sample)(jax.random.key(1), policy, LANGUAGE.prompts, frozen)
+        own = problem.log_prob(policy, drawn[dtype], frozen)
+        np.testing.assert_allclose(own[:, :, 0], drawn[dtype].behaviour_log_prob[:, :, 0], atol=1e-6)
+    plain = jax.jit(make(pairs=64).sample)(jax.random.key(1), policy, LANGUAGE.prompts, frozen)
+    chex.assert_trees_all_close(drawn[jnp.float32], plain, atol=1e-5)
+    # In half precision some tokens come out otherwise, and what the writer itself would record is coarse.
+    assert np.any(np.asarray(drawn[jnp.bfloat16].responses.tokens != plain.responses.tokens))
+    half = make(pairs=64, writer=None)
+    coarse = jax.jit(half.sample)(
+        jax.random.key(1), optax.tree.cast(policy, jnp.bfloat16), LANGUAGE.prompts, frozen
+    ).behaviour_log_prob
+    exact_ones = half.log_prob(policy, plain, frozen)[:, :, 0]
+    assert float(jnp.max(jnp.abs(coarse[:, :, 0] - exact_ones))) > 1e-3
 
 
 def test_samples_follow_the_table():

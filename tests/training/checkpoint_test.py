@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, the right ones kept, and none used that is not as it was written."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -82,6 +83,14 @@ def test_the_best_are_kept_beside_the_last(tmp_path):
         checkpoints.save(step, {"a": jnp.ones(2)}, score=score)
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == ["2", "4"]
+    # Another process knows what was best, and a step without a score, or of one that is no number, takes no place.
+    checkpoints = Checkpoints(tmp_path / "run", IDENTITY, keep=1, keep_best=1)
+    checkpoints.save(5, {"a": jnp.ones(2)}, score=math.nan)
+    checkpoints.save(6, {"a": 6 * jnp.ones(2)})
+    best = checkpoints.best({"a": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    assert best is not None and best.step == 2
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == ["2", "6"]
 
 
 def test_it_is_due_by_steps_and_by_seconds(tmp_path, monkeypatch):

@@ -48,11 +48,11 @@ def batches(count, *, fails_at=None):
         yield jnp.arange(3.0) + number
 
 
-def take(tmp_path, steps, *, seed=0, minutes=None, every=None, fails_at=None, meanwhile=lambda step: None):
+def take(tmp_path, steps, *, seed=0, minutes=None, every=None, fails_at=None, meanwhile=lambda step: None, scores=()):
     """Runs up to a number of steps in one folder; returns the last state and the steps whose data were used."""
     folder = RunFolder(tmp_path, "study", fixed="mine", resume=True)
     step, used = jax.jit(guarded(update, state=1), donate_argnums=1), []
-    with Keeper(folder, {"seed": seed}, minutes=minutes, steps=every) as keeper:
+    with Keeper(folder, {"seed": seed}, minutes=minutes, steps=every, keep_best=int(len(scores) > 0)) as keeper:
         state, notes = keeper.begin(init, (jnp.ones(3),), where())
         begun = notes.get("data", 0)
         rows = list(range(begun, steps))
@@ -68,8 +68,11 @@ def take(tmp_path, steps, *, seed=0, minutes=None, every=None, fails_at=None, me
             used.append(rows.pop(0))
             meanwhile(reached.step)
             noted = {"data": reached.step, "info": reached.latest.info}
-            if keeper.stops(reached.step, state, noted, last=reached.step == steps):
+            score = dict(scores).get(reached.step)
+            if keeper.stops(reached.step, state, noted, last=reached.step == steps, score=score):
                 break
+        if scores:
+            state = keeper.best(jax.tree.map(jnp.zeros_like, state))
     lines = folder.metrics()
     del folder
     return state, used, lines
@@ -122,6 +125,17 @@ def test_a_finished_run_takes_more_steps(tmp_path, whole):
     found = take(tmp_path, 7)
     assert found[1] == [5, 6]
     same(found, whole)
+
+
+def test_the_best_step_is_kept_beside_the_last(tmp_path, whole):
+    wanted = take(tmp_path / "three", 3)[0]
+    best = take(tmp_path / "best", 7, scores=((1, 0.1), (3, 0.9), (5, 0.2), (7, 0.3)))[0]
+    assert best.step == 3
+    np.testing.assert_array_equal(best.arrays.params, wanted.params)
+    kept = sorted(int(path.name) for path in (tmp_path / "best" / "mine" / "checkpoints").glob("[0-9]*"))
+    assert kept == [3, 5, 7]
+    # The run itself goes on from the last.
+    same(take(tmp_path / "best", 7), whole)
 
 
 def test_another_runs_folder_is_refused(tmp_path):

@@ -36,8 +36,8 @@ def free_port():
         return held.getsockname()[1]
 
 
-def begin(world, name, count, *options, steps=2):
-    """Starts a run in so many processes; returns them."""
+def begin(world, name, count, *options, steps=2, devices=1):
+    """Starts a run in so many processes, each with so many simulated devices; returns them."""
     port, started = free_port(), []
     for index in range(count):
         place = ["--processes", f"127.0.0.1:{port},{count},{index}"] if count > 1 else []
@@ -47,7 +47,8 @@ def begin(world, name, count, *options, steps=2):
             "--evaluations", "1", "--evaluation-answers", "8", "--run", name, "--resume", *place, *options,
         ]  # fmt: skip
         said = (world / f"said-{name}-{index}").open("w")
-        environment = os.environ | {"WHO": f"{name}-{index}"}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"WHO": f"{name}-{index}", "XLA_FLAGS": flags}
         started.append(subprocess.Popen(command, cwd=world, env=environment, stdout=said, stderr=said))
     return started
 
@@ -115,6 +116,24 @@ def test_one_of_four_dies_and_all_go_on_later(world):
     for ours, theirs in zip(models_of(world, "killed"), models_of(world, "whole"), strict=True):
         for name in theirs:
             np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_devices(world):
+    for name, stages in {
+        "one-device": [(6, 1, ())],
+        "fewer": [(3, 4, ("--mesh", "fsdp=4")), (6, 1, ())],
+        "more": [(3, 1, ()), (6, 4, ("--mesh", "fsdp=2,tensor=2", "--parts", "2"))],
+    }.items():
+        for steps, devices, options in stages:
+            started = begin(world, name, 1, *options, steps=steps, devices=devices)
+            assert finish(world, name, started) == [0], said(world, name, 0)
+    labels = {name: (world / "runs" / name / "labels.jsonl").read_text() for name in ("one-device", "fewer", "more")}
+    for name in ("fewer", "more"):
+        assert labels[name] == labels["one-device"]
+        for ours, theirs in zip(models_of(world, name), models_of(world, "one-device"), strict=True):
+            for path in theirs:
+                np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5)
 
 
 def test_places_are_told():

@@ -17,79 +17,38 @@ from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.step import check_batch, data_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np, optax
-from jaxrlhf import bilevel, objectives, preferences
-from jaxrlhf.lm.model import DecoderConfig, decoder
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
-from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.language import alphabet_gold
-from jaxrlhf.lm.axes import decoder_names
-from jaxrlhf.training.sharding import make_mesh, shardings
-from jaxrlhf.training.step import compile_algorithm, create, outer_step, place
-from benchmarks.programs import largest_collective
-
-assert jax.device_count() == 8
-shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6)
-policy = decoder(shape)
-reward = reward_model(policy)
-objective = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=0.1))
-problem = language_problem(policy, reward, objective, pairs=4, max_new_tokens=4, stop_ids=(0,))
-gold = lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses)
-solver = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1))
-algorithm = bilevel.bilevel_descent(
-    problem, bilevel.central(0.2), solver, optax.sgd(0.1), beta=0.4, annotate=preferences.gold_annotator(gold)
-)
-prompts = Prompts(jnp.arange(16).reshape(8, 2) % 7 + 1, jnp.ones((8, 2), bool))
-start, scored = policy.init(jax.random.key(0)), reward.init(jax.random.key(1))
-scored["head"] = scored["head"] + 0.3
-results = []
-for sizes in ({"fsdp": 4, "tensor": 2}, {"data": 1}):
-    mesh = make_mesh(sizes, devices=jax.devices()[: 8 if "fsdp" in sizes else 1])
-    shapes = jax.eval_shape(algorithm.init, jax.random.key(2), scored, start)
-    where = shardings(shapes, mesh, decoder_names)
-    frozen = LanguageFrozen(start)
-    frozen_where = shardings(frozen, mesh, decoder_names)
-    compiled = compile_algorithm(algorithm, mesh, state=where, frozen=frozen_where)
-    frozen = place(frozen, frozen_where)
-    data = prompts
-    state = create(algorithm.init, jax.random.key(2), scored, start, where=where)
-    for index in range(2):
-        state, info = compiled.step(jax.random.key(index), state, data, frozen)
-    host = lambda key, sample: preferences.gold_annotator(gold)(key, jax.tree.map(np.asarray, sample), frozen)
-    state, info = outer_step(compiled, host)(jax.random.key(5), state, data, frozen)
-    results.append(jax.tree.map(np.asarray, (state, info)))
-    if "fsdp" in sizes:
-        # Weights are gathered one at a time, as they are used, and nothing goes through the host.
-        sample = compiled.propose(jax.random.key(7), state, data, frozen)
-        labelled = bilevel.Labelled(sample, jnp.zeros((8, 4, 1)))
-        text = compiled.update.lower(jax.random.key(8), state, labelled, frozen).compile().as_text()
-        largest = max(leaf.nbytes // (len(leaf) if "layers" in str(path) else 1)
-                      for path, leaf in jax.tree_util.tree_leaves_with_path(start))
-        rows = max(leaf.nbytes for leaf in jax.tree.leaves(sample))
-        assert 0 < largest_collective(text) <= 4 * max(largest, rows), (largest_collective(text), largest, rows)
-        assert not any(word in text for word in ("infeed", "outfeed", "callback", " send(", " recv("))
-    weight = state.lowers["layers"]["query_key_value"]["weight"]
-    assert weight.addressable_shards[0].data.size * mesh.size == weight.size
-for eight, one in zip(*map(jax.tree.leaves, results)):
-    np.testing.assert_allclose(eight, one, rtol=2e-4, atol=2e-5)
-print("AGREE")
-"""
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 
 
-def test_eight_devices_do_what_one_does():
+def on_eight_devices(*arguments):
+    """Runs `eight_devices.py`; returns what it found for each arrangement."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-    )
-    assert "AGREE" in done.stdout, done.stderr[-3000:]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("eight_devices.py")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    ["enumerable", *(pytest.param(name, marks=pytest.mark.slow) for name in ("four_rooms", "stories260K"))],
+)
+def test_eight_devices_do_what_one_does(problem):
+    """The same gradients, states and tokens; weights gathered one at a time, and nothing through the host."""
+    stories = problem == "stories260K"
+    if stories and not STORIES.is_dir():
+        pytest.skip(f"the model {STORIES} is missing")
+    found = on_eight_devices(problem, *[str(STORIES)] * stories)
+    assert list(found) == ["fsdp=8", "tensor=2,data=4", "stencil=2,fsdp=4"]
+    for mesh, row in found.items():
+        assert row["gradients"] < 1e-5 and row["states"] < 1e-4, (mesh, row)
+        assert row["same_tokens"] and not row["host"], (mesh, row)
+    if problem != "four_rooms":
+        for mesh in ("fsdp=8", "stencil=2,fsdp=4"):
+            assert 0 < found[mesh]["largest_collective"] <= 4, found[mesh]
+    if stories:
+        assert found["fsdp=8"]["share"] < 1.1 / 8
 
 
 def test_a_batch_that_does_not_divide_is_named():

@@ -1,0 +1,173 @@
+"""One algorithm on 8 simulated devices, arranged in three ways, and on one; run by `training_test`.
+
+    python tests/training/eight_devices.py enumerable|four_rooms
+    python tests/training/eight_devices.py stories260K MODEL_DIRECTORY
+
+The same tokens and labels must give the same gradients (the first moments of Adam after a step) to 1e-5 and the same state
+after 5 steps to 1e-4, relative and in float32; the same keys the same tokens. Prints what it found, as JSON.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.programs import largest_collective
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.lm.axes import decoder_names
+from jaxrlhf.lm.language import alphabet_gold
+from jaxrlhf.lm.model import DecoderConfig, decoder
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.weights import load_decoder
+from jaxrlhf.mdp import four_rooms as rooms
+from jaxrlhf.mdp import incentives
+from jaxrlhf.training.sharding import by_size, make_mesh, shardings
+from jaxrlhf.training.step import compile_algorithm, create, place
+
+MESHES = ({"fsdp": 8}, {"tensor": 2, "data": 4}, {"stencil": 2, "fsdp": 4})
+STEPS = 5
+
+
+class Case(NamedTuple):
+    """An algorithm, where it begins, what it is given, and how its labels are made of `(key, sample, frozen)`."""
+
+    algorithm: bilevel.BilevelAlgorithm
+    upper: Any
+    lower: Any
+    data: Any
+    frozen: Any
+    label: Callable
+    names_of: Callable
+
+
+def language(policy, shape, params, prompts, *, pairs: int, new_tokens: int) -> Case:
+    """Returns a language model against its own reference, with a stencil of two iterates."""
+    reward = reward_model(policy)
+    objective = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=0.1))
+    problem = language_problem(policy, reward, objective, pairs=pairs, max_new_tokens=new_tokens, stop_ids=(0,))
+    solver = bilevel.tangent(optax.adam(1e-3), optax.adam(1e-3))
+    algorithm = bilevel.bilevel_descent(problem, bilevel.forward(0.2), solver, optax.adam(1e-3), beta=0.4)
+    trunk = {name: part for name, part in params.items() if name != "output_head"}
+    upper = {"trunk": trunk, "head": 0.3 + 0.1 * jax.random.normal(jax.random.key(3), (shape.width,))}
+    gold = preferences.gold_annotator(lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses))
+    return Case(algorithm, upper, params, prompts, LanguageFrozen(params), gold, decoder_names)
+
+
+def enumerable() -> Case:
+    shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6)
+    policy = decoder(shape)
+    prompts = Prompts(jnp.arange(16).reshape(8, 2) % 7 + 1, jnp.ones((8, 2), bool))
+    return language(policy, shape, policy.init(jax.random.key(0)), prompts, pairs=4, new_tokens=4)
+
+
+def stories(directory: str) -> Case:
+    shape, params = load_decoder(pathlib.Path(directory))
+    tokens = jax.random.randint(jax.random.key(1), (16, 6), 3, shape.vocabulary_size)
+    prompts = Prompts(tokens, jnp.ones((16, 6), bool))
+    return language(decoder(shape), shape, params, prompts, pairs=2, new_tokens=16)
+
+
+def in_rooms() -> Case:
+    """Four-Rooms by drawn episodes, each goal in four contexts, as the batch is split by contexts."""
+    rewards = (rooms.follower_reward, rooms.leader_reward)
+    environment, data = (
+        jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 4), each)
+        for each in (rooms.four_rooms(), rooms.terms(0.003, 1.0))
+    )
+    data = data._replace(weight=data.weight / 4)
+    problem = incentives.incentive_problem(*rewards, episodes=16, steps=50)
+    algorithm = bilevel.bilevel_descent(
+        problem, bilevel.forward(0.2), incentives.best_response(*rewards), optax.adam(0.1), beta=1.0
+    )
+    upper = rooms.draw_incentives(jax.random.key(0))
+    return Case(algorithm, upper, jnp.zeros((8, 104, 4)), data, environment, incentives.unlabelled, by_size)
+
+
+def relative(found: Any, wanted: Any) -> float:
+    """Returns |found - wanted| / |wanted| over the inexact arrays of two trees."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    both = [(np.asarray(a, float), np.asarray(b, float)) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.inexact)]
+    finite = [(a, b) for a, b in both if np.all(np.isfinite(b))]
+    return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in finite) / sum(np.sum(b**2) for _, b in finite)))
+
+
+def moments(state: Any) -> list[Any]:
+    """Returns the first moments of every Adam in a state."""
+    adams = (each for each in jax.tree.leaves(state, is_leaf=lambda each: hasattr(each, "mu")) if hasattr(each, "mu"))
+    return [each.mu for each in adams]
+
+
+class Followed(NamedTuple):
+    """What one arrangement did."""
+
+    gradients: Any
+    state: Any
+    tokens: Any
+    share: float
+    text: str
+
+
+def follow(case: Case, sizes: dict[str, int], given: list[bilevel.Labelled] | None) -> tuple[Followed, list]:
+    """Takes the steps on given samples, or draws and labels them itself; returns what came of it, and the samples."""
+    mesh = make_mesh(sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+    begins = jax.random.key(2), case.upper, case.lower
+    where = shardings(jax.eval_shape(case.algorithm.init, *begins), mesh, case.names_of)
+    frozen_where = shardings(case.frozen, mesh, case.names_of)
+    compiled = compile_algorithm(case.algorithm, mesh, state=where, frozen=frozen_where)
+    state, frozen = create(case.algorithm.init, *begins, where=where), place(case.frozen, frozen_where)
+    drawn = compiled.propose(jax.random.key(7), state, case.data, frozen)
+    tokens = jax.tree.map(np.asarray, drawn.responses)
+    labelled = given[0] if given else bilevel.Labelled(drawn, case.label(jax.random.key(8), drawn, case.frozen))
+    text = compiled.update.lower(jax.random.key(8), state, labelled, frozen).compile().as_text()
+    parts = [(leaf.addressable_shards[0].data.nbytes, leaf.nbytes) for leaf in jax.tree.leaves(state)]
+    share, gradients, used = sum(part for part, _ in parts) / sum(whole for _, whole in parts), None, []
+    for step in range(STEPS):
+        if given:
+            labelled = given[step]
+        else:
+            sample = compiled.propose(jax.random.key(10 + step), state, case.data, frozen)
+            labelled = bilevel.Labelled(sample, case.label(jax.random.key(30 + step), sample, case.frozen))
+            labelled = jax.tree.map(np.asarray, labelled)
+            used.append(labelled)
+        state, _ = compiled.update(jax.random.key(50 + step), state, labelled, frozen)
+        gradients = jax.tree.map(np.asarray, moments(state)) if gradients is None else gradients
+    return Followed(gradients, jax.tree.map(np.asarray, state), tokens, share, text), used
+
+
+def largest_weight(case: Case) -> int:
+    """Returns the bytes of the largest array of one layer."""
+    return max(
+        leaf.nbytes // (len(leaf) if "layers" in str(path) else 1)
+        for path, leaf in jax.tree_util.tree_leaves_with_path((case.upper, case.lower))
+    )
+
+
+def main(name: str, *arguments: str) -> None:
+    """Follows every arrangement and prints how far it is from one device."""
+    assert jax.device_count() == 8
+    case = {"enumerable": enumerable, "stories260K": stories, "four_rooms": in_rooms}[name](*arguments)
+    one, given = follow(case, {"data": 1}, None)
+    rows = max(leaf.nbytes for leaf in jax.tree.leaves(given[0]))
+    found = {}
+    for sizes in MESHES:
+        here, _ = follow(case, sizes, given)
+        found[",".join(f"{axis}={size}" for axis, size in sizes.items())] = {
+            "gradients": relative(here.gradients, one.gradients),
+            "states": relative(here.state, one.state),
+            "same_tokens": all(map(np.array_equal, jax.tree.leaves(here.tokens), jax.tree.leaves(one.tokens))),
+            "share": here.share,
+            "largest_collective": largest_collective(here.text) / max(largest_weight(case), rows),
+            "host": any(word in here.text for word in ("infeed", "outfeed", "callback", " send(", " recv(")),
+        }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
