@@ -86,7 +86,8 @@ class Config:
     quick: bool = False
     """A quick look: two seeds, four methods, one gold reward, one KL, 20 steps."""
     extends: pathlib.Path | None = None
-    """Folder of an earlier study, the same but for its --kls, whose runs are taken too."""
+    """Folder of an earlier study, the same but for its --kls, whose runs are taken too; --methods then says which of its
+    methods are led to these KLs as well."""
     output: pathlib.Path = pathlib.Path("runs")
     """Where the run's own folder is made."""
 
@@ -140,10 +141,12 @@ def earlier_of(config: Config) -> dict[Any, dict[str, Found]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--extends {config.extends} is no study's folder ({error}).") from None
     ours = plain(dataclasses.replace(config, extends=None))
-    free = {"kls", "at", "output", "extends", "workers", "policy"}
+    free = {"methods", "kls", "at", "output", "extends", "workers", "policy"}
     other = [name for name in ours if name not in free and told.get(name) != ours[name]]
     if other:
         raise ValueError(f"--extends {config.extends} is another study: its {', '.join(other)} differ.")
+    if unknown := [name for name in config.methods if name not in told["methods"]]:
+        raise ValueError(f"--extends {config.extends} did not run {', '.join(unknown)}.")
     found: dict[Any, dict[str, Found]] = {}
     for row in rows:
         history = [{name: np.array(values, float) for name, values in each.items()} for each in row["history"]]
@@ -275,19 +278,27 @@ def study(config: Config, world: World, folder: RunFolder, console: Console) -> 
     fitted = fit_gold_model(world) if "model" in config.golds else None
     given = Given(fitted, jax.device_get(many))
     cases, found, earlier = cases_of(config), {}, earlier_of(config)
+
+    def keep(case: Case, results: dict[str, Any]) -> None:
+        found[case] = results
+        for label, result in results.items():
+            if case[0] != BEST:
+                folder.append_metrics(gold=label, method=case[0], reward=case[1], **result._asdict())
+
+    for case in earlier:
+        if case not in cases:
+            keep(case, earlier[case])
     with progress("frontier", len(cases), "methods", console=console) as advance:
         for case, results in everything(config, cases, given):
-            found[case] = results
+            before = earlier.get(case, {})
+            keep(case, {label: joined(before[label], new) if before else new for label, new in results.items()})
             advance()
-            for label, result in results.items():
-                if case[0] != BEST:
-                    result = results[label] = joined(earlier[case][label], result) if earlier else result
-                    folder.append_metrics(gold=label, method=case[0], reward=case[1], **result._asdict())
+    names = [name for name in RATES if any(name == case[0] for case in found)]
     settings = []
     for label, gold in golds_of(config, world, given).items():
         scores = gold(world.openings, many)[..., 0]
         for size in config.rewards:
-            methods = {name: found[name, size if name in WITH_REWARD else None][label] for name in config.methods}
+            methods = {name: found[name, size if name in WITH_REWARD else None][label] for name in names}
             settings.append(Setting(label, size, methods, scores, found[BEST, size][label]))
     return settings
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from frontier_harness import Spent
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from jaxrlhf.frontier_report import at_kl, best_of_n, ideal_gain, over_optimisation, paired_gain, student_interval
@@ -205,23 +206,59 @@ def spent_table(settings: list[Setting]) -> Table:
     return Table("Spent", columns, rows)
 
 
+# Ours in full lines, what learns online dashed, what learns offline dotted.
+STYLES: dict[str, dict[str, Any]] = {
+    "bilevel": {"color": "#c0392b", "linewidth": 2.4},
+    "implicit bilevel": {"color": "#0b6e99", "linewidth": 2.4},
+    "online DPO": {"color": "#448361", "linestyle": "--"},
+    "SAIL": {"color": "#9065b0", "linestyle": "--"},
+    "label gradient": {"color": "#64473a", "linestyle": "--"},
+    "RLOO": {"color": "#d9730d", "linestyle": "--"},
+    "PPO": {"color": "#c14c8a", "linestyle": "--"},
+    "GRPO": {"color": "#1f1f1f", "linestyle": "--"},
+    "offline DPO": {"color": "#448361", "linestyle": ":"},
+    "offline IPO": {"color": "#d9730d", "linestyle": ":"},
+    "offline SimPO": {"color": "#9065b0", "linestyle": ":"},
+}
+
+
+def draw_frontier(path: pathlib.Path, settings: list[Setting]) -> None:
+    """Draws gold gain against KL, a panel a setting; the bands are the 95% intervals of our methods."""
+    columns = min(2, len(settings))
+    figure = Figure(figsize=(4.2 * columns + 2.2, 3.3 * -(-len(settings) // columns)), layout="constrained")
+    lines: dict[str, Any] = {}
+    for number, setting in enumerate(settings):
+        axes = figure.add_subplot(-(-len(settings) // columns), columns, number + 1)
+        farthest, highest = 0.0, 0.0
+        for name, found in setting.found.items():
+            ends, gain = np.maximum(found.field("kl")[-1].mean(axis=0), 0.0), found.field("gain")[-1]
+            order = np.argsort(ends)
+            kl, mean = np.array([0, *ends[order]]), np.array([0, *gain.mean(axis=0)[order]])
+            half = np.array([0, *np.nan_to_num([student_interval(each)[1] for each in gain.T])[order]])
+            style = STYLES.get(name, {})
+            lines[name] = axes.plot(kl, mean, marker="o", markersize=3, **({"linewidth": 1.2} | style))[0]
+            if name.endswith(OURS):
+                axes.fill_between(kl, mean - half, mean + half, color=style.get("color"), alpha=0.12, linewidth=0)
+            farthest, highest = max(farthest, kl.max()), max(highest, mean.max())
+        best, grid = best_of_n(setting.pool_scores), np.linspace(0, farthest, 40)
+        kept = best.kl <= farthest
+        gold = best.gold[kept] - setting.pool_scores.mean()
+        lines["best of n, by gold"] = axes.plot(best.kl[kept], gold, color="0.45", linewidth=1)[0]
+        ideal = ideal_gain(grid, spread_of(setting))
+        lines["sqrt(2 KL) x spread"] = axes.plot(grid, ideal, color="0.7", linewidth=1)[0]
+        axes.set(
+            title=setting.name, xlabel="KL to the reference (nats)", ylabel="gold gain", ylim=(-0.1, 1.35 * highest)
+        )
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
 def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
     """Draws gain against KL, and calibration over labels; returns the files' names."""
-    frontier, calibration = {}, {}
+    calibration = {}
     for setting in settings:
-        farthest = max(0.0, *(found.field("kl")[-1].mean(axis=0).max() for found in setting.found.values()))
-        lines: dict[str, Any] = {}
-        for name, found in setting.found.items():
-            kl, gain = np.maximum(found.field("kl")[-1].mean(axis=0), 0.0), found.field("gain")[-1]
-            half = np.nan_to_num([student_interval(each)[1] for each in gain.T])
-            mean = gain.mean(axis=0)
-            lines[name] = ([0, *kl], [0, *mean], [0, *(mean - half)], [0, *(mean + half)])
-        best = best_of_n(setting.pool_scores)
-        kept = best.kl <= farthest
-        lines["best of n, by gold"] = (list(best.kl[kept]), list(best.gold[kept] - setting.pool_scores.mean()))
-        grid = np.linspace(0, farthest, 40)
-        lines["sqrt(2 KL)"] = (list(grid), list(ideal_gain(grid, spread_of(setting))))
-        frontier[setting.name] = ("KL to the reference (nats)", "gold gain", lines)
         calibration[setting.name] = (
             "labels",
             "calibration error on its own answers",
@@ -233,7 +270,7 @@ def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
                 for name, found in setting.found.items()
             },
         )
-    draw_curves(folder / "frontier.png", frontier)
+    draw_frontier(folder / "frontier.png", settings)
     draw_curves(folder / "calibration.png", calibration)
     return ["frontier.png", "calibration.png"]
 
