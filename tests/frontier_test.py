@@ -115,7 +115,11 @@ def test_a_study_takes_the_runs_of_an_earlier_one(directory, tmp_path):
     both = tables.joined(earlier["words"], tables.Found(later, (0.8, 0.9), harness.Spent(**spent), 1.0))
     np.testing.assert_array_equal(both.field("kl")[0], [[1, 0, 1], [2, 2, 3]])
     assert both.kls == (0.5, 0.8, 0.9) and both.seconds == 4.0
-    for other, message in (({"steps": 3}, "its steps differ"), ({"extends": tmp_path / "no"}, "is no study's folder")):
+    for other, message in (
+        ({"steps": 3}, "its steps differ"),
+        ({"extends": tmp_path / "no"}, "is no study's folder"),
+        ({"methods": ("boltzmann",)}, "did not run boltzmann"),
+    ):
         with pytest.raises(ValueError, match=message):
             frontier.check(config(directory, **({"extends": tmp_path} | other)))
 
