@@ -235,8 +235,8 @@ def draw_frontier(path: pathlib.Path, settings: list[Setting]) -> None:
             order = np.argsort(ends)
             kl, mean = np.array([0, *ends[order]]), np.array([0, *gain.mean(axis=0)[order]])
             half = np.array([0, *np.nan_to_num([student_interval(each)[1] for each in gain.T])[order]])
-            style = STYLES.get(name, {})
-            lines[name] = axes.plot(kl, mean, marker="o", markersize=3, **({"linewidth": 1.2} | style))[0]
+            style: dict[str, Any] = {"linewidth": 1.2} | STYLES.get(name, {})
+            lines[name] = axes.plot(kl, mean, marker="o", markersize=3, **style)[0]
             if name.endswith(OURS):
                 axes.fill_between(kl, mean - half, mean + half, color=style.get("color"), alpha=0.12, linewidth=0)
             farthest, highest = max(farthest, kl.max()), max(highest, mean.max())
