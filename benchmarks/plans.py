@@ -32,7 +32,7 @@ class Config:
     models: tuple[str, ...] = ("llama-1b", "llama-8b", "llama-70b")
     topologies: tuple[str, ...] = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "h200:8")
     lora_rank: int = 16
-    parts: int = 4
+    parts: int = 1
     batch_size: int = 8
     seconds: float = 900.0
     """That a row may take."""
