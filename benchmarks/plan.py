@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import Any, Literal, NamedTuple
@@ -195,7 +196,12 @@ def plan(config: Config) -> Row:
     update, arguments, where, results = program_of(config, mesh)
     began = time.monotonic()
     lowered = jax.jit(update, in_shardings=where, out_shardings=results, donate_argnums=1).lower(*arguments)
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        told = re.search(r"(Ran out of memory|Used [\d.]+\w of)[^\n]*", str(error))
+        reason = told.group(0) if told else " ".join(str(error).split())[:200]
+        raise ValueError(f"The compiler finds no room for it on {config.topology}: {reason}") from None
     seconds = time.monotonic() - began
     flops = flops_of(jax.make_jaxpr(update)(*arguments))
     memory, moved = compiled.memory_analysis(), collectives_of(compiled.as_text())

@@ -236,9 +236,10 @@ def fingerprints(tree: Params) -> dict[str, int]:
 
     A flipped bit changes it, as the factors are odd; a sum of integers is the same in any order, and so on any mesh.
     """
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    values = jax.device_get({name: _fingerprint(leaf) for name, leaf in leaves.items()})
-    return {name: int(value) for name, value in values.items()}
+    # One after the other: simulated devices share few threads, and programs that are under way together can wait for each
+    # other's devices for ever.
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): int(_fingerprint(leaf)) for path, leaf in leaves}
 
 
 @jax.jit
