@@ -24,8 +24,9 @@ def on_eight_devices(*arguments):
     """Runs `eight_devices.py`; returns what it found for each arrangement."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # Planning for an entropy weight of 0.003, then a difference of two plans: float32 leaves 1e-2 of such a gradient.
-    environment |= {"JAX_ENABLE_X64": "1"} if "four_rooms" in arguments else {}
+    # A stencil divides the rounding of iterates that have hardly parted by sigma: in float32 that alone is 1e-2 of the
+    # hypergradient of stories260K under tensor=2, and of Four-Rooms under fsdp=8; the lower gradients agree to 1e-5 in it.
+    environment |= {} if "enumerable" in arguments else {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, str(pathlib.Path(__file__).with_name("eight_devices.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,7 +46,7 @@ def test_eight_devices_do_what_one_does(problem):
     assert list(found) == ["fsdp=8", "tensor=2,data=4", "stencil=2,fsdp=4"]
     for mesh, row in found.items():
         assert row["gradients"] < 1e-5 and row["states"] < 1e-4, (mesh, row)
-        assert row["hypergradient"] < (1e-4 if stories else 1e-5), (mesh, row)
+        assert row["hypergradient"] < 1e-5, (mesh, row)
         assert row["same_tokens"] and not row["host"], (mesh, row)
     if problem != "four_rooms":
         for mesh in ("fsdp=8", "stencil=2,fsdp=4"):
