@@ -201,7 +201,7 @@ def plan(config: Config) -> Row:
     except jax.errors.JaxRuntimeError as error:
         told = re.search(r"(Ran out of memory|Used [\d.]+\w of)[^\n]*", str(error))
         reason = told.group(0) if told else " ".join(str(error).split())[:200]
-        raise ValueError(f"The compiler finds no room for it on {config.topology}: {reason}") from None
+        raise ValueError(f"The compiler gives up on {config.topology}: {reason}") from None
     seconds = time.monotonic() - began
     flops = flops_of(jax.make_jaxpr(update)(*arguments))
     memory, moved = compiled.memory_analysis(), collectives_of(compiled.as_text())

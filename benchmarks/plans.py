@@ -1,6 +1,6 @@
 """The table of what fits where: `benchmarks.plan` for three models on five kinds of chips, a process each.
 
-    python -m benchmarks.plans                     # needs pip install '.[plan]'; half an hour on 2 cores
+    python -m benchmarks.plans                     # needs pip install '.[plan]'; minutes a row
     python -m benchmarks.plans --models llama-8b --topologies v5e:2x4 v6e:2x4
 
 Rows that fail (a topology that libtpu does not know, a compiler that gives up) are rows too, with the reason.
@@ -15,6 +15,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from benchmarks.sides import markdown
 from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Table, rich_table
 from jaxrlhf.training.run_folder import RunFolder
@@ -97,9 +98,7 @@ def main(config: Config) -> pathlib.Path:
             folder.append_metrics(**rows[-1])
             advance(1)
     table = Table("The update of jaxrlhf align", COLUMNS, [cells_of(row) for row in rows])
-    lines = [" | ".join(str(cell) for cell in cells) for cells in (COLUMNS, *table.rows)]
-    lines.insert(1, "|".join(["---"] * len(COLUMNS)))
-    folder.write_text("tables.md", "".join(f"| {line} |\n" for line in lines))
+    folder.write_text("tables.md", markdown(table))
     folder.write_json("results.json", rows)
     console.print(rich_table(table))
     console.print(str(folder.path), soft_wrap=True)

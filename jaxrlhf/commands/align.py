@@ -260,12 +260,13 @@ def main(config: Align) -> pathlib.Path:
         seed=config.seed + 1,
         everywhere=everywhere,
     )
-    verdicts = [compare(frozen.reference)]
     with keeper_of(config, folder, models, free=("steps", "evaluations", "annotator_timeout")) as keeper:
         state, kept = keeper.begin(parts.algorithm.init, place(begins, (everywhere, *begin_where)), where)
         # The state holds copies: what they were made of need not be kept.
         parts, start, begins = parts._replace(upper=(), lower=()), start._replace(params={}), None
         curves = [row for row in folder.metrics() if "upper_loss" in row]
+        # Nobody is asked before the folder is known to be this run's.
+        verdicts = [compare(frozen.reference)]
 
         def note(number, info):
             row = {name: math.nan if value is None else float(value) for name, value in info.items()}

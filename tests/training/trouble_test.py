@@ -105,6 +105,13 @@ def test_an_annotator_that_fails_loses_nothing(world, judge, whole, capsys, trou
     goes_on(world, judge, whole, name)
 
 
+def test_a_folder_of_another_run_is_refused_before_anybody_is_asked(world, judge, whole, capsys):
+    labels = (whole / "labels.jsonl").read_bytes()
+    judge.calls, judge.trouble = 0, lambda: None
+    assert "another run's: its beta" in told(capsys, settings(world, "whole", beta=0.9))
+    assert judge.calls == 0 and (whole / "labels.jsonl").read_bytes() == labels
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(world, judge, whole, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     judge.calls, judge.trouble = 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
