@@ -63,7 +63,7 @@ class Row(NamedTuple):
         arguments: bytes of state, reference and batch; temporaries: bytes beside them.
         fits: whether both fit the chip.
         flops: of the update's products, on all devices together.
-        collectives: bytes by kind.
+        collectives: bytes by kind; None where the compiler cannot write its program down.
         seconds: the longest of computing at the published peak, of moving the collectives' bytes over all links, and of
             reading the arguments once: what no run can be faster than.
         compile_seconds: of this machine.
@@ -81,7 +81,7 @@ class Row(NamedTuple):
     temporaries: float
     fits: bool
     flops: float
-    collectives: dict[str, float]
+    collectives: dict[str, float] | None
     seconds: float
     compile_seconds: float
     how: str
@@ -204,9 +204,11 @@ def plan(config: Config) -> Row:
         raise ValueError(f"The compiler gives up on {config.topology}: {reason}") from None
     seconds = time.monotonic() - began
     flops = flops_of(jax.make_jaxpr(update)(*arguments))
-    memory, moved = compiled.memory_analysis(), collectives_of(compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    text = text_of(compiled)
+    moved = None if text is None else collectives_of(text)
     given, beside = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
-    least = max(flops / len(devices) / chip.flops, sum(moved.values()) / chip.link, given / chip.bandwidth)
+    least = max(flops / len(devices) / chip.flops, sum((moved or {}).values()) / chip.link, given / chip.bandwidth)
     batch = arguments[2].sample.responses.tokens.shape
     return Row(
         model=config.model,
@@ -227,6 +229,16 @@ def plan(config: Config) -> Row:
     )
 
 
+def text_of(compiled: Any) -> str | None:
+    """Returns the compiled program's text; None where the compiler cannot write it (libtpu's, for some of v6e)."""
+    import jax
+
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 def main(config: Config) -> Row:
     """Prints a plan, and adds it to a file where one is given."""
     kind, _, count = config.topology.partition(":")
@@ -242,13 +254,13 @@ def main(config: Config) -> Row:
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    gigabytes = {name: f"{size / 1e9:.2f} GB" for name, size in row.collectives.items()}
+    gigabytes = [f"{name} {size / 1e9:.2f} GB" for name, size in (row.collectives or {}).items()]
     for name, value in {
         "model": f"{row.model}, {row.tokens:,} tokens a step",
         "devices": f"{row.devices} ({row.topology}), mesh {row.mesh}",
         "state, reference and batch": f"{row.arguments / 1e9:.2f} GB a device",
         "beside them": f"{row.temporaries / 1e9:.2f} GB a device: {'fits' if row.fits else 'does not fit'}",
-        "collectives": ", ".join(f"{name} {size}" for name, size in gigabytes.items()) or "none",
+        "collectives": "not told" if row.collectives is None else ", ".join(gigabytes) or "none",
         "products": f"{row.flops / 1e12:,.1f} TFLOP",
         "least time": f"{row.seconds:.3f} s at published peaks",
         "compiled in": f"{row.compile_seconds:.0f} s; {row.how}",

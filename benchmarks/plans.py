@@ -15,9 +15,8 @@ import sys
 import tyro
 from rich.console import Console
 
-from benchmarks.sides import markdown
 from jaxrlhf.training.progress import progress
-from jaxrlhf.training.report import Table, rich_table
+from jaxrlhf.training.report import Table, as_markdown, rich_table
 from jaxrlhf.training.run_folder import RunFolder
 
 COLUMNS = (
@@ -78,7 +77,7 @@ def cells_of(row: dict) -> tuple:
         f"{row['temporaries'] / 1e9:.2f}",
         "yes" if row["fits"] else "no",
         f"{row['flops'] / 1e15:.2f}",
-        f"{sum(row['collectives'].values()) / 1e9:.1f}",
+        "not told" if row["collectives"] is None else f"{sum(row['collectives'].values()) / 1e9:.1f}",
         f"{row['seconds']:.2f}",
         f"{row['tokens']:,}",
         f"{row['compile_seconds']:.0f}",
@@ -98,7 +97,7 @@ def main(config: Config) -> pathlib.Path:
             folder.append_metrics(**rows[-1])
             advance(1)
     table = Table("The update of jaxrlhf align", COLUMNS, [cells_of(row) for row in rows])
-    folder.write_text("tables.md", markdown(table))
+    folder.write_text("tables.md", as_markdown(table))
     folder.write_json("results.json", rows)
     console.print(rich_table(table))
     console.print(str(folder.path), soft_wrap=True)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxrlhf.training.report import Table, rich_table, write_report
+from jaxrlhf.training.report import Table, as_markdown, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 
 EXTRA = "pip install '.[benchmarks]'"
@@ -245,17 +245,6 @@ def described(machine: dict[str, Any]) -> str:
     )
 
 
-def markdown(table: Table) -> str:
-    """Returns a table as Markdown, figures with 3 significant digits."""
-
-    def cell(value):
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [f"**{table.title}**", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in table.rows]
-    return "\n".join([*lines, ""])
-
-
 def report(
     config: Any,
     name: str,
@@ -279,7 +268,7 @@ def report(
     command = f"python -m benchmarks.{name}"
     folder.write_json("results.json", {"command": command, "config": config, "machine": machine, "found": found})
     told = "\n".join(f"{note}\n" for note in (described(machine), *notes))
-    folder.write_text("table.md", "\n".join([*map(markdown, tables), told]))
+    folder.write_text("table.md", "\n".join([*map(as_markdown, tables), told]))
     title, summary = f"Benchmark: {name.replace('_', ' ')}", described(machine)
     write_report(folder.path, title=title, summary=summary, tables=tables, figures=[], config=config, notes=notes)
     console = Console(width=None if os.isatty(1) else 200)

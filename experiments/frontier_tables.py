@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxrlhf.frontier_report import at_kl, best_of_n, ideal_gain, over_optimisation, paired_gain, student_interval
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.report import Table, rich_table, write_report
+from jaxrlhf.training.report import Table, as_markdown, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 
 OURS = "bilevel"
@@ -301,11 +301,7 @@ def report(folder: RunFolder, config: Any, settings: list[Setting], seconds: flo
             },
         },
     )
-    lines = []
-    for table in tables:
-        lines += [f"**{table.title}**", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-        lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in table.rows] + [""]
-    folder.write_text("tables.md", "\n".join(lines))
+    folder.write_text("tables.md", "\n".join(map(as_markdown, tables)))
     write_report(
         folder.path,
         title="Gold reward against KL",

@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console
 
 from jaxrlhf.training.progress import progress
-from jaxrlhf.training.report import Table, rich_table, write_report
+from jaxrlhf.training.report import Table, as_markdown, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
 
 MOMENTS = ("at random", "while labelling", "labels written", "in a checkpoint")
@@ -234,10 +234,7 @@ def report(folder: RunFolder, config: Config, kills: list[Killed], wrong: list[s
     columns = ("killed", "times", "steps taken again, mean", "before the first checkpoint")
     table = Table(f"{len(kills)} kills, {len(wrong)} differences", columns, rows)
     folder.write_json("results.json", {"kills": kills, "differences": wrong, "seconds": seconds})
-    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in (columns, *rows)]
-    folder.write_text(
-        "tables.md", "\n".join([f"**{table.title}**", "", lines[0], "|---" * len(columns) + "|", *lines[1:]]) + "\n"
-    )
+    folder.write_text("tables.md", as_markdown(table))
     write_report(
         folder.path,
         title="Killed and gone on",

@@ -136,6 +136,14 @@ def as_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
+def as_markdown(table: Table) -> str:
+    """Returns the table that the report shows, in Markdown: its title in bold, then the table."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.columns, *_cells(table))]
+    heads, *lines = ("| " + " | ".join(row) + " |" for row in rows)
+    rule = "|" + "".join("---:|" if right else "---|" for right in _right_aligned(table))
+    return "\n".join([f"**{table.title}**", "", heads, rule, *lines, ""])
+
+
 def _cells(table: Table) -> list[list[str]]:
     return [["" if cell is None else _cell(cell) for cell in row] for row in _values(table)]
 

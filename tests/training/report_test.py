@@ -12,7 +12,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.report import Samples, Table, as_text, tables_of, write_report
+from jaxrlhf.training.report import Samples, Table, as_markdown, as_text, tables_of, write_report
 
 NASTY = "<script>alert('x')</script> & \"quotes\" {{ title }} \ud800 \x00 שלום\n\n  indented"
 TABLE = Table(
@@ -133,6 +133,16 @@ def test_what_does_not_fit_is_named_and_the_old_report_stays(tmp_path):
     with pytest.raises(ValueError, match="row 'prompt' of 'texts' has 1 cells for 2 columns"):
         write(tmp_path, samples=[Samples("texts", rows=[("prompt", ("one",))])])
     assert (tmp_path / "report.html").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_table_goes_into_markdown_and_comes_out_again():
+    table = Table("All", ("method", "return"), [("a|b", 1.23456), ("none", None)])
+    text = as_markdown(table)
+    assert text.splitlines() == [
+        "**All**", "", "| method | return |", "|---|---:|", "| a\\|b | 1.235 |", "| none |  |",
+    ]  # fmt: skip
+    plain = as_markdown(table._replace(rows=[("none", None), ("some", 2.5)]))
+    assert tables_of("# All\n\n" + plain) == [Table("All", ["method", "return"], [["none", ""], ["some", "2.500"]])]
 
 
 def test_tables_come_out_of_markdown():
