@@ -126,7 +126,7 @@ def algorithm_of(
         max_new_tokens=new_tokens,
         stop_ids=(),
     )
-    return bilevel.bilevel_descent(problem, rule, solver, optax.adam(1e-4), beta=0.2, annotate=ANNOTATE)
+    return bilevel.bilevel_descent(problem, rule, solver, optax.adam(1e-4), beta=0.2, annotate=ANNOTATE, in_turn=True)
 
 
 def compiled(step: Callable, state: Any, *arguments: Any, turns: int = 1) -> Program:

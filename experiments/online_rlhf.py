@@ -153,6 +153,7 @@ def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.BilevelAl
         adam(config.reward_rate),
         beta=config.beta,
         annotate=task.traced_annotator,
+        in_turn=config.policy is not None,
     )
 
 

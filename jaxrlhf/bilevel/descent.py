@@ -7,10 +7,11 @@ One outer step:
 3. weigh the same sample by the rule and take one backward pass through the reward (the hypergradient);
 4. apply the upper optimiser.
 
-The lower iterates are one pytree, stacked on a leading axis S and vmapped. One inner step makes the single-loop method,
+The lower iterates are one pytree, stacked on a leading axis S. One inner step makes the single-loop method,
 many the double loop; the carried state is the warm start.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -117,6 +118,7 @@ def bilevel_descent(
     beta: float | jax.Array,
     annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
     largest_weight: float | None = None,
+    in_turn: bool = False,
 ) -> BilevelAlgorithm:
     """Descends Phi(phi) = G(phi, argmax_lambda J(phi, lambda)) with first-order gradients only.
 
@@ -131,6 +133,8 @@ def bilevel_descent(
         largest_weight: truncates importance weights to this value, at least 1; off by default. It trades variance for
             bias where an iterate strays from the sample, in the reported KL too, whose control variate is flat beyond
             the bound; watch `BilevelInfo.effective_sample_size` first.
+        in_turn: whether the iterates are differentiated one after another, in the memory of one, in place of all at once.
+            Right for large models; not where a mesh splits the iterates, nor for problems so small that loops cost.
 
     Raises:
         ValueError: beta, the KL price or the largest weight is out of range, or sigma is too large: with
@@ -169,9 +173,12 @@ def bilevel_descent(
         return Labelled(sample, annotate(key, sample, frozen))
 
     def levels(points, labelled, frozen):
-        return sampled_levels(problem, rule, beta, points, labelled, frozen, largest_weight=largest_weight)
+        return sampled_levels(
+            problem, rule, beta, points, labelled, frozen, largest_weight=largest_weight, in_turn=in_turn
+        )
 
-    return _assemble(levels, rule, solver, upper_optimizer, beta, propose, label)
+    over = functools.partial(over_tilts, in_turn=in_turn)
+    return _assemble(levels, rule, solver, upper_optimizer, beta, propose, label, over)
 
 
 def bilevel_descent_on_losses(
@@ -218,6 +225,7 @@ def _assemble(
     beta: float | jax.Array,
     propose: Callable,
     label: Callable,
+    over: Callable[[Callable], Callable] = over_tilts,
 ) -> BilevelAlgorithm:
     offsets = rule.stencil.offsets
 
@@ -261,6 +269,7 @@ def _assemble(
             sigma=sigma,
             labelled=labelled,
             frozen=frozen,
+            over=over,
         )
         lowers, solver_state, residuals = solver.step(key, lowers, state.solver, task)
         inner_error = state.inner_error

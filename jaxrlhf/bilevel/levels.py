@@ -4,6 +4,7 @@ Each lower iterate has a problem of its own, named by its index in the stencil: 
 its own sample (`sampling`) or its own reward parameters (`zero_order`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,9 +68,9 @@ class View(NamedTuple):
     cost: PairCost
 
 
-def over_tilts(function: Callable, *, in_axes: Any = 0) -> Callable:
-    """Maps over the stacked iterates: the one place that knows how they are laid out."""
-    return jax.vmap(function, in_axes=in_axes)
+def over_tilts(function: Callable, *, in_turn: bool = False) -> Callable:
+    """Maps over the stacked iterates, all at once or one after another: the one place that knows how they are laid out."""
+    return (lambda *stacked: jax.lax.map(lambda each: function(*each), stacked)) if in_turn else jax.vmap(function)
 
 
 def sampled_levels(
@@ -81,6 +82,7 @@ def sampled_levels(
     frozen: Params,
     *,
     largest_weight: float | None = None,
+    in_turn: bool = False,
 ) -> Levels:
     """Returns the levels as importance-weighted means over a labelled sample, or over one a tilt (leaves `[S, ...]`).
 
@@ -90,6 +92,7 @@ def sampled_levels(
     kl_price, upper = problem.kl_price, points.upper
     indices = jnp.arange(len(rule.stencil.offsets))
     separate = rule.sampling != "shared"
+    every = functools.partial(over_tilts, in_turn=in_turn)
 
     def labelled_of(index):
         return jax.tree.map(lambda leaf: leaf[index], labelled) if separate else labelled
@@ -99,7 +102,7 @@ def sampled_levels(
         return reward, problem.cost(upper, reward, labelled, frozen)
 
     if separate or in_reward(rule):
-        rewards, costs = over_tilts(lambda index: seen(points.upper_of(index), labelled_of(index)))(indices)
+        rewards, costs = every(lambda index: seen(points.upper_of(index), labelled_of(index)))(indices)
 
         def look(index):
             return View(labelled_of(index).sample, rewards[index], jax.tree.map(lambda leaf: leaf[index], costs))
@@ -111,14 +114,16 @@ def sampled_levels(
         def look(index):
             return shared
 
-    def log_weights_of(lower, sample):
-        return importance.step_log_weights(problem.log_prob(lower, sample, frozen), sample, largest=largest_weight)
+    def log_weights_at(log_prob, view):
+        return importance.step_log_weights(log_prob, view.sample, largest=largest_weight)
 
-    def values_of(lower, view):
-        log_prob = problem.log_prob(lower, view.sample, frozen)
+    def values_at(log_prob, view):
         return importance.evaluate(
             log_prob, view.reward, view.cost, view.sample, beta=beta, kl_price=kl_price, largest=largest_weight
         )
+
+    def values_of(lower, view):
+        return values_at(problem.log_prob(lower, view.sample, frozen), view)
 
     def tilted_loss(lower, index):
         return importance.tilted_loss(values_of(lower, look(index)), points.tilt_of(index))
@@ -129,17 +134,14 @@ def sampled_levels(
         implied = beta * (view.sample.behaviour_log_prob - view.sample.reference_log_prob)
         return importance.tilted_loss(values_of(lower, view._replace(reward=implied)), points.tilt_of(index))
 
-    def log_ratio_of(lower, sample):
-        difference = problem.log_prob(lower, sample, frozen) - sample.reference_log_prob
-        return jnp.where(sample.by_policy[None, None, :, None] > 0, difference, 0.0)
-
-    def weights_on(view, lower, log_weights, sigma, tilt=None):
+    def weights_on(view, lower, log_prob, log_weights, sigma, tilt=None):
         assert rule.weights is not None  # checked when the algorithm was made
+        ratio = log_prob - view.sample.reference_log_prob
         return rule.weights(
             Evidence(
                 sample=view.sample,
                 log_weights=log_weights,
-                log_ratio=log_ratio_of(lower, view.sample),
+                log_ratio=jnp.where(view.sample.by_policy[None, None, :, None] > 0, ratio, 0.0),
                 coupled_cost=view.cost.coupled,
                 sigma=sigma,
                 beta=beta,
@@ -147,7 +149,7 @@ def sampled_levels(
                 tilt=tilt,
                 lower=lower,
                 levels=lambda lower: values_of(lower, view),
-                log_weights_of=lambda lower: log_weights_of(lower, view.sample),
+                log_weights_of=lambda lower: log_weights_at(problem.log_prob(lower, view.sample, frozen), view),
             )
         )
 
@@ -155,8 +157,8 @@ def sampled_levels(
         cost = problem.cost(upper, reward, labelled, frozen)
         return importance.expectation(pair_weights * cost.coupled + share * cost.uncoupled, labelled.sample)
 
-    def from_shared_sample(lowers, log_weights, sigma):
-        weights = weights_on(shared, _first(lowers), log_weights, sigma)
+    def from_shared_sample(lowers, log_probs, log_weights, sigma):
+        weights = weights_on(shared, _first(lowers), log_probs[0], log_weights, sigma)
         # The gradient at the reward model's outputs, with and without the policy's answer.
         sides = jax.grad(weighted_cost, argnums=(0, 1))
         through_cost, direct = sides(rewards, upper, weights.coupled, labelled)
@@ -166,10 +168,10 @@ def sampled_levels(
         gradient = jax.tree.map(jnp.add, pull_back(whole)[0], direct)
         return gradient, _share(jnp.linalg.norm(whole - rest), jnp.linalg.norm(rest))
 
-    def from_own_samples(lowers, log_weights, sigma):
-        def term(index, lower, log_weights):
+    def from_own_samples(lowers, log_probs, log_weights, sigma):
+        def term(index, lower, log_prob, log_weights):
             own = labelled_of(index)
-            weights = weights_on(look(index), lower, log_weights[None], sigma, tilt=index)
+            weights = weights_on(look(index), lower, log_prob, log_weights[None], sigma, tilt=index)
 
             def surrogate(upper):
                 reward = problem.reward(upper, own.sample, frozen)
@@ -180,7 +182,9 @@ def sampled_levels(
 
             return jax.grad(surrogate)(upper)
 
-        gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), over_tilts(term)(indices, lowers, log_weights))
+        gradient = jax.tree.map(
+            lambda leaf: jnp.sum(leaf, axis=0), every(term)(indices, lowers, log_probs, log_weights)
+        )
 
         def fixed_policy(upper):
             own = labelled_of(0)
@@ -198,14 +202,16 @@ def sampled_levels(
         return two_point_gradient(value, rule, points.direction, lowers, sigma)
 
     def hypergradient(lowers, sigma):
-        log_weights = over_tilts(lambda lower, index: log_weights_of(lower, look(index).sample))(lowers, indices)
+        # The only forward pass of each iterate: everything below reads these.
+        log_probs = every(lambda lower, index: problem.log_prob(lower, look(index).sample, frozen))(lowers, indices)
+        log_weights = over_tilts(lambda log_prob, index: log_weights_at(log_prob, look(index)))(log_probs, indices)
         if in_reward(rule):
             gradient, coupling_share = from_two_points(lowers, sigma)
         else:
             estimate = from_own_samples if separate else from_shared_sample
-            gradient, coupling_share = estimate(lowers, log_weights, sigma)
+            gradient, coupling_share = estimate(lowers, log_probs, log_weights, sigma)
 
-        values = over_tilts(lambda lower, index: values_of(lower, look(index)))(lowers, indices)
+        values = over_tilts(lambda log_prob, index: values_at(log_prob, look(index)))(log_probs, indices)
         effective = over_tilts(
             lambda logs, index: importance.effective_share(importance.pair_log_weights(logs), look(index).sample)
         )
@@ -216,7 +222,7 @@ def sampled_levels(
             "coupling_share": coupling_share,
             "effective_sample_size": jnp.min(effective(log_weights, indices)),
             "kl": values.kl[0],
-            "entropy": importance.entropy(problem.log_prob(_first(lowers), view.sample, frozen), view.sample),
+            "entropy": importance.entropy(log_probs[0], view.sample),
             "collision_rate": importance.expectation(_coincide(view.sample.responses), view.sample),
             "labels": importance.answers(labelled),
         }

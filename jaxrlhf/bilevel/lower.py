@@ -31,6 +31,7 @@ class LowerTask(NamedTuple):
         sigma: `[]`, the perturbation, in the units of beta.
         labelled: the step's labelled sample (leaves `[S, ...]` where every tilt has its own), or its data.
         frozen: what no gradient touches.
+        over: maps a function over problems, as `jax.vmap` does: all at once, or one after another.
     """
 
     loss: Callable[[Params, Index], jax.Array]
@@ -41,6 +42,7 @@ class LowerTask(NamedTuple):
     sigma: jax.Array
     labelled: Any
     frozen: Params
+    over: Callable[[Callable], Callable] = jax.vmap
 
     @property
     def indices(self) -> jax.Array:
@@ -49,7 +51,7 @@ class LowerTask(NamedTuple):
 
     def gradients(self, lowers: Params) -> Params:
         """Returns each iterate's gradient of its tilted loss, leaves `[S, ...]`."""
-        return jax.vmap(jax.grad(self.loss))(lowers, self.indices)
+        return self.over(jax.grad(self.loss))(lowers, self.indices)
 
 
 class LowerSolver(NamedTuple):
@@ -185,7 +187,7 @@ def tangent(
         def one(carry, _):
             policy, state = carry
             gradient, slope_state = slope.step(policy, state.slope, task)
-            answers = jax.vmap(lambda index: jax.grad(proximal_loss)(along(state.tangent, tilts[index]), index))(
+            answers = task.over(lambda index: jax.grad(proximal_loss)(along(state.tangent, tilts[index]), index))(
                 np.array(used, int)
             )
             turning = jax.tree.map(lambda leaf: jnp.tensordot(scale.astype(leaf.dtype), leaf, axes=1), answers)

@@ -217,7 +217,9 @@ def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelA
     reward_rate = config.reward_rate or (2e-3 if config.lora_rank else 1e-3)
     solver = tangent(adam(policy_rate), adam(config.tangent_rate or policy_rate / 20))
     rule, optimizer = rules[config.estimator](), adam(reward_rate)
-    return bilevel_descent(problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced)
+    # All at once only where a mesh splits them.
+    in_turn = parse_mesh(config.mesh).get("stencil", 1) == 1
+    return bilevel_descent(problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced, in_turn=in_turn)
 
 
 def main(config: Align) -> pathlib.Path:

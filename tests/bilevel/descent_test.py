@@ -289,6 +289,51 @@ def test_halves_compose_to_the_step_and_init_copies():
     chex.assert_trees_all_close(halves, jax.jit(algorithm.step)(key, state, None, frozen), rtol=1e-5)
 
 
+INDEPENDENT = bilevel.central(0.2, sampling="independent")
+TANGENT = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1), steps=2)
+
+
+@pytest.mark.parametrize(
+    "make_rule, solver",
+    [
+        (lambda: bilevel.central(0.2), None),
+        (lambda: bilevel.five_point(0.4), TANGENT),
+        (bilevel.decoupled, TANGENT),
+        (bilevel.boltzmann, None),
+        (lambda: bilevel.zero_order(0.1), None),
+        (lambda: INDEPENDENT, None),
+    ],
+)
+def test_iterates_in_turn_are_those_taken_at_once(make_rule, solver, x64):
+    frozen = make(8)
+
+    def ends(in_turn):
+        algorithm = assemble(make_rule(), pairs=16, inner_steps=2, solver=solver, in_turn=in_turn)
+        return run(algorithm, frozen, 3)
+
+    chex.assert_trees_all_close(ends(True), ends(False), rtol=1e-9, atol=1e-11)
+
+
+def test_an_update_reads_each_iterate_once_to_weigh_it():
+    frozen, seen = make(9), []
+    algorithm = assemble(pairs=4, solver=TANGENT)
+    state = algorithm.init(jax.random.key(0), jnp.zeros(10), frozen.reference)
+    problem = bandit.bandit_problem(linear, DEFAULT, pairs=4)
+
+    def log_prob(lower, sample, frozen):
+        seen.append(jax.tree.leaves(lower)[0])
+        return problem.log_prob(lower, sample, frozen)
+
+    counted = bilevel.bilevel_descent(
+        problem._replace(log_prob=log_prob), bilevel.central(0.2), TANGENT, optax.adam(0.3), beta=BETA
+    )
+    sample = algorithm.propose(jax.random.key(1), state, None, frozen)
+    labels = preferences.gold_annotator(bandit.gold_score)(jax.random.key(2), sample, frozen)
+    jax.eval_shape(counted.update, jax.random.key(3), state, bilevel.Labelled(sample, labels), frozen)
+    # The policy's gradient, the tangent's (all tilts in one trace), and one pass of all iterates that were reached.
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
