@@ -1,5 +1,6 @@
 """Published figures of accelerators, dense bfloat16 and one direction of the links."""
 
+import re
 from typing import NamedTuple
 
 
@@ -28,3 +29,14 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3350e9, 450e9, "NVIDIA H100 SXM data sheet"),
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, "NVIDIA H200 data sheet"),
 }
+
+
+def chip_of(kind: str) -> Chip | None:
+    """Returns the figures of a graphics card by the name that it gives itself; None where they are not known.
+
+    Those here are of SXM modules: the same chip on another board, or a part of one, has others.
+    """
+    words = set(re.split(r"[\s-]+", kind.lower()))
+    if words & {"pcie", "nvl", "mig"}:
+        return None
+    return next((CHIPS[name] for name in ("h100", "h200") if name in words), None)

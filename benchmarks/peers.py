@@ -6,6 +6,7 @@ the one that is measured, which runs with either. Imports are inside of function
 peers there are.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import pathlib
@@ -21,6 +22,7 @@ from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.generate import generate
 from jaxrlhf.lm.model import LanguageModel, decoder
 from jaxrlhf.lm.problem import Prompts
+from jaxrlhf.lm.settings import settings_from
 from jaxrlhf.types import Params
 
 OLDEST_TUNIX = (0, 1, 7)
@@ -83,6 +85,24 @@ def torch_policy(directory: pathlib.Path) -> Any:
     return model.eval()
 
 
+def torch_device() -> str:
+    """Returns where torch computes: on a graphics card if it sees one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_random(shape: DecoderConfig, dtype: str) -> Any:
+    """Returns transformers' model of a shape with its own random weights, made where torch computes."""
+    import torch
+    import transformers
+
+    quiet()
+    described = transformers.AutoConfig.for_model(**settings_from(shape, "policy", dtype))
+    with torch.device(torch_device()):
+        return transformers.AutoModelForCausalLM.from_config(described, dtype=getattr(torch, dtype))
+
+
 def torch_reward(directory: pathlib.Path, head: np.ndarray) -> Any:
     """Returns transformers' sequence classifier on the model's trunk.
 
@@ -131,6 +151,24 @@ def tunix_policy(directory: pathlib.Path, shape: DecoderConfig) -> Any:
     from tunix.models.llama3 import params  # pyright: ignore[reportMissingImports]
 
     return params.create_model_from_safe_tensors(str(directory), tunix_config(shape), dtype=jnp.float32)
+
+
+def tunix_random(shape: DecoderConfig, *, remat: bool = False) -> Any:
+    """Returns Tunix's model with random weights in bfloat16; with `remat` a backward pass computes each layer again."""
+    from flax import nnx
+    from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
+
+    kept = llama3.RematConfig.DECODER if remat else llama3.RematConfig.NONE  # its sampler runs without alone
+    settings = dataclasses.replace(tunix_config(shape), remat_config=kept)
+    return tunix_halved(llama3.Llama3(settings, rngs=nnx.Rngs(0)))
+
+
+def tunix_halved(model: Any) -> Any:
+    """Returns a model of Tunix's with its weights in bfloat16: it computes in what they are stored in."""
+    from flax import nnx
+
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(model)))
+    return model
 
 
 def torch_log_probs(model: Any, tokens: Any, prompt_length: int) -> Any:

@@ -58,8 +58,7 @@ def collectives_of(text: str, *, turns: int = 1) -> dict[str, float]:
                 if re.search(rf" {kind}(-start)?\(", line):
                     found[kind] += times * _largest(line.split(f" {kind}", 1)[0])
             loop = " while(" in line
-            count = re.search(r"known_trip_count\W+n\W+(\d+)", line)
-            inner = times * (int(count[1]) if count else turns) if loop else times
+            inner = times * (_turns(line, programs) or turns) if loop else times
             called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
             for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 called += [each.strip().lstrip("%") for each in group.split(",")]
@@ -68,6 +67,17 @@ def collectives_of(text: str, *, turns: int = 1) -> dict[str, float]:
 
     visit(entry, 1.0)
     return dict(found)
+
+
+def _turns(loop: str, programs: dict[str, list[str]]) -> int | None:
+    """Returns how often a loop runs, where its line says so or its condition is a count below a constant."""
+    if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop)
+    lines = programs.get(condition[1], ()) if condition else ()
+    constants = dict(re.findall(r"(%[\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)", "\n".join(lines)))
+    bounds = [re.search(r"ROOT .* compare\([^,]+, (%[\w.\-]+)\), direction=LT", line) for line in lines]
+    return next((int(constants[bound[1]]) for bound in bounds if bound and bound[1] in constants), None)
 
 
 def largest_collective(text: str) -> float:

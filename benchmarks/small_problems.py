@@ -72,7 +72,8 @@ class Problem(NamedTuple):
         name: of the problem.
         losses: `(upper, lower, data, frozen) -> []` of JAX, both.
         data, frozen: what they take.
-        in_torch: makes both for torch, `(upper, lower) -> []`.
+        plain: both as they are commonly written in JAX, `(upper, lower) -> []`.
+        in_torch: makes both for torch, likewise.
         upper, lower: the beginning.
     """
 
@@ -80,6 +81,7 @@ class Problem(NamedTuple):
     losses: tuple[Callable[..., jax.Array], Callable[..., jax.Array]]
     data: Any
     frozen: Any
+    plain: tuple[Loss, Loss]
     in_torch: Callable[[], tuple[Loss, Loss]]
     upper: np.ndarray
     lower: np.ndarray
@@ -129,7 +131,11 @@ def bandit(config: Config) -> Problem:
 
     name = f"bandit, {config.contexts} contexts x {config.arms} arms"
     upper, lower = (np.array(part, np.float32) for part in known.start(jax.random.key(0), 1.0))
-    return Problem(name, (upper_loss, lower_loss), None, tables, in_torch, upper, lower)
+    plain = (
+        (lambda upper, lower: upper_loss(upper, lower, None, tables)),
+        (lambda upper, lower: lower_loss(upper, lower, None, tables)),
+    )
+    return Problem(name, (upper_loss, lower_loss), None, tables, plain, in_torch, upper, lower)
 
 
 class World(NamedTuple):
@@ -164,6 +170,18 @@ def process(config: Config) -> Problem:
         lambda upper, data, frozen: frozen.leader - COST * jnp.square(upper),
     )
 
+    def worth(reward, own):
+        among = jnp.einsum("sa,sat->st", jnp.exp(own), transition)
+        visits = jnp.linalg.solve(jnp.eye(states) - discount * among.T, start)
+        return visits @ jnp.sum(jnp.exp(own) * reward, axis=-1)
+
+    def plain_upper(upper, lower):
+        return -worth(earned[1] - COST * jnp.square(upper), jax.nn.log_softmax(lower[0]))
+
+    def plain_lower(upper, lower):
+        own = jax.nn.log_softmax(lower[0])
+        return -worth(earned[0] + upper - own, own)
+
     def in_torch():
         import torch
 
@@ -184,7 +202,8 @@ def process(config: Config) -> Problem:
         return upper_loss, lower_loss
 
     zero = np.zeros((states, actions), np.float32)
-    return Problem(f"process, {states} states x {actions} actions", losses, data, world, in_torch, zero, zero[None])
+    name, plain = f"process, {states} states x {actions} actions", (plain_upper, plain_lower)
+    return Problem(name, losses, data, world, plain, in_torch, zero, zero[None])
 
 
 def compiled_loop(algorithm: BilevelAlgorithm, problem: Problem, steps: int) -> Callable[[], Any]:
@@ -204,9 +223,7 @@ def compiled_loop(algorithm: BilevelAlgorithm, problem: Problem, steps: int) -> 
 
 def python_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], Any]:
     """Returns the call of the loop as it is commonly written in JAX."""
-    outer, inner = (
-        lambda upper, lower, loss=loss: loss(upper, lower, problem.data, problem.frozen) for loss in problem.losses
-    )
+    outer, inner = problem.plain
 
     @jax.jit
     def policy_step(upper, lower):

@@ -8,6 +8,7 @@ Everything here is written for one context; `jax.vmap` maps it over contexts and
 with `b` the entropy's weight. Discounted sums are infinite, cut only by states that end the episode.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -237,14 +238,35 @@ def roll_out(key: Key, log_policy: jax.Array, mdp: TabularMDP, *, episodes: int,
     return Rollouts(states, actions, log_prob * alive, alive)
 
 
+ELIMINATED = 24
+"""States up to which a system is solved by elimination written out, which fuses with what is around it."""
+
+
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """Returns the solution `[S]` of a linear system, differentiable in both; safe to vmap within jit on a CPU."""
+    """Returns the solution `[S]` of a linear system, differentiable in both; safe to vmap within jit on a CPU.
+
+    The matrix is diagonally dominant by rows or by columns, as `I - gamma P` and its transpose are.
+    """
+    if len(matrix) <= ELIMINATED:
+        inverse = _inverse(jax.lax.stop_gradient(matrix))
+        solve, transpose_solve = inverse.__matmul__, inverse.T.__matmul__
+    else:
+        solve = functools.partial(_factorise_and_solve, matrix)
+        transpose_solve = functools.partial(_factorise_and_solve, matrix.T)
     return jax.lax.custom_linear_solve(
         lambda vector: matrix @ vector,
         right,
-        solve=lambda _, right: _factorise_and_solve(matrix, right),
-        transpose_solve=lambda _, right: _factorise_and_solve(matrix.T, right),
+        solve=lambda _, right: solve(right),
+        transpose_solve=lambda _, right: transpose_solve(right),
     )
+
+
+def _inverse(matrix: jax.Array) -> jax.Array:
+    """Gauss-Jordan elimination in place; a diagonally dominant matrix needs no pivots (Higham 2002, theorem 9.9)."""
+    for index, own in enumerate(np.eye(len(matrix), dtype=matrix.dtype)):
+        across, down = matrix[index], matrix[:, index]
+        matrix = matrix - jnp.outer(down - own, (across + own) / across[index])
+    return matrix
 
 
 @jax.custom_batching.sequential_vmap

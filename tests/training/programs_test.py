@@ -72,6 +72,22 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
     assert programs.collectives_of("") == {}
 
 
+def test_a_loop_that_counts_to_a_constant_runs_as_often():
+    condition = """%cond (state: (s32[], f32[16])) -> pred[] {
+  %index = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %limit.2 = s32[]{:T(128)} constant(12)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%index, %limit.2), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+"""
+    text = TEXT.replace(', backend_config={"known_trip_count":{"n":"32"}}', "").replace(
+        "%fused (", condition + "%fused (", 1
+    )
+    assert programs.collectives_of(text)["all-gather"] == 12 * 16 * 64 * 2
+    unknown = text.replace("direction=LT", "direction=NE")
+    assert programs.collectives_of(unknown, turns=3)["all-gather"] == 3 * 16 * 64 * 2
+
+
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "h100:", "8"])
 def test_a_topology_that_nobody_knows_is_named(topology):
     with pytest.raises(ValueError, match="A topology is written as v5e:2x4 or h100:8"):
