@@ -136,7 +136,7 @@ def compiled(step: Callable, state: Any, *arguments: Any, turns: int = 1) -> Pro
         step: of an algorithm.
         state: the first.
         arguments: behind it.
-        turns: of the sampler's loop, for the count of products.
+        turns: of a loop whose number is not known before, for the count of products.
     """
     key = jax.random.key(1)
     program = jax.jit(step, donate_argnums=1).lower(key, state, *arguments).compile()
@@ -251,16 +251,20 @@ def main(config: Config) -> pathlib.Path:
     algorithms = {case.name: algorithm_of(policy, case.rule, case.solver, **sizes) for case in listed}
     checked = [case.name for case in listed if case.name in CHECKED]
     agreed = [f"Checked before, {name}: {check(opened, algorithms[name], prompts)}." for name in checked]
-    turns, frozen = config.new_tokens, LanguageFrozen(params)
+    frozen = LanguageFrozen(params)
     whole, update, drawn = {}, {}, {}
     for case in listed:
         algorithm = algorithms[case.name]
-        whole[case.name] = compiled(algorithm.step, begin(policy, params, algorithm), prompts, frozen, turns=turns)
+        step = compiled(algorithm.step, begin(policy, params, algorithm), prompts, frozen)
         state = begin(policy, params, algorithm)
+        propose = jax.make_jaxpr(algorithm.propose)(jax.random.key(1), state, prompts, frozen)
         # Rules with one sample are given the same one.
         if case.rule.sampling not in drawn:
             drawn[case.rule.sampling] = labelled_by(algorithm, state, prompts, frozen)
-        update[case.name] = compiled(algorithm.update, state, drawn[case.rule.sampling], frozen, turns=turns)
+        labelled = drawn[case.rule.sampling]
+        # The loop of an update is that of conjugate gradients, the sampler's that of tokens.
+        update[case.name] = half = compiled(algorithm.update, state, labelled, frozen, turns=config.iterations)
+        whole[case.name] = step._replace(flops=half.flops + flops_of(propose, turns=config.new_tokens))
     tables, found = [], {}
     for title, programs in (("whole step", whole), ("update alone", update)):
         found[title] = timed = measure(programs, config.rounds)
