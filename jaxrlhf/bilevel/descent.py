@@ -11,7 +11,6 @@ The lower iterates are one pytree, stacked on a leading axis S. One inner step m
 many the double loop; the carried state is the warm start.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -177,7 +176,9 @@ def bilevel_descent(
             problem, rule, beta, points, labelled, frozen, largest_weight=largest_weight, in_turn=in_turn
         )
 
-    over = functools.partial(over_tilts, in_turn=in_turn)
+    def over(function):
+        return over_tilts(function, in_turn=in_turn)
+
     return _assemble(levels, rule, solver, upper_optimizer, beta, propose, label, over)
 
 

@@ -4,7 +4,6 @@ Each lower iterate has a problem of its own, named by its index in the stencil: 
 its own sample (`sampling`) or its own reward parameters (`zero_order`).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,7 +91,9 @@ def sampled_levels(
     kl_price, upper = problem.kl_price, points.upper
     indices = jnp.arange(len(rule.stencil.offsets))
     separate = rule.sampling != "shared"
-    every = functools.partial(over_tilts, in_turn=in_turn)
+
+    def every(function):
+        return over_tilts(function, in_turn=in_turn)
 
     def labelled_of(index):
         return jax.tree.map(lambda leaf: leaf[index], labelled) if separate else labelled

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.lm.model import LanguageModel, pad_left
+from jaxrlhf.lm.parts import in_parts
+
+PART = 2**22
+"""Bytes of keys and values that rows written together on a CPU may take, if not the weights take more."""
 
 
 class Completions(NamedTuple):
@@ -38,6 +42,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     pad_id: int = 0,
+    parts: int | None = None,
 ) -> Completions:
     """Samples one completion a prompt; the key is consumed.
 
@@ -57,6 +62,8 @@ def generate(
         temperature: divides the logits; 0 takes the most probable token.
         top_p: mass of the nucleus, in (0, 1]; 1 samples from the whole distribution.
         pad_id: written after the end of a row.
+        parts: pieces that the rows are written in, one after another; the cache of one is held at a time. All rows at
+            once by default, but on a CPU `parts_of`.
 
     Returns:
         `Completions`. `log_prob` is that of the tempered, nucleus-renormalised distribution, or of the
@@ -65,14 +72,61 @@ def generate(
 
     Raises:
         ValueError: a keyword is out of range, a stop or pad id lies outside the vocabulary, prompt and
-            completion together exceed the model's context, or (outside `jit`) a prompt is empty.
+            completion together exceed the model's context, the parts do not divide the rows, or (outside `jit`) a prompt
+            is empty.
     """
     check_arguments(model, prompts, prompt_mask, max_new_tokens, stop_ids, temperature, top_p, pad_id)
-    rows, prompt_length = prompts.shape
+    # All uniforms are drawn up front: nothing depends on which rows still run, or are written together.
+    uniforms = jax.random.uniform(key, (max_new_tokens, len(prompts)), jnp.float32).T
+
+    def write(params, prompts, prompt_mask, uniforms):
+        rows = (prompts, prompt_mask, uniforms)
+        return write_rows(model, params, *rows, stop_ids=stop_ids, temperature=temperature, top_p=top_p, pad_id=pad_id)
+
+    parts = parts_of(model, params, prompts, max_new_tokens) if parts is None else parts
+    return in_parts(write, parts)(params, prompts, prompt_mask, uniforms)
+
+
+def parts_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
+    """Returns the number of parts that rows are written in on this machine: 1, but on a CPU without a mesh.
+
+    Every token reads the weights once, for however many rows, and the cache of every row. Rows whose caches outweigh the
+    weights save no reading, and on a CPU push one another out of the processor's: twice the time a row. There a part has
+    as many rows as divide all and whose caches take at most `PART`, or what the weights take; but at least 8.
+    """
+    count = len(prompts)
+    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return 1
+    length = prompts.shape[1] + max_new_tokens
+    _, cache = jax.eval_shape(
+        lambda params, prompts: model.prefill(params, prompts, jnp.ones_like(prompts, bool), length),
+        params,
+        prompts[:1],
+    )
+    most = max(PART, _bytes(params)) // max(1, _bytes(cache))
+    return next((count // size for size in range(min(most, count), 7, -1) if count % size == 0), 1)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def write_rows(
+    model: LanguageModel,
+    params: Any,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    uniforms: jax.Array,
+    *,
+    stop_ids: tuple[int, ...],
+    temperature: float,
+    top_p: float,
+    pad_id: int,
+) -> Completions:
+    """As `generate`, all rows at once, from given uniforms `[N, L]`."""
+    (rows, prompt_length), max_new_tokens = prompts.shape, uniforms.shape[1]
     prompts, prompt_mask = pad_left(prompts, prompt_mask)
     hidden, cache = model.prefill(params, prompts, prompt_mask, prompt_length + max_new_tokens)
-    # All uniforms are drawn up front: nothing in the loop depends on which rows still run.
-    uniforms = jax.random.uniform(key, (max_new_tokens, rows), jnp.float32)
     # Time comes first inside the loop, where a step writes one line.
     blank = Completions(
         tokens=jnp.full((max_new_tokens, rows), pad_id, jnp.int32),
@@ -86,7 +140,7 @@ def generate(
 
     def advance(carry):
         step, hidden, cache, ended, written = carry
-        token, log_prob = choose(model.logits(params, hidden), uniforms[step], temperature, top_p)
+        token, log_prob = choose(model.logits(params, hidden), uniforms[:, step], temperature, top_p)
         line = Completions(
             tokens=jnp.where(ended, pad_id, token),
             mask=~ended,
@@ -182,7 +236,8 @@ def first_above(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
     """
     size = weights.shape[-1]
     columns = jnp.arange(size, dtype=jnp.int32)[None, :]
-    cumulative = weights @ jnp.triu(jnp.ones((size, size), weights.dtype))
+    # In full precision: accelerators would round the weights, and draw from others than those reported.
+    cumulative = jnp.matmul(weights, jnp.triu(jnp.ones((size, size), weights.dtype)), precision="highest")
     above = (weights > 0) & (cumulative > target[:, None])
     # Rounding can leave every cumulative weight at or below the target: the last positive one is meant then.
     last = jnp.max(jnp.where(weights > 0, columns, 0), axis=-1)

@@ -139,7 +139,7 @@ def attend(
 
     Args:
         query: `[N, T, K, G, H]`.
-        keys: `[N, K, S, H]`.
+        keys: `[N, K, H, S]`: so a cache of them is read in order.
         values: `[N, K, S, H]`.
         allowed: `[N, T, S]`, True where a query may look.
         scale: of the scores; None is `H^-1/2`.
@@ -152,7 +152,7 @@ def attend(
     query = query * (size**-0.5 if scale is None else scale)
     # The queries of a group share their keys: as rows of one matrix they make one product a key/value head.
     query = jnp.transpose(query, (0, 2, 3, 1, 4)).reshape(rows, heads, group * length, size)
-    scores = jnp.einsum("nkth,nksh->nkts", query, keys, preferred_element_type=wide(keys.dtype))
+    scores = jnp.einsum("nkth,nkhs->nkts", query, keys, preferred_element_type=wide(keys.dtype))
     scores = capped(scores.reshape(rows, heads, group, length, -1), cap)
     scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))

@@ -47,8 +47,8 @@ class Cache(NamedTuple):
     """Keys and values so far, so that a decoding step writes each in place.
 
     Attributes:
-        keys: already rotated, `[L, N, K, C, H]`; of few layers a tuple of L arrays, which need no slicing.
-        values: likewise.
+        keys: already rotated, `[L, N, K, H, C]`; of few layers a tuple of L arrays, which need no slicing.
+        values: likewise, `[L, N, K, C, H]`.
         valid: `[N, C]`, True where a real token has been written.
         positions: `[N]` int32, position of the next token.
         column: scalar int32, where the next token is written, in every row.
@@ -131,7 +131,7 @@ class Block(nnx.Module):
             self.attention_norm_after, self.mlp_norm_after = Norm(config, width), Norm(config, width)
 
     def project(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None):
-        """Of `x [N, T, D]`: queries `[N, T, K, G, H]` and keys `[N, K, T, H]`, rotated; values `[N, K, T, H]`."""
+        """Of `x [N, T, D]`: queries `[N, T, K, G, H]` and keys `[N, K, H, T]`, rotated; values `[N, K, T, H]`."""
         config = self.config
         heads, group = config.key_value_heads, config.query_heads // config.key_value_heads
         fused = self.query_key_value(self.attention_norm(x))
@@ -144,7 +144,7 @@ class Block(nnx.Module):
             shape = turned.shape
             turned = rotate(turned.reshape(*x.shape[:2], -1, config.head_size), rotation).reshape(shape)
         key, value = turned[..., group, :], fused[..., group + 1, :]
-        return turned[..., :group, :], jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        return turned[..., :group, :], jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention's output `[N, T, K * G * H]` and the MLP to the stream `x [N, T, D]`."""
@@ -245,7 +245,7 @@ class Trunk(nnx.Module):
     def forward(
         self, tokens: jax.Array, mask: jax.Array, dtype: jnp.dtype, *, keep: bool = False, remat: str | None = None
     ) -> tuple[jax.Array, Any]:
-        """States `[N, T, D]` of whole rows, and if asked to keep them the layers' keys and values `[N, K, T, H]`."""
+        """States `[N, T, D]` of whole rows, and if asked to keep them the layers' keys and values, as `project`'s."""
         columns, positions = jnp.arange(tokens.shape[1]), positions_of(mask)
         allowed = (mask > 0)[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
         if mask.dtype != jnp.bool_:
@@ -276,13 +276,15 @@ class Trunk(nnx.Module):
         hidden, kept = self.forward(tokens, mask, dtype, keep=True)
         room = cache_length - tokens.shape[1]
 
-        def longer(leaf):
-            return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, room), (0, 0)])
+        def longer(leaf, axis):
+            padding = [(0, 0)] * leaf.ndim
+            padding[axis] = (0, room)
+            return jnp.pad(leaf, padding)
 
         keys, values = zip(*kept, strict=True) if isinstance(kept, list) else kept
         cache = Cache(
-            keys=jax.tree.map(longer, keys),
-            values=jax.tree.map(longer, values),
+            keys=jax.tree.map(lambda leaf: longer(leaf, -1), keys),
+            values=jax.tree.map(lambda leaf: longer(leaf, -2), values),
             valid=jnp.pad(mask, ((0, 0), (0, room))),
             positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
             column=jnp.int32(tokens.shape[1]),
@@ -297,20 +299,21 @@ class Trunk(nnx.Module):
         allowed, positions = valid[:, None, :], cache.positions[:, None]
         windowed, (plain, turned) = allowed & self.near(positions, positions_of(valid)), self.rotations(positions)
 
-        def written(kept, new, index):
+        def written(kept, new, index, axis):
             """The cache of all layers with one more column in one of them, and that layer's part."""
             if isinstance(kept, tuple):
-                own = jax.lax.dynamic_update_slice_in_dim(kept[index], new, cache.column, axis=2)
+                own = jax.lax.dynamic_update_slice_in_dim(kept[index], new, cache.column, axis=axis)
                 return (*kept[:index], own, *kept[index + 1 :]), own
-            zero = jnp.zeros((), jnp.int32)
-            kept = jax.lax.dynamic_update_slice(kept, new[None], (index, zero, zero, cache.column, zero))
+            place = [jnp.zeros((), jnp.int32)] * kept.ndim
+            place[0], place[1 + axis] = index, cache.column
+            kept = jax.lax.dynamic_update_slice(kept, new[None], place)
             return kept, jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
 
         # The cache is carried and not a layer's row: it would be copied whole.
         def step(block, index, near, carry, row):
             x, keys, values = carry
             query, key, value = block.project(x, _either(near, turned, plain))
-            (keys, own_keys), (values, own_values) = written(keys, key, index), written(values, value, index)
+            (keys, own_keys), (values, own_values) = written(keys, key, index, 3), written(values, value, index, 2)
             attended = self.attend(query, own_keys, own_values, _either(near, windowed, allowed))
             return (block.finish(x, attended), keys, values), row
 
