@@ -204,7 +204,7 @@ def train(
         ValueError: a setting is out of range, or the loss is not finite.
     """
     optimizer, mesh = adamw(config, steps), make_mesh(parse_mesh(config.mesh))
-    algorithm = learning(loss, optimizer, parts=config.parts)
+    algorithm = learning(loss, optimizer, parts=config.parts if config.parts > 1 else None)
     folder = begin(config, name)
     tell_plan(Console(quiet=not first()), title, learner, optimizer, told)
     tracker = open_tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.lm.model import LanguageModel, pad_left
-from jaxrlhf.lm.parts import in_parts
+from jaxrlhf.lm.parts import divided, in_parts, lone_cpu
 
 PART = 2**22
 """Bytes of keys and values that rows written together on a CPU may take, if not the weights take more."""
@@ -94,8 +94,7 @@ def parts_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_toke
     weights save no reading, and on a CPU push one another out of the processor's: twice the time a row. There a part has
     as many rows as divide all and whose caches take at most `PART`, or what the weights take; but at least 8.
     """
-    count = len(prompts)
-    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    if not lone_cpu():
         return 1
     length = prompts.shape[1] + max_new_tokens
     _, cache = jax.eval_shape(
@@ -103,8 +102,7 @@ def parts_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_toke
         params,
         prompts[:1],
     )
-    most = max(PART, _bytes(params)) // max(1, _bytes(cache))
-    return next((count // size for size in range(min(most, count), 7, -1) if count % size == 0), 1)
+    return divided(len(prompts), most=max(PART, _bytes(params)) // max(1, _bytes(cache)), least=8)
 
 
 def _bytes(tree: Any) -> int:

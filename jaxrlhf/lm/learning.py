@@ -19,7 +19,7 @@ import optax
 from jaxrlhf import preferences
 from jaxrlhf.lm.log_probs import MAX_LOGITS, token_log_probs
 from jaxrlhf.lm.model import LanguageModel
-from jaxrlhf.lm.parts import split
+from jaxrlhf.lm.parts import split, usual_parts
 from jaxrlhf.lm.reward import RewardModel
 from jaxrlhf.types import Batch, Params
 
@@ -71,18 +71,19 @@ def itself(params: Params, frozen: Params) -> Params:
     return params
 
 
-def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int = 1) -> LearningAlgorithm:
+def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int | None = None) -> LearningAlgorithm:
     """Descends `sum of losses / sum of weights` of a batch, computed in one piece or several.
 
     Args:
         loss: `(params, batch, frozen) -> Totals`.
         optimizer: of the parameters.
-        parts: pieces of equal rows that a batch is computed in, one after the other, to save memory.
+        parts: pieces of equal rows that a batch is computed in, one after the other, to save memory; by default
+            `usual_parts`.
 
     Raises:
         ValueError: parts < 1; or at trace time, rows that do not divide into the parts.
     """
-    if parts < 1:
+    if parts is not None and parts < 1:
         raise ValueError(f"A batch is computed in at least 1 part, got {parts}.")
 
     def init(params):
@@ -96,10 +97,12 @@ def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int 
             return totals.loss, totals
 
         gradient_of = jax.grad(summed, has_aux=True)
-        if parts == 1:
+        largest = max(jax.tree.leaves(batch), key=jnp.size)
+        pieces = usual_parts(len(largest), largest.size // len(largest)) if parts is None else parts
+        if pieces == 1:
             gradient, totals = gradient_of(params, batch)
             return totals, gradient
-        pieces = split(batch, parts)
+        pieces = split(batch, pieces)
 
         def one(sums, part):
             gradient, totals = gradient_of(params, part)

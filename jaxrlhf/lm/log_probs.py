@@ -1,11 +1,13 @@
 """Log-probabilities of given completions, as the sampler saw them, and differentiable."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.lm.model import LanguageModel, pad_left
+from jaxrlhf.lm.parts import in_parts, usual_parts
 
 # Logits that may exist at once when no chunk size is given: 128 MiB of float32.
 MAX_LOGITS = 2**25
@@ -28,6 +30,7 @@ def completion_log_probs(
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    parts: int | None = None,
 ) -> jax.Array:
     """`log softmax(logits / temperature)[y_t]` of every completion token.
 
@@ -45,12 +48,15 @@ def completion_log_probs(
         temperature: the sampler's, so that both mean the same distribution.
         chunk_size: columns whose logits exist at once; None takes all of them if they are few, else a bounded
             number.
+        parts: pieces that the rows are read in, one after another, each once more in a backward pass; `usual_parts` by
+            default.
 
     Returns:
         `[N, L]` float32, nats, never positive; 0 where `completion_mask` is False.
 
     Raises:
-        ValueError: `temperature` or `chunk_size` is not positive, or the rows exceed the model's context.
+        ValueError: `temperature` or `chunk_size` is not positive, the rows exceed the model's context, or the parts do
+            not divide them.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to have log-probabilities, got {temperature}.")
@@ -63,6 +69,23 @@ def completion_log_probs(
             f"{prompt_length} prompt columns and {length} completion columns exceed the model's context of "
             f"{model.context_length}."
         )
+    read = functools.partial(_completion_log_probs, model, temperature=temperature, chunk_size=chunk_size)
+    parts = usual_parts(rows, prompt_length + length) if parts is None else parts
+    return in_parts(read, parts)(params, prompts, prompt_mask, completions, completion_mask)
+
+
+def _completion_log_probs(
+    model: LanguageModel,
+    params: Any,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    completions: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    temperature: float,
+    chunk_size: int | None,
+) -> jax.Array:
+    (rows, _), prompt_length = completions.shape, prompts.shape[1]
     prompts, prompt_mask = pad_left(prompts, prompt_mask)
     completion_mask = completion_mask.astype(bool)
     # The last completion token predicts nothing that is asked for.

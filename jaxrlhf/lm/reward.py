@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.lm.layers import wide
 from jaxrlhf.lm.model import LanguageModel
+from jaxrlhf.lm.parts import in_parts, usual_parts
 
 
 class RewardModel(NamedTuple):
@@ -67,6 +68,9 @@ def reward_model(
         return {"trunk": trunk_of(model.init(key)), "head": jnp.zeros(width, jnp.float32)}
 
     def score(params, tokens, mask):
+        return in_parts(read, usual_parts(*tokens.shape))(params, tokens, mask)
+
+    def read(params, tokens, mask):
         hidden = model.hidden(params["trunk"], tokens, mask)
         precise = wide(hidden.dtype)
         if pooling == "mean":

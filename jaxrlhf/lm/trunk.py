@@ -247,9 +247,9 @@ class Trunk(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """States `[N, T, D]` of whole rows, and if asked to keep them the layers' keys and values, as `project`'s."""
         columns, positions = jnp.arange(tokens.shape[1]), positions_of(mask)
-        allowed = (mask > 0)[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
-        if mask.dtype != jnp.bool_:
-            allowed &= mask[:, None, :] == mask[:, :, None]
+        # What a padded column sees means nothing; of several texts in a row, each sees itself.
+        seen = mask[:, None, :] if mask.dtype == jnp.bool_ else mask[:, None, :] == mask[:, :, None]
+        allowed = seen & (columns[None, :, None] >= columns[None, None, :])
         windowed, (plain, turned) = allowed & self.near(positions, positions), self.rotations(positions)
 
         def step(block, index, near, x, row):
