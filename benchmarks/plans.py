@@ -32,23 +32,34 @@ class Config:
     models: tuple[str, ...] = ("llama-1b", "llama-8b", "llama-70b")
     topologies: tuple[str, ...] = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "h200:8")
     lora_rank: int = 16
-    parts: int = 1
+    parts: tuple[int, ...] = (1, 2, 4)
+    """Of each row the first that fits."""
     batch_size: int = 8
     seconds: float = 900.0
-    """That a row may take."""
+    """That one compilation may take."""
     output: pathlib.Path = pathlib.Path("runs")
     """Where the run's own folder is made."""
 
 
 def row_of(config: Config, model: str, topology: str, folder: RunFolder) -> dict:
-    """Returns a plan, or the reason why there is none."""
-    place = folder.path / "rows" / f"{model}-{topology.replace(':', '-')}.jsonl"
+    """Returns the plan of the fewest parts that fit; of the most, or the reason why there is none, where none does."""
+    found: dict = {}
+    for parts in config.parts:
+        found = attempt(config, model, topology, parts, folder)
+        if found.get("fits"):
+            break
+    return found
+
+
+def attempt(config: Config, model: str, topology: str, parts: int, folder: RunFolder) -> dict:
+    """Returns one plan, or the reason why there is none."""
+    place = folder.path / "rows" / f"{model}-{topology.replace(':', '-')}-{parts}.jsonl"
     place.parent.mkdir(exist_ok=True)
     options = {
         "model": model,
         "topology": topology,
         "lora-rank": config.lora_rank,
-        "parts": config.parts,
+        "parts": parts,
         "batch-size": config.batch_size,
         "output": place,
     }

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrlhf import bilevel, exact, objectives, preferences
 from jaxrlhf.lm import language as words
+from jaxrlhf.lm import parts as lm_parts
 from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, Writer, language_problem, reward_of
 from jaxrlhf.lm.reward import reward_model
@@ -93,7 +94,9 @@ def test_parts_change_nothing_but_memory(self_play):
         make(parts=3).sample(jax.random.key(0), policy, LANGUAGE.prompts, frozen)
 
 
-def test_parts_hold_the_activations_of_one_at_a_time():
+def test_parts_hold_the_activations_of_one_at_a_time(monkeypatch):
+    # As on a machine that reads all rows at once, if not told otherwise.
+    monkeypatch.setattr(lm_parts, "TOKENS", 2**20)
     policy, reference, _ = parameters()
     frozen, rows = LanguageFrozen(reference), jax.tree.map(lambda leaf: jnp.repeat(leaf, 64, axis=0), LANGUAGE.prompts)
     sizes = []

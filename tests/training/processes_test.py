@@ -88,9 +88,10 @@ def test_several_processes_do_what_one_does(world, count):
     """The same tokens and labels, each process asking about its share; the states of one process."""
     several, one = f"several-{count}", f"one-{count}"
     for name, processes in ((several, count), (one, 1)):
-        started = begin(world, name, processes)
+        started = begin(world, name, processes, "--keep-best", "1")
         assert finish(world, name, started) == [0] * processes, said(world, name, 0)
-    for ours, theirs in zip(models_of(world, several), models_of(world, one), strict=True):
+    both = (models_of(world, name) + models_of(world, f"{name}/best") for name in (several, one))
+    for ours, theirs in zip(*both, strict=True):
         for name in theirs:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
     whole = questions(world, f"{one}-0")
