@@ -697,15 +697,15 @@ def main(config: Config) -> pathlib.Path:
         seen = machine()
         found, devices, notes = collect(config, pathlib.Path(name), until)
     seen["device"] = next(iter(devices.values()), seen["device"])
+    seen["precision"] = "bfloat16 unless a line says float32"
     peaks = [f"{who} on {kind}: {peaks_of(kind)}." for who, kind in devices.items()]
-    precision = "Products are in bfloat16 unless a line says float32."
     checked = [
         f"Checked before, {who}, {label(row)}: {figure.agreed}."
         for (who, row), figure in found.items()
         if not isinstance(figure, str) and figure.agreed
     ]
     figures = [{"by": who, "what": row.what, "model": label(row), "found": each} for (who, row), each in found.items()]
-    notes = [*peaks, precision, counted, *notes, *checked]
+    notes = [*peaks, counted, *notes, *checked]
     return report(config, "gpu", tables_of(found, devices), figures, seen, notes=notes)
 
 

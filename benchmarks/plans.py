@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from jaxrlhf.training.progress import progress
-from jaxrlhf.training.report import Table, as_markdown, rich_table
+from jaxrlhf.training.report import Table, as_markdown, as_text
 from jaxrlhf.training.run_folder import RunFolder
 
 COLUMNS = (
@@ -110,7 +110,7 @@ def main(config: Config) -> pathlib.Path:
     table = Table("The update of jaxrlhf align", COLUMNS, [cells_of(row) for row in rows])
     folder.write_text("tables.md", as_markdown(table))
     folder.write_json("results.json", rows)
-    console.print(rich_table(table))
+    print(as_text(table))
     console.print(str(folder.path), soft_wrap=True)
     return folder.path
 

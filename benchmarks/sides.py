@@ -222,6 +222,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "device": jax.devices()[0].device_kind,
+        "precision": "float32",
         "load": round(os.getloadavg()[0], 2),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -241,7 +242,7 @@ def described(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
         f"{machine['processor']}, {machine['cores']} cores, load {machine['load']:g} at the start; {machine['device']}, "
-        f"float32; Python {machine['python']}, {versions}."
+        f"{machine['precision']}; Python {machine['python']}, {versions}."
     )
 
 

@@ -1,6 +1,5 @@
 """Log-probabilities of given completions, as the sampler saw them, and differentiable."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -69,33 +68,20 @@ def completion_log_probs(
             f"{prompt_length} prompt columns and {length} completion columns exceed the model's context of "
             f"{model.context_length}."
         )
-    read = functools.partial(_completion_log_probs, model, temperature=temperature, chunk_size=chunk_size)
+
+    def read(params, prompts, prompt_mask, completions, completion_mask):
+        prompts, prompt_mask = pad_left(prompts, prompt_mask)
+        completion_mask = completion_mask.astype(bool)
+        # The last completion token predicts nothing that is asked for.
+        tokens = jnp.concatenate([prompts, completions[:, :-1]], axis=1)
+        mask = jnp.concatenate([prompt_mask, completion_mask[:, :-1]], axis=1)
+        hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
+        columns = chunk_size or max(1, MAX_LOGITS // (len(completions) * model.vocabulary_size))
+        scores = token_log_probs(model, params, hidden, completions, temperature, columns)
+        return jnp.where(completion_mask, scores.log_prob, 0.0)
+
     parts = usual_parts(rows, prompt_length + length) if parts is None else parts
     return in_parts(read, parts)(params, prompts, prompt_mask, completions, completion_mask)
-
-
-def _completion_log_probs(
-    model: LanguageModel,
-    params: Any,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    completions: jax.Array,
-    completion_mask: jax.Array,
-    *,
-    temperature: float,
-    chunk_size: int | None,
-) -> jax.Array:
-    (rows, _), prompt_length = completions.shape, prompts.shape[1]
-    prompts, prompt_mask = pad_left(prompts, prompt_mask)
-    completion_mask = completion_mask.astype(bool)
-    # The last completion token predicts nothing that is asked for.
-    tokens = jnp.concatenate([prompts, completions[:, :-1]], axis=1)
-    mask = jnp.concatenate([prompt_mask, completion_mask[:, :-1]], axis=1)
-    hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
-    if chunk_size is None:
-        chunk_size = max(1, MAX_LOGITS // (rows * model.vocabulary_size))
-    scores = token_log_probs(model, params, hidden, completions, temperature, chunk_size)
-    return jnp.where(completion_mask, scores.log_prob, 0.0)
 
 
 def token_log_probs(
