@@ -19,7 +19,19 @@ import numpy as np
 import tyro
 
 from benchmarks.peers import Opened, open_policy, texts_of, torch_log_probs, torch_policy, tunix_policy, without_padding
-from benchmarks.sides import Compared, Side, agree, alternate, checks, machine, report, side, table_of, use_all_cores
+from benchmarks.sides import (
+    Compared,
+    Side,
+    agree,
+    alternate,
+    by_rows,
+    checks,
+    machine,
+    report,
+    side,
+    table_of,
+    use_all_cores,
+)
 from jaxrlhf.lm.generate import Completions, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 
@@ -43,14 +55,16 @@ Sampler = Callable[[float], np.ndarray]
 
 def ours(opened: Opened, prompts: np.ndarray, new_tokens: int) -> tuple[Sampler, Callable[[float], Completions]]:
     """Returns our sampler, and the same with log-probabilities."""
-    rows = without_padding(prompts)
-    write = functools.partial(generate, opened.policy, max_new_tokens=new_tokens, stop_ids=())
-    compiled = jax.jit(write, static_argnames="temperature")
 
-    def whole(temperature):
-        return compiled(opened.params, jax.random.key(1), *rows, temperature=temperature)
+    @functools.cache
+    def compiled(temperature):
+        def write(params, *rows):
+            key, settings = jax.random.key(1), {"max_new_tokens": new_tokens, "stop_ids": ()}
+            return generate(opened.policy, params, key, *rows, temperature=temperature, **settings)
 
-    return lambda temperature: np.asarray(whole(temperature).tokens), whole
+        return by_rows(write, opened.params, *without_padding(prompts))
+
+    return lambda temperature: np.asarray(compiled(temperature)().tokens), lambda temperature: compiled(temperature)()
 
 
 def of_transformers(model: Any, prompts: np.ndarray, new_tokens: int) -> Sampler:
@@ -171,7 +185,7 @@ def compare(config: Config, opened: Opened, batch_size: int) -> Compared:
 
     _, whole = ours(opened, prompts, new)
     sides = (
-        Side("ours", lambda: jax.block_until_ready(whole(1.0))),
+        Side("ours", lambda: whole(1.0)),
         side("transformers generate", transformers),
         side("Tunix sampler", tunix),
     )

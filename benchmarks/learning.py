@@ -36,7 +36,9 @@ from benchmarks.sides import (
     Side,
     agree,
     alternate,
+    by_rows,
     checks,
+    devices_of,
     machine,
     report,
     side,
@@ -47,12 +49,21 @@ from benchmarks.sides import (
 )
 from jaxrlhf.data.batches import Demonstrations, Pairs
 from jaxrlhf.direct_preference import direct_preference, dpo
-from jaxrlhf.lm.learning import learning, preference_loss, supervised_loss
+from jaxrlhf.lm.learning import LearningInfo, Loss, learning, preference_loss, supervised_loss
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.offline import offline_pairs
 from jaxrlhf.lm.problem import LanguageFrozen, Responses, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.objectives import likelihood
+from jaxrlhf.training.step import (
+    compile_algorithm,
+    compile_update,
+    place,
+    replicate,
+    split_by_batch,
+    where_labelled,
+)
+from jaxrlhf.types import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +120,7 @@ def log_probs(config: Config, opened: Opened, given: Texts) -> Task:
     """The log-probabilities of everything behind the prompts, forward only."""
     split = given.prompt_length
     prompts, completions = (without_padding(part) for part in (given.rows[:, :split], given.rows[:, split:]))
-    compiled = jax.jit(partial(completion_log_probs, opened.policy))
-
-    def ours():
-        return jax.block_until_ready(compiled(opened.params, *prompts, *completions))
+    ours = by_rows(partial(completion_log_probs, opened.policy), opened.params, *prompts, *completions)
 
     def transformers():
         import torch
@@ -138,15 +146,18 @@ def dpo_step(config: Config, opened: Opened, given: Texts) -> Task:
         policy, reward_model(policy), likelihood(), pairs=1, max_new_tokens=1, stop_ids=(), against_reference=False
     )
     algorithm = direct_preference(problem, dpo(beta=config.beta), adamw(config.rate))
-    frozen, key = LanguageFrozen(opened.params), jax.random.key(0)
+    mesh, key = devices_of(pairs), jax.random.key(0)
+    frozen = replicate(LanguageFrozen(opened.params), mesh)
     completions = jnp.asarray(np.swapaxes(given.pairs[:, :, split:], 0, 1)[:, None])
     responses = Responses(completions, jnp.ones(completions.shape, bool))
     known = jax.jit(partial(offline_pairs, policy))(
         without_padding(given.pairs[0, :, :split]), responses, jnp.ones((pairs, 1)), frozen
     )
     reference = np.asarray(known.sample.reference_log_prob[:, 0, :, 0]).T.copy()
-    update = jax.jit(algorithm.update, donate_argnums=1)
-    ours = stepping(lambda state: update(key, state, known, frozen), algorithm.init(key, (), opened.params))
+    update = compile_algorithm(algorithm, mesh).update  # pyright: ignore[reportArgumentType]: two of its functions
+    first = replicate(algorithm.init(key, (), opened.params), mesh)
+    placed = jax.device_put(known, where_labelled(mesh))
+    ours = stepping(lambda state: update(key, state, placed, frozen), first)
     rate, beta, directory = config.rate, config.beta, config.policy
 
     def trl():
@@ -171,10 +182,7 @@ def reward_step(config: Config, opened: Opened, given: Texts) -> Task:
     params = reward.from_trunk(opened.params) | {"head": jnp.asarray(head)}
     tokens = np.swapaxes(given.pairs, 0, 1)
     mask, one = np.ones(tokens.shape, bool), np.ones(pairs, np.float32)
-    batch = jax.device_put(Pairs(tokens, mask, mask, one, 0 * one, one))
-    algorithm = learning(preference_loss(reward), adamw(config.rate))
-    update = jax.jit(algorithm.update, donate_argnums=0)
-    ours = stepping(lambda state: update(state, batch), algorithm.init(params))
+    ours = learned_from(preference_loss(reward), params, Pairs(tokens, mask, mask, one, 0 * one, one), config.rate)
     directory, rate = config.policy, config.rate
 
     def trl():
@@ -191,10 +199,8 @@ def supervised_step(config: Config, opened: Opened, given: Texts) -> Task:
     """A step of supervised fine-tuning on all tokens but the first."""
     learned = np.ones(given.rows.shape, bool)
     learned[:, 0] = False
-    batch = jax.device_put(Demonstrations(given.rows, np.ones(given.rows.shape, np.int32), learned))
-    algorithm = learning(supervised_loss(opened.policy), adamw(config.rate))
-    update = jax.jit(algorithm.update, donate_argnums=0)
-    ours = stepping(lambda state: update(state, batch), algorithm.init(opened.params))
+    batch = Demonstrations(given.rows, np.ones(given.rows.shape, np.int32), learned)
+    ours = learned_from(supervised_loss(opened.policy), opened.params, batch, config.rate)
     directory, rate = config.policy, config.rate
 
     def trl():
@@ -208,6 +214,14 @@ def supervised_step(config: Config, opened: Opened, given: Texts) -> Task:
 
     others = {"TRL SFTTrainer": trl, "Tunix PeftTrainer": tunix, "torch loop": loop}
     return "supervised step", 1.5, lambda: float(ours().loss), others
+
+
+def learned_from(loss: Loss, params: Params, batch: Batch, rate: float) -> Callable[[], LearningInfo]:
+    """Returns the call of a step on one batch, its rows split over `devices_of`."""
+    mesh = devices_of(len(batch[0]))
+    algorithm, placed = learning(loss, adamw(rate)), place(batch, split_by_batch(mesh))
+    update = compile_update(algorithm.update, mesh)
+    return stepping(lambda state: update(state, placed, ()), replicate(algorithm.init(params), mesh))
 
 
 def adamw(rate: float) -> optax.GradientTransformation:

@@ -29,6 +29,7 @@ from benchmarks.sides import (
     agree,
     alternate,
     checks,
+    devices_of,
     machine,
     report,
     side,
@@ -45,6 +46,7 @@ from jaxrlhf.direct_preference import direct_preference, dpo
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.policy_gradient import policy_algorithm
+from jaxrlhf.training.step import compile_algorithm, place, replicate, split_by_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +119,19 @@ def iteration(algorithm: Any, upper: Any, task: Task, labels_of: Callable[[Sampl
         task: the prompts.
         labels_of: `(sample) -> labels [B, M, L]`.
     """
-    frozen = LanguageFrozen(task.opened.params)
-    propose, update = jax.jit(algorithm.propose), jax.jit(algorithm.update, donate_argnums=1)
+    mesh = devices_of(len(task.texts))
+    frozen, prompts = replicate(LanguageFrozen(task.opened.params), mesh), place(task.prompts, split_by_batch(mesh))
+    compiled = compile_algorithm(algorithm, mesh)
 
     def step(carried):
         key, state = carried
         key, sample_key, update_key = jax.random.split(key, 3)
-        sample = propose(sample_key, state, task.prompts, frozen)
-        state, info = update(update_key, state, Labelled(sample, labels_of(sample)), frozen)
+        sample = compiled.propose(sample_key, state, prompts, frozen)
+        state, info = compiled.update(update_key, state, Labelled(sample, labels_of(sample)), frozen)
         return (key, state), info
 
-    return stepping(step, (jax.random.key(0), algorithm.init(jax.random.key(0), upper, task.opened.params)))
+    first = replicate(algorithm.init(jax.random.key(0), upper, task.opened.params), mesh)
+    return stepping(step, (jax.random.key(0), first))
 
 
 def scores_of(task: Task, sample: Sample) -> np.ndarray:

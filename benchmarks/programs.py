@@ -17,7 +17,7 @@ def flops_of(jaxpr: Any, *, turns: int = 1) -> float:
 
     Args:
         jaxpr: of `jax.make_jaxpr`.
-        turns: of loops whose number of turns is not known before they run.
+        turns: of loops whose number of turns is not known before they run, together with those of loops inside of them.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -27,7 +27,7 @@ def flops_of(jaxpr: Any, *, turns: int = 1) -> float:
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
             continue
-        inside = [flops_of(each, turns=turns) for each in _programs_in(params)]
+        inside = [flops_of(each, turns=1 if name == "while" else turns) for each in _programs_in(params)]
         times = params["length"] if name == "scan" else turns if name == "while" else 1
         total += times * (max(inside, default=0.0) if name == "cond" else sum(inside))
     return total

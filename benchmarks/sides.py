@@ -7,6 +7,7 @@ the medians, with the quartiles of the ratios of single rounds.
 
 import gc
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxrlhf.training.report import Table, as_markdown, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.step import data_mesh, place, replicate, split_by_batch, within
 
 EXTRA = "pip install '.[benchmarks]'"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl", "google-tunix")
@@ -199,15 +202,31 @@ def checks(compared: Sequence[Compared]) -> list[str]:
     return [f"Checked before, {line.what}: {line.agreed}." for line in compared if line.agreed]
 
 
-def use_all_cores() -> int:
-    """Gives torch, where it is installed, the threads that JAX takes by itself: one a core; returns their number."""
+def use_all_cores() -> None:
+    """Gives torch, where it is installed, a thread a core, and JAX a device a core: small products do not share one well.
+
+    Those who use one device alone have the threads of all cores with it.
+    """
     cores = len(os.sched_getaffinity(0))
+    jax.config.update("jax_num_cpu_devices", cores)
     try:
         import torch
     except ImportError:
-        return cores
+        return
     torch.set_num_threads(cores)
-    return cores
+
+
+def devices_of(rows: int) -> Mesh:
+    """Returns the mesh of as many devices as so many rows divide over: what `jaxrlhf` splits a batch over by itself."""
+    return data_mesh(jax.devices()[: math.gcd(rows, jax.device_count())])
+
+
+def by_rows(function: Callable[..., Any], params: Any, *rows: Any) -> Callable[[], Any]:
+    """Returns the call of a compiled `(params, *arrays [N, ...]) -> arrays [N, ...]`, its rows split over `devices_of`."""
+    mesh = devices_of(len(rows[0]))
+    split, params = split_by_batch(mesh), replicate(params, mesh)
+    compiled, rows = jax.jit(within(mesh, function), out_shardings=split), place(rows, split)
+    return lambda: jax.block_until_ready(compiled(params, *rows))
 
 
 def machine() -> dict[str, Any]:
@@ -221,7 +240,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "device": jax.devices()[0].device_kind,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "precision": "float32",
         "load": round(os.getloadavg()[0], 2),
         "system": platform.platform(terse=True),

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.lm.model import LanguageModel, pad_left
-from jaxrlhf.lm.parts import divided, in_parts, lone_cpu
+from jaxrlhf.lm.parts import divided, in_parts, rows_of_a_cpu
 
 PART = 2**22
 """Bytes of keys and values that rows written together on a CPU may take, if not the weights take more."""
+
+LOOK = 8
+"""Tokens from one look at whether every row has ended to the next: at each, devices wait for one another."""
 
 
 class Completions(NamedTuple):
@@ -48,7 +51,7 @@ def generate(
 
     `y_t = min { v : sum_{w <= v} p(w) > u_t }`, with `p = softmax(logits / temperature)` cut to its nucleus
     and one uniform `u_t` a row and step. A row ends with its first stop token, which counts as part of it; the
-    loop ends with the last row. No row depends on another. The function may be jitted; keywords are static.
+    loop ends soon after the last row (`LOOK`). No row depends on another. The function may be jitted; keywords are static.
 
     Args:
         model: the language model.
@@ -88,21 +91,26 @@ def generate(
 
 
 def parts_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
-    """Returns the number of parts that rows are written in on this machine: 1, but on a CPU without a mesh.
+    """Returns the number of parts that rows are written in on this machine: 1, but on a CPU.
 
     Every token reads the weights once, for however many rows, and the cache of every row. Rows whose caches outweigh the
     weights save no reading, and on a CPU push one another out of the processor's: twice the time a row. There a part has
     as many rows as divide all and whose caches take at most `PART`, or what the weights take; but at least 8.
     """
-    if not lone_cpu():
+    held = rows_of_a_cpu(len(prompts))
+    if held is None:
         return 1
     length = prompts.shape[1] + max_new_tokens
-    _, cache = jax.eval_shape(
-        lambda params, prompts: model.prefill(params, prompts, jnp.ones_like(prompts, bool), length),
-        params,
-        prompts[:1],
-    )
-    return divided(len(prompts), most=max(PART, _bytes(params)) // max(1, _bytes(cache)), least=8)
+
+    def filled(params, tokens):
+        return model.prefill(params, tokens, jnp.ones_like(tokens, bool), length)[1]
+
+    def taken(rows):
+        tokens = jax.ShapeDtypeStruct((rows, prompts.shape[1]), prompts.dtype)
+        return _bytes(jax.eval_shape(filled, params, tokens))
+
+    # What another row takes: a cache may hold what is the same for all.
+    return divided(held, most=max(PART, _bytes(params)) // max(1, taken(3) - taken(2)), least=8)
 
 
 def _bytes(tree: Any) -> int:
@@ -132,12 +140,8 @@ def write_rows(
         log_prob=jnp.zeros((max_new_tokens, rows), jnp.float32),
     )
 
-    def running(carry):
-        step, _, _, ended, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(ended)
-
-    def advance(carry):
-        step, hidden, cache, ended, written = carry
+    def advance(step, carry):
+        hidden, cache, ended, written = carry
         token, log_prob = choose(model.logits(params, hidden), uniforms[:, step], temperature, top_p)
         line = Completions(
             tokens=jnp.where(ended, pad_id, token),
@@ -148,10 +152,19 @@ def write_rows(
         for stop_id in stop_ids:
             ended = ended | (token == stop_id)
         hidden, cache = model.decode(params, line.tokens, cache)
-        return step + 1, hidden, cache, ended, written
+        return hidden, cache, ended, written
 
-    start = (jnp.int32(0), hidden, cache, jnp.zeros(rows, bool), blank)
-    *_, written = jax.lax.while_loop(running, advance, start)
+    def running(carry):
+        step, (_, _, ended, _) = carry
+        return (step < max_new_tokens) & ~jnp.all(ended)
+
+    def several(carry):
+        step, rest = carry
+        until = jnp.minimum(step + LOOK, max_new_tokens)
+        return until, jax.lax.fori_loop(step, until, advance, rest)
+
+    start = (jnp.int32(0), (hidden, cache, jnp.zeros(rows, bool), blank))
+    _, (*_, written) = jax.lax.while_loop(running, several, start)
     return jax.tree.map(jnp.transpose, written)
 
 

@@ -7,6 +7,7 @@ H head size.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,27 @@ def attend(
     out = jnp.einsum("nkts,nksh->nkth", weights, values, preferred_element_type=wide(values.dtype)) / total
     out = jnp.transpose(out.reshape(rows, heads, group, length, size), (0, 3, 1, 2, 4))
     return out.reshape(rows, length, -1).astype(values.dtype)
+
+
+def attend_behind(
+    query: jax.Array, keys: jax.Array, values: jax.Array, allowed: jax.Array, **settings: Any
+) -> jax.Array:
+    """`attend` of a whole row to itself (S = T), where no query looks at a key of a later column.
+
+    Queries go in `pieces`, each without the keys behind its last column: of the square of scores, two pieces compute 3/4,
+    four 5/8.
+    """
+    parts = [
+        attend(query[:, begin:end], keys[..., :end], values[:, :, :end], allowed[:, begin:end, :end], **settings)
+        for begin, end in pieces(query.shape[1])
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def pieces(columns: int) -> list[tuple[int, int]]:
+    """Returns where pieces of a row begin and end: one of less than 32 columns, two of less than 512, else four."""
+    size = -(-columns // (1 if columns < 32 else 2 if columns < 512 else 4))
+    return [(begin, min(begin + size, columns)) for begin in range(0, columns, size)]
 
 
 def split_rows(x: jax.Array) -> jax.Array:

@@ -34,16 +34,25 @@ def joined(rows: Any) -> Any:
 def usual_parts(rows: int, length: int) -> int:
     """Returns the number of parts that rows of some length are read in where nobody says it.
 
-    One; but on a CPU without a mesh as many as leave about `TOKENS` tokens in each: what a layer computes for more leaves
+    One; but on a CPU as many as leave about `TOKENS` tokens of each in every device: what a layer computes for more leaves
     the processor's caches before the next layer reads it, at twice the time for a small model, and computing a part again
     in the backward pass costs less than that.
     """
-    return 1 if not lone_cpu() else divided(rows, most=max(1, TOKENS // length))
+    held = rows_of_a_cpu(rows)
+    return 1 if held is None else divided(held, most=max(1, TOKENS // length))
 
 
-def lone_cpu() -> bool:
-    """Returns whether what is traced will run on a CPU, and on no mesh of several devices."""
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+def rows_of_a_cpu(rows: int) -> int | None:
+    """Returns how many of the rows each device will have that what is traced runs on; None where that is no CPU.
+
+    A CPU may be several devices, a core or more each, with all weights and their share of the rows (`JAX_NUM_CPU_DEVICES`,
+    the mesh axis `data`). None too where a mesh splits anything else: CPUs then stand for other devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    copies = mesh.shape.get("data", 1)
+    if jax.default_backend() != "cpu" or mesh.size > copies:
+        return None
+    return rows // copies if rows % copies == 0 else rows
 
 
 def divided(rows: int, *, most: int, least: int = 1) -> int:

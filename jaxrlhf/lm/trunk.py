@@ -15,6 +15,7 @@ from flax import nnx
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.layers import (
     attend,
+    attend_behind,
     frequencies,
     layer_norm,
     positions_of,
@@ -33,6 +34,9 @@ ACTIVATIONS = {
 }
 
 
+SCORES = 2**26
+"""Bytes of attention scores, of all layers together, up to which a backward pass has them kept."""
+
 UNROLLED = 8
 """Layers up to which they are written out one after the other; more are one loop."""
 
@@ -47,13 +51,16 @@ class Cache(NamedTuple):
     """Keys and values so far, so that a decoding step writes each in place.
 
     Attributes:
-        keys: already rotated, `[L, N, K, H, C]`; of few layers a tuple of L arrays, which need no slicing.
+        layers: of few layers the parameters of each, so that no step takes them out of the stack again; else None.
+        keys: already rotated, `[L, N, K, H, C]`; of few layers a tuple of L arrays, which need no slicing, without the
+            axis N of a single row: compilers would drop it in products, and copy the cache between the two shapes.
         values: likewise, `[L, N, K, C, H]`.
         valid: `[N, C]`, True where a real token has been written.
         positions: `[N]` int32, position of the next token.
         column: scalar int32, where the next token is written, in every row.
     """
 
+    layers: Any
     keys: Any
     values: Any
     valid: jax.Array
@@ -188,8 +195,15 @@ class Trunk(nnx.Module):
         x = x.astype(dtype)
         return split_rows(x + self.positions[...][positions].astype(dtype) if config.rope_base is None else x)
 
+    def written_out(self) -> list[Any] | None:
+        """The parameters of each layer, taken out of the stack; None where layers are one loop."""
+        params = nnx.state(self.layers)
+        if self.config.layers > UNROLLED:
+            return None
+        return [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(self.config.layers)]
+
     def through(
-        self, carry: Any, step: Callable, rows: Any = None, *, checkpoint: Callable | None = None
+        self, carry: Any, step: Callable, rows: Any = None, *, checkpoint: Callable | None = None, layers: Any = None
     ) -> tuple[Any, Any]:
         """Carries something through the layers: `step(block, index, near, carry, row) -> (carry, row)`.
 
@@ -198,6 +212,7 @@ class Trunk(nnx.Module):
             step: `near` says whether the layer has a window: a bool where that is known, else `[]`.
             rows: what each layer has of its own: a list where the layers are written out, else the first axis.
             checkpoint: of a function of the carry, the layer's parameters and its row, what its backward pass keeps.
+            layers: of `written_out`, where they are at hand.
 
         Returns:
             the carry, and the new rows in the same form.
@@ -209,10 +224,10 @@ class Trunk(nnx.Module):
         def one(carry, layer, index, near, row):
             return step(nnx.merge(structure, layer), index, near, carry, row)
 
-        if config.layers <= UNROLLED:
+        layers = self.written_out() if layers is None else layers
+        if layers is not None:
             found = []
-            for index in range(config.layers):
-                taken = jax.tree.map(lambda leaf, index=index: leaf[index], params)
+            for index, taken in enumerate(layers):
                 run = functools.partial(one, index=index, near=near[index])
                 run = run if checkpoint is None else checkpoint(run)
                 carry, row = run(carry, taken, row=None if rows is None else rows[index])
@@ -238,9 +253,9 @@ class Trunk(nnx.Module):
             return plain, plain
         return plain, rotary(positions, frequencies(config.head_size, config.window_rope_base))
 
-    def attend(self, query, keys, values, allowed) -> jax.Array:
-        """`layers.attend` with this decoder's scale and cap."""
-        return attend(query, keys, values, allowed, scale=self.config.query_scale, cap=self.config.score_cap)
+    def scoring(self) -> dict[str, float | None]:
+        """What `layers.attend` is told of this decoder's scores."""
+        return {"scale": self.config.query_scale, "cap": self.config.score_cap}
 
     def forward(
         self, tokens: jax.Array, mask: jax.Array, dtype: jnp.dtype, *, keep: bool = False, remat: str | None = None
@@ -251,12 +266,15 @@ class Trunk(nnx.Module):
         seen = mask[:, None, :] if mask.dtype == jnp.bool_ else mask[:, None, :] == mask[:, :, None]
         allowed = seen & (columns[None, :, None] >= columns[None, None, :])
         windowed, (plain, turned) = allowed & self.near(positions, positions), self.rotations(positions)
+        attention = functools.partial(attend_behind, **self.scoring())
+        # Scores are quadratic in T: computing many of them again in the backward pass beats keeping them.
+        if not keeps_scores(self.config, *tokens.shape):
+            attention = jax.checkpoint(attention)
 
         def step(block, index, near, x, row):
             del index, row
             query, key, value = block.project(x, _either(near, turned, plain))
-            # Scores are quadratic in T: computing them again in the backward pass beats keeping them.
-            attended = jax.checkpoint(self.attend)(query, key, value, _either(near, windowed, allowed))
+            attended = attention(query, key, value, _either(near, windowed, allowed))
             return block.finish(x, attended), (key, value) if keep else None
 
         checkpoint = None if remat is None else functools.partial(jax.checkpoint, policy=REMAT[remat])
@@ -282,7 +300,11 @@ class Trunk(nnx.Module):
             return jnp.pad(leaf, padding)
 
         keys, values = zip(*kept, strict=True) if isinstance(kept, list) else kept
+        layers = self.written_out()
+        if layers is not None and len(tokens) == 1:
+            keys, values = jax.tree.map(lambda leaf: leaf[0], (keys, values))
         cache = Cache(
+            layers=layers,
             keys=jax.tree.map(lambda leaf: longer(leaf, -1), keys),
             values=jax.tree.map(lambda leaf: longer(leaf, -2), values),
             valid=jnp.pad(mask, ((0, 0), (0, room))),
@@ -302,10 +324,11 @@ class Trunk(nnx.Module):
         def written(kept, new, index, axis):
             """The cache of all layers with one more column in one of them, and that layer's part."""
             if isinstance(kept, tuple):
-                own = jax.lax.dynamic_update_slice_in_dim(kept[index], new, cache.column, axis=axis)
-                return (*kept[:index], own, *kept[index + 1 :]), own
+                line = new.reshape(new.shape[-kept[index].ndim :])
+                own = jax.lax.dynamic_update_slice_in_dim(kept[index], line, cache.column, axis=axis)
+                return (*kept[:index], own, *kept[index + 1 :]), own.reshape(-1, *own.shape[-3:])
             place = [jnp.zeros((), jnp.int32)] * kept.ndim
-            place[0], place[1 + axis] = index, cache.column
+            place[0], place[axis] = index, cache.column
             kept = jax.lax.dynamic_update_slice(kept, new[None], place)
             return kept, jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
 
@@ -313,13 +336,19 @@ class Trunk(nnx.Module):
         def step(block, index, near, carry, row):
             x, keys, values = carry
             query, key, value = block.project(x, _either(near, turned, plain))
-            (keys, own_keys), (values, own_values) = written(keys, key, index, 3), written(values, value, index, 2)
-            attended = self.attend(query, own_keys, own_values, _either(near, windowed, allowed))
+            (keys, own_keys), (values, own_values) = written(keys, key, index, -1), written(values, value, index, -2)
+            attended = attend(query, own_keys, own_values, _either(near, windowed, allowed), **self.scoring())
             return (block.finish(x, attended), keys, values), row
 
         start = self.embed(tokens[:, None], positions, dtype), cache.keys, cache.values
-        (x, keys, values), _ = self.through(start, step)
-        return self.final_norm(x)[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.column + 1)
+        (x, keys, values), _ = self.through(start, step, layers=cache.layers)
+        new = Cache(cache.layers, keys, values, valid, cache.positions + 1, cache.column + 1)
+        return self.final_norm(x)[:, 0], new
+
+
+def keeps_scores(config: DecoderConfig, rows: int, length: int) -> bool:
+    """Returns whether the scores of so many rows are few enough (`SCORES`) for a backward pass to have them kept."""
+    return 4 * rows * length**2 * config.query_heads * config.layers <= SCORES
 
 
 def _either(near: Any, one: Any, other: Any) -> Any:

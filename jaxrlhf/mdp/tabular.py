@@ -195,12 +195,12 @@ def soft_policy_value(
 def policy_value(reward: jax.Array, log_policy: jax.Array, mdp: TabularMDP) -> jax.Array:
     """Returns the expected discounted reward from each state, `[S]`, of a policy `[S, A]`: exact evaluation."""
     policy = jnp.exp(log_policy)
-    return solve(_bellman_matrix(policy, mdp), jnp.sum(policy * reward, axis=-1))
+    return solve(_discounted_chain(policy, mdp), jnp.sum(policy * reward, axis=-1))
 
 
 def occupancy(log_policy: jax.Array, mdp: TabularMDP) -> jax.Array:
     """Returns `d(s) = sum_t gamma^t P(s_t = s, alive)`, `[S]`: a return is `sum_s d(s) sum_a pi(a | s) r(s, a)`."""
-    return solve(_bellman_matrix(jnp.exp(log_policy), mdp).T, mdp.start)
+    return solve(_discounted_chain(jnp.exp(log_policy), mdp).T, mdp.start)
 
 
 def advantage(reward: jax.Array, log_policy: jax.Array, mdp: TabularMDP) -> jax.Array:
@@ -242,31 +242,36 @@ ELIMINATED = 24
 """States up to which a system is solved by elimination written out, which fuses with what is around it."""
 
 
-def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """Returns the solution `[S]` of a linear system, differentiable in both; safe to vmap within jit on a CPU.
+def solve(chain: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns the solution `[S]` of `x = chain x + right`, differentiable in both; safe to vmap within jit on a CPU.
 
-    The matrix is diagonally dominant by rows or by columns, as `I - gamma P` and its transpose are.
+    The chain `[S, S]` is non-negative and its rows, or its columns, sum to less than 1, as those of `gamma P` and of its
+    transpose do.
     """
-    if len(matrix) <= ELIMINATED:
-        inverse = _inverse(jax.lax.stop_gradient(matrix))
-        solve, transpose_solve = inverse.__matmul__, inverse.T.__matmul__
+    if len(chain) <= ELIMINATED:
+        among = _powers(jax.lax.stop_gradient(chain))
+        solve, transpose_solve = (lambda right, paths=paths: right + paths @ right for paths in (among, among.T))
     else:
-        solve = functools.partial(_factorise_and_solve, matrix)
-        transpose_solve = functools.partial(_factorise_and_solve, matrix.T)
+        matrix = jnp.eye(len(chain), dtype=chain.dtype) - chain
+        solve, transpose_solve = (functools.partial(_factorise_and_solve, each) for each in (matrix, matrix.T))
     return jax.lax.custom_linear_solve(
-        lambda vector: matrix @ vector,
+        lambda vector: vector - chain @ vector,
         right,
         solve=lambda _, right: solve(right),
         transpose_solve=lambda _, right: transpose_solve(right),
     )
 
 
-def _inverse(matrix: jax.Array) -> jax.Array:
-    """Gauss-Jordan elimination in place; a diagonally dominant matrix needs no pivots (Higham 2002, theorem 9.9)."""
-    for index, own in enumerate(np.eye(len(matrix), dtype=matrix.dtype)):
-        across, down = matrix[index], matrix[:, index]
-        matrix = matrix - jnp.outer(down - own, (across + own) / across[index])
-    return matrix
+def _powers(chain: jax.Array) -> jax.Array:
+    """Returns `chain + chain^2 + ...`, that is `(I - chain)^-1 - I`: what all paths from state to state are worth.
+
+    Step k lets paths go through state k too (Kleene 1956): elimination without pivots, in sums of numbers that are not
+    negative. Nothing in it is a constant: of those a compiler makes one for each place, and no longer sees that a loop
+    computes the same inverse twice.
+    """
+    for state in range(len(chain)):
+        chain = chain + jnp.outer(chain[:, state], chain[state] / (1.0 - chain[state, state]))
+    return chain
 
 
 @jax.custom_batching.sequential_vmap
@@ -281,13 +286,14 @@ def _factorise_and_solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _solve_dense(linear, right: jax.Array) -> jax.Array:
-    return solve(jax.jacfwd(linear)(right), right)
+    # The function is that of a Bellman error: discounted next values less the value.
+    return solve(jax.jacfwd(lambda vector: linear(vector) + vector)(right), -right)
 
 
-def _bellman_matrix(policy: jax.Array, mdp: TabularMDP) -> jax.Array:
-    """Returns `I - gamma diag(1 - ends) P_pi`, `[S, S]`."""
+def _discounted_chain(policy: jax.Array, mdp: TabularMDP) -> jax.Array:
+    """Returns `gamma diag(1 - ends) P_pi`, `[S, S]`."""
     chain = jnp.einsum("sa,sat->st", policy, mdp.transition)
-    return jnp.eye(len(mdp.start), dtype=policy.dtype) - (mdp.discount * (1.0 - mdp.ends))[:, None] * chain
+    return mdp.discount * (chain - mdp.ends[:, None] * chain)
 
 
 def _soft_max(values: jax.Array, entropy_weight: float | jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.generate import PART, generate, inverse_cdf, nucleus, parts_of
+from jaxrlhf.lm.generate import LOOK, PART, generate, inverse_cdf, nucleus, parts_of
 from jaxrlhf.lm.model import DecoderConfig, LanguageModel, decoder
 from jaxrlhf.lm.weights import load_decoder, load_tokenizer
 
@@ -201,14 +201,17 @@ def counting_model(calls):
     )
 
 
-def test_the_loop_ends_with_the_last_row_and_takes_any_model():
-    calls = []
-    prompt = jnp.ones((3, 2), jnp.int32)
-    out = generate(counting_model(calls), {}, jax.random.key(0), prompt, prompt > 0, max_new_tokens=19, stop_ids=(4,))
+@pytest.mark.parametrize(
+    "stop, written, decoded", [(4, 5, LOOK), (LOOK - 1, LOOK, LOOK), (LOOK, LOOK + 1, 2 * LOOK), (19, 18, 18)]
+)
+def test_the_loop_ends_with_the_look_after_the_last_row_and_takes_any_model(stop, written, decoded):
+    calls, prompt = [], jnp.ones((3, 2), jnp.int32)
+    settings = {"max_new_tokens": 18, "stop_ids": (stop,)}
+    out = generate(counting_model(calls), {}, jax.random.key(0), prompt, prompt > 0, **settings)
     jax.effects_barrier()
-    np.testing.assert_array_equal(out.tokens[0, :6], [0, 1, 2, 3, 4, 0])
-    np.testing.assert_array_equal(jnp.sum(out.mask, axis=1), [5, 5, 5])
-    assert len(calls) == 5
+    np.testing.assert_array_equal(out.tokens[0], [*range(written), *[0] * (18 - written)])
+    np.testing.assert_array_equal(jnp.sum(out.mask, axis=1), [written] * 3)
+    assert len(calls) == decoded
 
 
 @pytest.fixture(scope="module")

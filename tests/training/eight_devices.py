@@ -2,12 +2,16 @@
 
     python tests/training/eight_devices.py enumerable|four_rooms
     python tests/training/eight_devices.py stories260K MODEL_DIRECTORY
+    python tests/training/eight_devices.py parts
 
 The same tokens and labels must give the same gradients (the first moments of Adam after a step) to 1e-5 and the same state
 after 5 steps to 1e-4, relative; the same keys the same tokens. The hypergradient is told apart: a stencil divides the
-rounding of its iterates by sigma. Prints what it found, as JSON.
+rounding of its iterates by sigma. `parts` is about rows that two devices of a CPU write and read some at a time. Prints
+what it found, as JSON.
 """
 
+import functools
+import importlib
 import json
 import pathlib
 import sys
@@ -19,10 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.programs import largest_collective
+from benchmarks.programs import collectives_of, largest_collective
 from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.lm import parts
 from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.language import alphabet_gold
+from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
@@ -30,7 +36,7 @@ from jaxrlhf.lm.weights import load_decoder
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives
 from jaxrlhf.training.sharding import by_size, make_mesh, shardings
-from jaxrlhf.training.step import compile_algorithm, create, place
+from jaxrlhf.training.step import compile_algorithm, create, place, split_by_batch, within
 
 MESHES = ({"fsdp": 8}, {"tensor": 2, "data": 4}, {"stencil": 2, "fsdp": 4})
 STEPS = 5
@@ -151,9 +157,44 @@ def largest_weight(case: Case) -> int:
     )
 
 
+def in_parts() -> dict[str, Any]:
+    """Returns how completions and gradients of two devices, in four parts of eight rows, differ from all rows at once."""
+    writing = importlib.import_module("jaxrlhf.lm.generate")
+    writing.PART, parts.TOKENS = 1, 72
+    model = decoder(DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=16))
+    params, key = model.init(jax.random.key(0)), jax.random.key(1)
+    rows = jnp.arange(128).reshape(64, 2) % 7 + 1, jnp.ones((64, 2), bool)
+    write = functools.partial(writing.generate, model, max_new_tokens=7, stop_ids=(0,))
+
+    def negative(params, count, *rows):
+        log_prob = completion_log_probs(model, params, *rows, parts=count)
+        return -jnp.sum(log_prob * jnp.cos(jnp.arange(log_prob.size).reshape(log_prob.shape)))
+
+    def read(params, *rows):
+        return jax.grad(negative)(params, None, *rows)
+
+    mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
+    split, seen, divided = split_by_batch(mesh), [], parts.divided
+    parts.divided = writing.divided = lambda *given, **settings: seen.append(divided(*given, **settings)) or seen[-1]
+    two = within(mesh, write), within(mesh, read)
+    here = jax.jit(two[0])(params, key, *place(rows, split))
+    text = jax.jit(two[0]).lower(params, key, *place(rows, split)).compile().as_text()
+    moved = jax.jit(two[1])(params, *place((*rows, here.tokens, here.mask), split))
+    whole = jax.jit(functools.partial(write, parts=1))(params, key, *rows)
+    return {
+        "parts": seen,
+        "same_tokens": all(map(np.array_equal, here[:2], whole[:2])),
+        "gradients": relative(moved, jax.grad(negative)(params, 1, *rows, whole.tokens, whole.mask)),
+        "bytes": sum(collectives_of(text).values()),
+    }
+
+
 def main(name: str, *arguments: str) -> None:
     """Follows every arrangement and prints how far it is from one device."""
     assert jax.device_count() == 8
+    if name == "parts":
+        print(json.dumps(in_parts()))
+        return
     case = {"enumerable": enumerable, "stories260K": stories, "four_rooms": in_rooms}[name](*arguments)
     one, given = follow(case, {"data": 1}, None)
     rows = max(leaf.nbytes for leaf in jax.tree.leaves(given[0]))

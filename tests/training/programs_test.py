@@ -35,6 +35,12 @@ CASES = {
         lambda x, w: jax.lax.while_loop(lambda x: jnp.sum(x) < 1, lambda x: x @ w, x),
         7,
     ),
+    "and one inside of another": (
+        lambda x, w: jax.lax.while_loop(
+            lambda x: jnp.sum(x) < 1, lambda x: jax.lax.fori_loop(0, jnp.int32(jnp.sum(x)), lambda _, x: x @ w, x), x
+        ),
+        7,
+    ),
     "the larger branch": (lambda x, w: jax.lax.cond(jnp.sum(x) > 0, lambda: x @ w @ w, lambda: x @ w), 2),
 }
 

@@ -55,6 +55,14 @@ def test_eight_devices_do_what_one_does(problem):
         assert found["fsdp=8"]["share"] < 1.1 / 8
 
 
+def test_devices_of_a_cpu_write_and_read_their_rows_in_parts():
+    """Nothing but "has every row ended" goes from one to the other while they write."""
+    found = on_eight_devices("parts")
+    assert set(found["parts"]) == {4}
+    assert found["same_tokens"] and found["gradients"] < 1e-5
+    assert 0 < found["bytes"] < 64
+
+
 def test_a_batch_that_does_not_divide_is_named():
     class FourDevices:
         shape = {"data": 2, "fsdp": 2}  # noqa: RUF012
