@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxrlhf.types import Params
 
 TOKENS = 1024
-"""Of a part on a CPU."""
+"""Of a part on a CPU, in all of its cores; half as many where a core is a device and has parts of its own."""
 
 
 def split(rows: Any, parts: int) -> Any:
@@ -34,12 +34,15 @@ def joined(rows: Any) -> Any:
 def usual_parts(rows: int, length: int) -> int:
     """Returns the number of parts that rows of some length are read in where nobody says it.
 
-    One; but on a CPU as many as leave about `TOKENS` tokens of each in every device: what a layer computes for more leaves
+    One; but on a CPU as many as leave about `TOKENS` tokens in each: what a layer computes for more leaves
     the processor's caches before the next layer reads it, at twice the time for a small model, and computing a part again
     in the backward pass costs less than that.
     """
     held = rows_of_a_cpu(rows)
-    return 1 if held is None else divided(held, most=max(1, TOKENS // length))
+    if held is None:
+        return 1
+    tokens = TOKENS if held == rows else TOKENS // 2
+    return divided(held, most=max(1, tokens // length))
 
 
 def rows_of_a_cpu(rows: int) -> int | None:

@@ -155,32 +155,31 @@ def language_problem(
         )
 
     def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
-        batch = data.tokens.shape[0]
-        rows = Prompts(*(jnp.repeat(part, pairs, axis=0) for part in data))
-        first_key, second_key = jax.random.split(key)
-        own = policy_params(lower, frozen)
-        first = write(first_key, own, rows)
-        opponent = frozen.reference if against_reference else own
-        second = write(second_key, opponent, rows)
+        batch, slots = data.tokens.shape[0], 1 if against_reference else 2
+        rows = Prompts(*(jnp.repeat(part, pairs * slots, axis=0) for part in data))
+        own_key, reference_key = jax.random.split(key)
 
-        def pair(*slots):
-            return jnp.stack([slot.reshape(batch, pairs, *slot.shape[1:]) for slot in slots], axis=2)
+        def given(key, params):
+            written = write(key, params, rows)
+            return Responses(written.tokens, written.mask), recorded(params, rows, written)
 
-        own_behaviour, other_behaviour = recorded(own, rows, first), recorded(opponent, rows, second)
-        behaviour = pair(own_behaviour, other_behaviour)
-        reference = log_probs(frozen.reference, rows, first.tokens, first.mask)
+        def shaped(tree):
+            return jax.tree.map(lambda leaf: leaf.reshape(batch, pairs, slots, *leaf.shape[1:]), tree)
+
+        responses, behaviour = given(own_key, policy_params(lower, frozen))
+        both = shaped((responses, behaviour, log_probs(frozen.reference, rows, *responses)))
         if against_reference:
-            other_reference = other_behaviour
-        else:
-            other_reference = log_probs(frozen.reference, rows, second.tokens, second.mask)
-        mask = pair(first.mask, second.mask)
+            others, other_behaviour = given(reference_key, frozen.reference)
+            second = shaped((others, other_behaviour, other_behaviour))
+            both = jax.tree.map(lambda *slots: jnp.concatenate(slots, axis=2), both, second)
+        responses, behaviour, reference = both
         measure, draws = drawn(batch, pairs, dtype=behaviour.dtype)
         return Sample(
             prompts=data,
-            responses=Responses(pair(first.tokens, second.tokens), mask),
+            responses=responses,
             behaviour_log_prob=behaviour,
-            reference_log_prob=pair(reference, other_reference),
-            discount=mask.astype(behaviour.dtype) if per_token else jnp.ones_like(behaviour),
+            reference_log_prob=reference,
+            discount=responses.mask.astype(behaviour.dtype) if per_token else jnp.ones_like(behaviour),
             measure=measure,
             by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
             draws=draws,

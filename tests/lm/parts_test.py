@@ -36,13 +36,13 @@ def test_rows_are_divided_into_the_fewest_equal_parts(rows, most, least, expecte
     assert parts.divided(rows, most=most, least=least) == expected
 
 
-def test_every_device_of_a_cpu_reads_a_thousand_tokens_at_a_time():
+def test_a_cpu_reads_a_thousand_tokens_at_a_time_and_each_of_its_devices_half_as_many():
     assert [parts.usual_parts(64, length) for length in (8, 16, 128, 1024, 4096)] == [1, 1, 8, 64, 64]
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     assert within(mesh, parts.usual_parts)(64, 128) == 8
     for sizes, rows, expected in [
-        ({"data": 2}, 64, 4),
-        ({"data": 2, "fsdp": 1}, 64, 4),
+        ({"data": 2}, 64, 8),
+        ({"data": 2, "fsdp": 1}, 16, 2),
         ({"data": 3}, 64, 8),  # not split: every device reads all rows
         ({"data": 2, "fsdp": 2}, 64, 1),
         ({"tensor": 2}, 64, 1),

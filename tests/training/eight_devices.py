@@ -160,7 +160,7 @@ def largest_weight(case: Case) -> int:
 def in_parts() -> dict[str, Any]:
     """Returns how completions and gradients of two devices, in four parts of eight rows, differ from all rows at once."""
     writing = importlib.import_module("jaxrlhf.lm.generate")
-    writing.PART, parts.TOKENS = 1, 72
+    writing.PART, parts.TOKENS = 1, 144
     model = decoder(DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=16))
     params, key = model.init(jax.random.key(0)), jax.random.key(1)
     rows = jnp.arange(128).reshape(64, 2) % 7 + 1, jnp.ones((64, 2), bool)
