@@ -205,10 +205,11 @@ def checks(compared: Sequence[Compared]) -> list[str]:
 def use_all_cores() -> None:
     """Gives torch, where it is installed, a thread a core, and JAX a device a core: small products do not share one well.
 
-    Those who use one device alone have the threads of all cores with it.
+    Those who use one device alone have the threads of all cores with it. `JAX_NUM_CPU_DEVICES=1` makes ours one of them.
     """
     cores = len(os.sched_getaffinity(0))
-    jax.config.update("jax_num_cpu_devices", cores)
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", cores)
     try:
         import torch
     except ImportError:

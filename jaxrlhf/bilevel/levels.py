@@ -158,41 +158,38 @@ def sampled_levels(
         cost = problem.cost(upper, reward, labelled, frozen)
         return importance.expectation(pair_weights * cost.coupled + share * cost.uncoupled, labelled.sample)
 
+    def at_reward(view, labelled, pair_weights, reward_weights=0.0, share=1.0):
+        """The gradient at the reward model's outputs on a view, and the part that does not go through them."""
+        through, direct = jax.grad(weighted_cost, argnums=(0, 1))(view.reward, upper, pair_weights, labelled, share)
+        return through + view.sample.measure[:, :, None, None] * view.sample.discount * reward_weights, direct
+
+    def at_hand(log_weights):
+        return jnp.exp(importance.pair_log_weights(log_weights[0]))
+
     def from_shared_sample(lowers, log_probs, log_weights, sigma):
         weights = weights_on(shared, _first(lowers), log_probs[0], log_weights, sigma)
-        # The gradient at the reward model's outputs, with and without the policy's answer.
-        sides = jax.grad(weighted_cost, argnums=(0, 1))
-        through_cost, direct = sides(rewards, upper, weights.coupled, labelled)
-        whole = through_cost + shared.sample.measure[:, :, None, None] * shared.sample.discount * weights.reward
-        at_hand = jnp.exp(importance.pair_log_weights(log_weights[0]))
-        rest = jax.grad(weighted_cost)(rewards, upper, at_hand, labelled)
+        # With and without the policy's answer.
+        whole, direct = at_reward(shared, labelled, *weights)
+        rest, _ = at_reward(shared, labelled, at_hand(log_weights))
         gradient = jax.tree.map(jnp.add, pull_back(whole)[0], direct)
         return gradient, _share(jnp.linalg.norm(whole - rest), jnp.linalg.norm(rest))
 
     def from_own_samples(lowers, log_probs, log_weights, sigma):
-        def term(index, lower, log_prob, log_weights):
+        def pulled_back(index, *settings):
             own = labelled_of(index)
+            outputs, direct = at_reward(look(index), own, *settings)
+            # What the reward is at is known: its parameters' gradient alone is computed.
+            _, pull_back = jax.vjp(lambda upper: problem.reward(upper, own.sample, frozen), upper)
+            return jax.tree.map(jnp.add, pull_back(outputs)[0], direct)
+
+        def term(index, lower, log_prob, log_weights):
             weights = weights_on(look(index), lower, log_prob, log_weights[None], sigma, tilt=index)
+            # The uncoupled part is fitted on tilt 0's pairs, as with a shared sample.
+            return pulled_back(index, *weights, jnp.where(index == 0, 1.0, 0.0))
 
-            def surrogate(upper):
-                reward = problem.reward(upper, own.sample, frozen)
-                scaled = jnp.sum(weights.reward * own.sample.discount * reward, axis=(-2, -1))
-                # The uncoupled part is fitted on tilt 0's pairs, as with a shared sample.
-                cost = weighted_cost(reward, upper, weights.coupled, own, jnp.where(index == 0, 1.0, 0.0))
-                return cost + importance.expectation(scaled, own.sample)
-
-            return jax.grad(surrogate)(upper)
-
-        gradient = jax.tree.map(
-            lambda leaf: jnp.sum(leaf, axis=0), every(term)(indices, lowers, log_probs, log_weights)
-        )
-
-        def fixed_policy(upper):
-            own = labelled_of(0)
-            weights = jnp.exp(importance.pair_log_weights(log_weights[0]))
-            return weighted_cost(problem.reward(upper, own.sample, frozen), upper, weights, own)
-
-        rest = jax.grad(fixed_policy)(upper)
+        terms = every(term)(indices, lowers, log_probs, log_weights)
+        gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), terms)
+        rest = pulled_back(0, at_hand(log_weights))
         return gradient, _share(optax.tree.norm(optax.tree.sub(gradient, rest)), optax.tree.norm(rest))
 
     def from_two_points(lowers, sigma):
