@@ -196,7 +196,7 @@ def compare(config: Config, opened: Opened, batch_size: int) -> Compared:
 
 def main(config: Config) -> pathlib.Path:
     """Prints and writes the table; returns its folder."""
-    use_all_cores()
+    use_all_cores(devices=True)
     seen, opened = machine(), open_policy(config.policy)
     found = [compare(config, opened, size) for size in config.batch_sizes]
     tables = [table_of("Sampling", found)]

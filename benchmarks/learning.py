@@ -249,7 +249,7 @@ def compare(config: Config, opened: Opened, given: Texts, name: str) -> Compared
 
 def main(config: Config) -> pathlib.Path:
     """Prints and writes the table; returns its folder."""
-    use_all_cores()
+    use_all_cores(devices=True)
     seen, opened = machine(), open_policy(config.policy)
     given = texts(config, opened)
     found = [compare(config, opened, given, name) for name in config.only]

@@ -249,7 +249,7 @@ def bilevel_iteration(config: Config, task: Task) -> Compared:
 
 def main(config: Config) -> pathlib.Path:
     """Prints and writes the table; returns its folder."""
-    use_all_cores()
+    use_all_cores(devices=True)
     seen, task = machine(), task_of(config)
     found = [make(config, task) for make in (online_dpo, rloo, bilevel_iteration)]
     tables = [table_of("A whole online iteration", found)]

@@ -202,13 +202,13 @@ def checks(compared: Sequence[Compared]) -> list[str]:
     return [f"Checked before, {line.what}: {line.agreed}." for line in compared if line.agreed]
 
 
-def use_all_cores() -> None:
-    """Gives torch, where it is installed, a thread a core, and JAX a device a core: small products do not share one well.
+def use_all_cores(*, devices: bool = False) -> None:
+    """Gives torch, where it is installed, a thread a core, and JAX, if asked to, a device a core, to split rows over.
 
     Those who use one device alone have the threads of all cores with it. `JAX_NUM_CPU_DEVICES=1` makes ours one of them.
     """
     cores = len(os.sched_getaffinity(0))
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    if devices and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", cores)
     try:
         import torch

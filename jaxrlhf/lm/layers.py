@@ -165,7 +165,7 @@ def attend(
     return out.reshape(rows, length, -1).astype(values.dtype)
 
 
-def attend_behind(
+def attend_causally(
     query: jax.Array, keys: jax.Array, values: jax.Array, allowed: jax.Array, **settings: Any
 ) -> jax.Array:
     """`attend` of a whole row to itself (S = T), where no query looks at a key of a later column.

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.layers import (
     attend,
-    attend_behind,
+    attend_causally,
     frequencies,
     layer_norm,
     positions_of,
@@ -266,7 +266,7 @@ class Trunk(nnx.Module):
         seen = mask[:, None, :] if mask.dtype == jnp.bool_ else mask[:, None, :] == mask[:, :, None]
         allowed = seen & (columns[None, :, None] >= columns[None, None, :])
         windowed, (plain, turned) = allowed & self.near(positions, positions), self.rotations(positions)
-        attention = functools.partial(attend_behind, **self.scoring())
+        attention = functools.partial(attend_causally, **self.scoring())
         # Scores are quadratic in T: computing many of them again in the backward pass beats keeping them.
         if not keeps_scores(self.config, *tokens.shape):
             attention = jax.checkpoint(attention)

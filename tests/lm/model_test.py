@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm import trunk
+from jaxrlhf.lm import layers, trunk
 from jaxrlhf.lm.model import DecoderConfig, decoder, pad_left
 from jaxrlhf.lm.weights import load_decoder
 
@@ -83,10 +83,11 @@ def test_a_state_depends_on_earlier_tokens_only(tiny):
     assert float(jnp.min(jnp.max(jnp.abs(before[:, 6:] - after[:, 6:]), axis=-1))) > 1e-3
 
 
-def test_cache_gives_the_states_of_whole_rows(tiny):
+@pytest.mark.parametrize("rows", [4, 1])
+def test_cache_gives_the_states_of_whole_rows(tiny, rows):
     model, params = tiny
-    tokens = jax.random.randint(jax.random.key(4), (4, 11), 0, 23)
-    mask = jnp.arange(11)[None, :] >= jnp.array([0, 1, 3, 4])[:, None]
+    tokens = jax.random.randint(jax.random.key(4), (rows, 11), 0, 23)
+    mask = jnp.arange(11)[None, :] >= jnp.array([0, 1, 3, 4])[-rows:, None]
     expected = model.hidden(params, tokens, mask)
     state, cache = model.prefill(params, tokens[:, :5], mask[:, :5], 14)
     np.testing.assert_allclose(state, expected[:, 4], atol=1e-5)
@@ -200,6 +201,42 @@ def test_a_loop_over_layers_does_what_they_do_one_by_one(tiny_config, monkeypatc
     one_by_one = everything()
     monkeypatch.setattr(trunk, "UNROLLED", 1)
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), everything(), one_by_one)
+
+
+@pytest.mark.parametrize("columns", [31, 32, 33, 511, 512, 515])
+def test_attention_in_pieces_is_that_of_the_whole_square(columns):
+    keys = jax.random.split(jax.random.key(6), 4)
+    query = jax.random.normal(keys[0], (2, columns, 2, 3, 4))
+    key, value = jax.random.normal(keys[1], (2, 2, 4, columns)), jax.random.normal(keys[2], (2, 2, columns, 4))
+    place = jnp.arange(columns)
+    seen = jax.random.bernoulli(keys[3], 0.7, (2, columns)) | (place == 0)
+    allowed = seen[:, None, :] & (place[:, None] >= place[None, :])
+
+    def slopes(attend):
+        whole = functools.partial(attend, allowed=allowed, scale=0.7, cap=5.0)
+        return whole(query, key, value), jax.grad(lambda *given: jnp.sum(jnp.sin(whole(*given))), (0, 1, 2))(
+            query, key, value
+        )
+
+    both = slopes(layers.attend_causally), slopes(layers.attend)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), *both)
+    widths = [end - begin for begin, end in layers.pieces(columns)]
+    assert sum(widths) == columns and len(widths) == (1 if columns < 32 else 2 if columns < 512 else 4)
+
+
+def test_scores_that_are_computed_again_change_no_gradient(tiny, tiny_config, monkeypatch):
+    _, params = tiny
+    tokens, mask = jax.random.randint(jax.random.key(2), (3, 9), 0, 23), jnp.ones((3, 9), bool)
+
+    def program():
+        model = decoder(tiny_config)
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.hidden(params, tokens, mask)))))
+
+    kept = program()
+    slope, again = kept(params), "remat" in str(jax.make_jaxpr(kept)(params))
+    monkeypatch.setattr(trunk, "SCORES", 0)
+    assert not again and "remat" in str(jax.make_jaxpr(program())(params))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), slope, program()(params))
 
 
 @pytest.mark.parametrize("unrolled", [1, 8])
