@@ -158,7 +158,9 @@ def sampled_levels(
         cost = problem.cost(upper, reward, labelled, frozen)
         return importance.expectation(pair_weights * cost.coupled + share * cost.uncoupled, labelled.sample)
 
-    def at_reward(view, labelled, pair_weights, reward_weights=0.0, share=1.0):
+    def at_reward(
+        view, labelled, pair_weights, reward_weights: jax.Array | float = 0.0, share: jax.Array | float = 1.0
+    ):
         """The gradient at the reward model's outputs on a view, and the part that does not go through them."""
         through, direct = jax.grad(weighted_cost, argnums=(0, 1))(view.reward, upper, pair_weights, labelled, share)
         return through + view.sample.measure[:, :, None, None] * view.sample.discount * reward_weights, direct
