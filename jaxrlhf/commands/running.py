@@ -46,8 +46,8 @@ class Running:
     mesh: str = "data=-1"
     """How devices are arranged, such as fsdp=8 or tensor=2,data=-1; of data, fsdp, tensor and stencil."""
     parts: int = 1
-    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same. A lone
-    CPU takes as many as suit its caches, where no more are asked for."""
+    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same. A CPU
+    takes as many as suit its caches, where no more are asked for."""
     remat: Literal["layer", "products"] | None = None
     """What a backward pass computes again, to save memory: everything but each layer's input, or but its products."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")

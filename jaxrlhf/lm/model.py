@@ -79,7 +79,7 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
         dtype: of the residual stream and the products; None is the widest of the parameters', so that adapters in float32
             on weights in bfloat16 give states in float32.
         remat: what a backward pass computes again, to save memory: "layer", everything but each layer's input, or
-            "products", everything but products with weights; by default attention's scores alone.
+            "products", everything but products with weights; by default attention's scores, where they are many.
 
     Returns:
         The `LanguageModel`. Its functions raise ValueError for parameters of another structure.

@@ -209,8 +209,8 @@ def test_attention_in_pieces_is_that_of_the_whole_square(columns):
     query = jax.random.normal(keys[0], (2, columns, 2, 3, 4))
     key, value = jax.random.normal(keys[1], (2, 2, 4, columns)), jax.random.normal(keys[2], (2, 2, columns, 4))
     place = jnp.arange(columns)
-    seen = jax.random.bernoulli(keys[3], 0.7, (2, columns)) | (place == 0)
-    allowed = seen[:, None, :] & (place[:, None] >= place[None, :])
+    seen = jax.random.bernoulli(keys[3], 0.7, (2, columns)) | (place == 0)[None, :]
+    allowed = seen[:, None, :] & (place[:, None] >= place[None, :])[None]
 
     def slopes(attend):
         whole = functools.partial(attend, allowed=allowed, scale=0.7, cap=5.0)
