@@ -245,8 +245,8 @@ ELIMINATED = 24
 def solve(chain: jax.Array, right: jax.Array) -> jax.Array:
     """Returns the solution `[S]` of `x = chain x + right`, differentiable in both; safe to vmap within jit on a CPU.
 
-    The chain `[S, S]` is non-negative and its rows, or its columns, sum to less than 1, as those of `gamma P` and of its
-    transpose do.
+    The chain `[S, S]` is non-negative and dies out (its powers go to 0), as `gamma P` and its transpose do, or `P` where
+    every episode ends.
     """
     if len(chain) <= ELIMINATED:
         among = _powers(jax.lax.stop_gradient(chain))
