@@ -34,8 +34,8 @@ def joined(rows: Any) -> Any:
 def usual_parts(rows: int, length: int) -> int:
     """Returns the number of parts that rows of some length are read in where nobody says it.
 
-    One; but on a CPU as many as leave about `TOKENS` tokens in each: what a layer computes for more leaves
-    the processor's caches before the next layer reads it, at twice the time for a small model, and computing a part again
+    One; but on a CPU as many as leave about `TOKENS` tokens in each: what a layer computes for more leaves the
+    processor's caches before the next layer reads it, at twice the time for a small model, and computing a part again
     in the backward pass costs less than that.
     """
     held = rows_of_a_cpu(rows)

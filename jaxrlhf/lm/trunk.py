@@ -197,9 +197,9 @@ class Trunk(nnx.Module):
 
     def written_out(self) -> list[Any] | None:
         """The parameters of each layer, taken out of the stack; None where layers are one loop."""
-        params = nnx.state(self.layers)
         if self.config.layers > UNROLLED:
             return None
+        params = nnx.state(self.layers)
         return [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(self.config.layers)]
 
     def through(
