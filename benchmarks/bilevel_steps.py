@@ -21,13 +21,13 @@ from benchmarks.peers import Opened, open_policy, texts_of, without_padding
 from benchmarks.programs import flops_of
 from benchmarks.sides import Side, Timed, agree, alternate, machine, ratio, report, stepping, use_all_cores
 from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import BilevelAlgorithm, HypergradientRule, Labelled, LowerSolver, Sample
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import LanguageModel
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, flat, language_problem
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import LanguageModel
 from jaxrlhf.training.report import Table
-from jaxrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,9 @@ def algorithm_of(
         max_new_tokens=new_tokens,
         stop_ids=(),
     )
-    return bilevel.bilevel_descent(problem, rule, solver, optax.adam(1e-4), beta=0.2, annotate=ANNOTATE, in_turn=True)
+    return bilevel.bilevel_descent(
+        problem, rule, solver, optax.adam(1e-4), beta=0.2, annotate=ANNOTATE, sequential=True
+    )
 
 
 def compiled(step: Callable, state: Any, *arguments: Any, turns: int = 1) -> Program:

@@ -41,22 +41,22 @@ from benchmarks.programs import flops_of
 from benchmarks.scaling import texts
 from benchmarks.sides import EXTRA, Side, Timed, agree, alternate, machine, report, stepping, warm_up
 from jaxrlhf import bilevel, objectives
+from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Labelled
 from jaxrlhf.commands.models import Model
 from jaxrlhf.data.batches import Demonstrations, Pairs
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.layers import pieces
+from jaxrlhf.lm.hugging_face.weights import load_decoder, save_decoder
 from jaxrlhf.lm.learning import learning, preference_loss, supervised_loss
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import LanguageModel, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.trunk import UNROLLED, keeps_scores
-from jaxrlhf.lm.weights import load_decoder, save_decoder
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.layers import pieces
+from jaxrlhf.lm.transformer.model import LanguageModel, decoder
+from jaxrlhf.lm.transformer.trunk import UNROLLED, keeps_scores
 from jaxrlhf.training.report import Table
-from jaxrlhf.types import Params
 
 Who = Literal["ours", "transformers", "Tunix"]
 What = Literal["supervised", "reward", "bilevel", "decode"]
@@ -331,7 +331,7 @@ def coupled(policy: LanguageModel, base: Params, rank: int, prompts: np.ndarray,
         **adapters,
     )
     rule, solver = bilevel.central(relative_sigma=0.2), bilevel.tangent(optax.adam(1e-5), optax.adam(1e-6))
-    algorithm = bilevel.bilevel_descent(problem, rule, solver, optax.adam(1e-4), beta=0.2, in_turn=True)
+    algorithm = bilevel.bilevel_descent(problem, rule, solver, optax.adam(1e-4), beta=0.2, sequential=True)
     key, *keys = jax.random.split(jax.random.key(4), 4)
     lower = lora.init_adapter(keys[0], base, rank=rank) if rank else base
     sample = jax.jit(problem.sample)(keys[1], lower, peers.without_padding(prompts), LanguageFrozen(base))

@@ -47,8 +47,9 @@ from benchmarks.sides import (
     use_all_cores,
     warm_up,
 )
+from jaxrlhf.algorithms.direct_preference import direct_preference, dpo
+from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.data.batches import Demonstrations, Pairs
-from jaxrlhf.direct_preference import direct_preference, dpo
 from jaxrlhf.lm.learning import LearningInfo, Loss, learning, preference_loss, supervised_loss
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.offline import offline_pairs
@@ -63,7 +64,6 @@ from jaxrlhf.training.step import (
     split_by_batch,
     where_labelled,
 )
-from jaxrlhf.types import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)

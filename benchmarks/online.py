@@ -39,13 +39,13 @@ from benchmarks.sides import (
     warm_up,
 )
 from jaxrlhf import annotation, bilevel, objectives
+from jaxrlhf.algorithms.direct_preference import direct_preference, dpo
+from jaxrlhf.algorithms.policy_gradient import policy_algorithm
 from jaxrlhf.annotation import functions
 from jaxrlhf.bilevel import BilevelProblem, Labelled, Sample
 from jaxrlhf.data.batches import padded_prompts
-from jaxrlhf.direct_preference import direct_preference, dpo
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.policy_gradient import policy_algorithm
 from jaxrlhf.training.step import compile_algorithm, place, replicate, split_by_batch
 
 

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.base.types import Params
 from jaxrlhf.commands.models import Model, open_model
-from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.model import LanguageModel, decoder
+from jaxrlhf.lm.hugging_face.settings import settings_from
 from jaxrlhf.lm.problem import Prompts
-from jaxrlhf.lm.settings import settings_from
-from jaxrlhf.types import Params
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.model import LanguageModel, decoder
 
 OLDEST_TUNIX = (0, 1, 7)
 

@@ -46,7 +46,7 @@ class Config:
     lora_rank: int = 16
     """0 trains all weights."""
     remat: Literal["layer", "products"] = "layer"
-    parts: int = 1
+    microbatches: int = 1
     """Pieces that the responses of a step are read in."""
     layers: int | None = None
     """Fewer layers than the model has, to try it."""
@@ -58,7 +58,7 @@ class Row(NamedTuple):
     """One plan; bytes and seconds are those of one device and one update.
 
     Attributes:
-        model, topology, devices, mesh, lora_rank, parts: what was planned.
+        model, topology, devices, mesh, lora_rank, microbatches: what was planned.
         tokens: in the responses and prompts of a step.
         arguments: bytes of state, reference and batch; temporaries: bytes beside them.
         fits: whether both fit the chip.
@@ -75,7 +75,7 @@ class Row(NamedTuple):
     devices: int
     mesh: str
     lora_rank: int
-    parts: int
+    microbatches: int
     tokens: int
     arguments: float
     temporaries: float
@@ -123,11 +123,11 @@ def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
     from jaxrlhf.commands.align import Align, assemble
     from jaxrlhf.commands.comparison import Judge
     from jaxrlhf.commands.models import Model
-    from jaxrlhf.lm.axes import decoder_names
-    from jaxrlhf.lm.config import DecoderConfig
-    from jaxrlhf.lm.model import decoder
     from jaxrlhf.lm.problem import Prompts
     from jaxrlhf.lm.reward import reward_model
+    from jaxrlhf.lm.transformer.axes import decoder_names
+    from jaxrlhf.lm.transformer.config import DecoderConfig
+    from jaxrlhf.lm.transformer.model import decoder
     from jaxrlhf.training.sharding import shardings
     from jaxrlhf.training.step import where_labelled, within
 
@@ -165,7 +165,7 @@ def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
         max_new_tokens=config.max_new_tokens,
         lora_rank=config.lora_rank,
         remat=config.remat,
-        parts=config.parts,
+        microbatches=config.microbatches,
     )
     parts = assemble(settings, model, start, Judge(None, None, ()))
     state = jax.eval_shape(parts.algorithm.init, key, parts.upper, parts.lower)
@@ -216,7 +216,7 @@ def plan(config: Config) -> Row:
         devices=len(devices),
         mesh=config.mesh,
         lora_rank=config.lora_rank,
-        parts=config.parts,
+        microbatches=config.microbatches,
         tokens=math.prod(batch[:3]) * (config.max_prompt + config.max_new_tokens),
         arguments=given,
         temporaries=beside,

@@ -20,7 +20,7 @@ from jaxrlhf.training.report import Table, as_markdown, as_text
 from jaxrlhf.training.run_folder import RunFolder
 
 COLUMNS = (
-    "model", "adapters", "devices", "parts", "state, reference, batch (GB a device)", "beside them (GB)", "fits",
+    "model", "adapters", "devices", "microbatches", "state, reference, batch (GB a device)", "beside them (GB)", "fits",
     "PFLOP a step", "collectives (GB a device)", "least seconds", "tokens", "compiled in (s)", "how",
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ class Config:
     models: tuple[str, ...] = ("llama-1b", "llama-8b", "llama-70b")
     topologies: tuple[str, ...] = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "h200:8")
     lora_rank: int = 16
-    parts: tuple[int, ...] = (1, 2, 4)
+    microbatches: tuple[int, ...] = (1, 2, 4)
     """Of each row the first that fits."""
     batch_size: int = 8
     seconds: float = 900.0
@@ -44,22 +44,22 @@ class Config:
 def row_of(config: Config, model: str, topology: str, folder: RunFolder) -> dict:
     """Returns the plan of the fewest parts that fit; of the most, or the reason why there is none, where none does."""
     found: dict = {}
-    for parts in config.parts:
-        found = attempt(config, model, topology, parts, folder)
+    for microbatches in config.microbatches:
+        found = attempt(config, model, topology, microbatches, folder)
         if found.get("fits"):
             break
     return found
 
 
-def attempt(config: Config, model: str, topology: str, parts: int, folder: RunFolder) -> dict:
+def attempt(config: Config, model: str, topology: str, microbatches: int, folder: RunFolder) -> dict:
     """Returns one plan, or the reason why there is none."""
-    place = folder.path / "rows" / f"{model}-{topology.replace(':', '-')}-{parts}.jsonl"
+    place = folder.path / "rows" / f"{model}-{topology.replace(':', '-')}-{microbatches}.jsonl"
     place.parent.mkdir(exist_ok=True)
     options = {
         "model": model,
         "topology": topology,
         "lora-rank": config.lora_rank,
-        "parts": parts,
+        "microbatches": microbatches,
         "batch-size": config.batch_size,
         "output": place,
     }
@@ -83,7 +83,7 @@ def cells_of(row: dict) -> tuple:
         row["model"],
         row["lora_rank"] or "all weights",
         f"{row['devices']} ({row['topology']})",
-        row["parts"],
+        row["microbatches"],
         f"{row['arguments'] / 1e9:.2f}",
         f"{row['temporaries'] / 1e9:.2f}",
         "yes" if row["fits"] else "no",

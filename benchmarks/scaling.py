@@ -25,10 +25,10 @@ from benchmarks.sides import Side, Timed, alternate, machine, report, side, step
 from jaxrlhf import bilevel
 from jaxrlhf.bilevel import HypergradientRule
 from jaxrlhf.data.batches import Demonstrations
-from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.learning import learning, supervised_loss
-from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.problem import LanguageFrozen
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.report import Table
 
 

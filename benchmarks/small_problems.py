@@ -33,11 +33,11 @@ from benchmarks.sides import (
     warm_up,
 )
 from jaxrlhf import exact
+from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import BilevelAlgorithm, bilevel_descent_on_losses, forward, gradient
 from jaxrlhf.known.bandits import random_bandit
 from jaxrlhf.mdp.incentives import incentive_losses
 from jaxrlhf.mdp.tabular import TabularMDP
-from jaxrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Config:
     """Of the Markov decision process."""
     sigma: float = 0.1
     rate: float = 0.2
-    upper_rate: float = 0.1
+    upper_learning_rate: float = 0.1
     rounds: int = 7
     output: pathlib.Path = pathlib.Path("runs")
 
@@ -241,7 +241,7 @@ def python_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], 
         def surrogate(upper):
             return outer(upper, tilted) + (inner(upper, tilted) - inner(upper, policy)) / sigma
 
-        return upper - config.upper_rate * jax.grad(surrogate)(upper)
+        return upper - config.upper_learning_rate * jax.grad(surrogate)(upper)
 
     def call():
         upper = jnp.asarray(problem.upper)
@@ -283,7 +283,7 @@ def torch_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], A
                 lambda upper, policy=policy, tilted=tilted: (
                     outer(upper, tilted) + (inner(upper, tilted) - inner(upper, policy)) / sigma
                 ),
-                config.upper_rate,
+                config.upper_learning_rate,
             )
         return upper.numpy()
 
@@ -319,14 +319,14 @@ def main(config: Config) -> pathlib.Path:
     solver = gradient(optax.sgd(config.rate), steps=config.inner)
     for problem in (bandit(config), process(config)):
         algorithm = bilevel_descent_on_losses(
-            *problem.losses, forward(config.sigma), solver, optax.sgd(config.upper_rate), beta=1.0
+            *problem.losses, forward(config.sigma), solver, optax.sgd(config.upper_learning_rate), beta=1.0
         )
         ours = compiled_loop(algorithm, problem, config.steps)
         found.append(compare(config, problem, ours, config.sigma, how="two losses"))
     # The same bandit as a problem of pairs, every pair listed: what a learner with labels runs.
     problem = bandit(config)
     known = random_bandit(contexts=config.contexts, arms=config.arms, beta=BETA)
-    algorithm = known.algorithm(forward(config.sigma / BETA), solver, optax.sgd(config.upper_rate))
+    algorithm = known.algorithm(forward(config.sigma / BETA), solver, optax.sgd(config.upper_learning_rate))
     ours = compiled_loop(algorithm, problem._replace(frozen=known.frozen), config.steps)
     found.append(compare(config, problem, ours, config.sigma, how="all pairs listed"))
     rates = [f"Outer steps a second, {line.what}: {rates_of(line, config.steps)}." for line in found]

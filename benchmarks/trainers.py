@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from benchmarks.peers import torch_log_probs, tunix_policy
-from jaxrlhf.lm.config import DecoderConfig
+from jaxrlhf.lm.transformer.config import DecoderConfig
 
 Step = Callable[[], float]
 """Takes a step on one and the same batch, and returns the loss before it."""

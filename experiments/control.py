@@ -69,7 +69,7 @@ def annotator_of(name: AnnotatorName, task: Task):
 
     def remembered(sample, frozen):
         steps = preferences.myopic(lambda sample, frozen: task.scale * sample.responses.gold, decay=MYOPIC_DECAY)
-        return steps(sample._replace(discount=sample.responses.window), frozen)
+        return steps(sample._replace(cumulative_discount=sample.responses.window), frozen)
 
     score = remembered if name == "myopic" else whole
     return lambda labels: preferences.gold_annotator(score, labels=labels, choice=CHOICES[name])

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from control_tasks import Task
 
-from jaxrlhf import bilevel, objectives, preference_buffer, preferences
-from jaxrlhf.actor_critic import actor_critic
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.algorithms.actor_critic import actor_critic
+from jaxrlhf.algorithms.reward_learning import RewardState, fit, reward_learning
 from jaxrlhf.bilevel import HypergradientRule, Labelled, Sample
 from jaxrlhf.mdp.exploration import state_entropy_bonus
-from jaxrlhf.mdp.trajectories import Held, gold_score, trajectory_problem
-from jaxrlhf.reward_learning import RewardState, fit, reward_learning
+from jaxrlhf.mdp.trajectories import FrozenPolicies, gold_score, trajectory_problem
+from jaxrlhf.preferences import buffer as preference_buffer
 
 
 class Method(NamedTuple):
@@ -76,11 +77,11 @@ class Budget(NamedTuple):
         inner_steps: of the policy on each batch.
         fit_steps: of the reward, each on `fit_size` labels drawn from those kept.
         fit_size: see there.
-        policy_rate: of Adam.
-        critic_rate: of Adam.
-        fit_rate: of Adam.
-        coupled_rate: of Adam on the hypergradient.
-        tangent_rate: of Adam on the tangent.
+        policy_learning_rate: of Adam.
+        critic_learning_rate: of Adam.
+        fit_learning_rate: of Adam.
+        coupled_learning_rate: of Adam on the hypergradient.
+        tangent_learning_rate: of Adam on the tangent.
     """
 
     pairs: int = 16
@@ -89,11 +90,11 @@ class Budget(NamedTuple):
     inner_steps: int = 10
     fit_steps: int = 20
     fit_size: int = 32
-    policy_rate: float = 3e-3
-    critic_rate: float = 1e-2
-    fit_rate: float = 3e-3
-    coupled_rate: float = 3e-3
-    tangent_rate: float = 1e-3
+    policy_learning_rate: float = 3e-3
+    critic_learning_rate: float = 1e-2
+    fit_learning_rate: float = 3e-3
+    coupled_learning_rate: float = 3e-3
+    tangent_learning_rate: float = 1e-3
 
 
 class Curves(NamedTuple):
@@ -105,7 +106,7 @@ class Curves(NamedTuple):
         labels: bought.
         agreement: share of the drawn pairs that the learned reward orders as the true one does.
         kl: to the reference, in nats.
-        effective_sample_size: of the tilts.
+        ess_fraction: of the tilts.
         coupling_share: of the hypergradient.
     """
 
@@ -114,7 +115,7 @@ class Curves(NamedTuple):
     labels: jax.Array
     agreement: jax.Array
     kl: jax.Array
-    effective_sample_size: jax.Array
+    ess_fraction: jax.Array
     coupling_share: jax.Array
 
 
@@ -151,25 +152,27 @@ def slide(recent: Sample, latest: Sample) -> Sample:
     def push(old, new):
         return jnp.concatenate([old[:, fresh:], new], axis=1)
 
-    moved = jax.tree.map(push, *(each._replace(prompts=None, by_policy=None, draws=None) for each in (recent, latest)))
+    moved = jax.tree.map(
+        push, *(each._replace(prompts=None, from_policy=None, num_draws=None) for each in (recent, latest))
+    )
     return moved._replace(
         prompts=latest.prompts,
         measure=jnp.full_like(recent.measure, 1.0 / count),
-        by_policy=latest.by_policy,
-        draws=jnp.full_like(latest.draws, count),
+        from_policy=latest.from_policy,
+        num_draws=jnp.full_like(latest.num_draws, count),
     )
 
 
 def repeated(sample: Sample, times: int) -> Sample:
     """Returns the pairs several times over, to begin with."""
-    pairs = sample._replace(prompts=None, by_policy=None, draws=None)
+    pairs = sample._replace(prompts=None, from_policy=None, num_draws=None)
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times, axis=1), pairs)
-    return many._replace(prompts=sample.prompts, by_policy=sample.by_policy, draws=sample.draws)
+    return many._replace(prompts=sample.prompts, from_policy=sample.from_policy, num_draws=sample.num_draws)
 
 
-def held(state: bilevel.BilevelState) -> Held:
+def held(state: bilevel.BilevelState) -> FrozenPolicies:
     """Returns the frozen policies of a step: the opponent is the policy itself."""
-    return Held((), bilevel.deployed(state))
+    return FrozenPolicies((), state.policy)
 
 
 def collecting_steps(task: Task, method: Method, budget: Budget) -> int:
@@ -220,7 +223,7 @@ def entropy_reward(task: Task):
 
     def reward(members, sample, frozen):
         del members, frozen
-        return state_entropy_bonus(task.units * sample.responses.observations, sample.discount > 0)
+        return state_entropy_bonus(task.units * sample.responses.observations, sample.cumulative_discount > 0)
 
     return reward
 
@@ -241,13 +244,16 @@ def descent_on(task: Task, method: Method, budget: Budget, reward: Callable, cri
     problem = problem_of(task, budget, coupled_objective(method.objective, task.beta, share), reward)
     slope = actor_critic(
         problem, lambda critic, sample, frozen: task.value(critic, sample.responses.observations), critic,
-        optax.adam(budget.critic_rate), beta=task.beta, every_response=True,
+        optax.adam(budget.critic_learning_rate), beta=task.beta, every_response=True,
     )  # fmt: skip
     solver = bilevel.tangent(
-        optax.adam(budget.policy_rate), optax.adam(budget.tangent_rate), steps=budget.inner_steps, slope=slope
+        optax.adam(budget.policy_learning_rate),
+        optax.adam(budget.tangent_learning_rate),
+        steps=budget.inner_steps,
+        slope=slope,
     )
     follows = len(method.rule.stencil.offsets) > 1
-    upper_optimizer = optax.adam(budget.coupled_rate) if follows else optax.set_to_zero()
+    upper_optimizer = optax.adam(budget.coupled_learning_rate) if follows else optax.set_to_zero()
     return bilevel.bilevel_descent(problem, method.rule, solver, upper_optimizer, beta=task.beta)
 
 
@@ -270,11 +276,11 @@ def report(reward: Callable, upper, sample: Sample, info: bilevel.BilevelInfo, l
     same = (gained[..., 0] > gained[..., 1]) == (guessed[..., 0] > guessed[..., 1])
     return Curves(
         returns=jnp.mean(jnp.sum(sample.responses.gold[:, :, 0], axis=-1)),
-        steps=jnp.sum(sample.discount > 0),
+        steps=jnp.sum(sample.cumulative_discount > 0),
         labels=jnp.asarray(labels),
         agreement=jnp.sum(same & differ) / jnp.sum(differ),
         kl=info.kl,
-        effective_sample_size=info.effective_sample_size,
+        ess_fraction=info.ess_fraction,
         coupling_share=info.coupling_share,
     )
 
@@ -290,11 +296,11 @@ def trainer(task: Task, method: Method, budget: Budget, annotator: Callable[[int
     every, some = budget.pairs // twice, budget.labels // twice
     annotate, reward = annotator(twice), mean_reward(task, method)
     plain_fit = problem_of(task, budget, objectives.likelihood(coupled=False), member_reward(task))
-    learning = reward_learning(plain_fit, optax.adam(budget.fit_rate))
+    learning = reward_learning(plain_fit, optax.adam(budget.fit_learning_rate))
     fit_one = functools.partial(fit, frozen=(), size=budget.fit_size, steps=budget.fit_steps)
 
     def sample_of(key, learner):
-        return plain_fit.sample(key, bilevel.deployed(learner.descent), None, held(learner.descent))
+        return plain_fit.sample(key, learner.descent.policy, None, held(learner.descent))
 
     def unlabelled(sample):
         return Labelled(sample, jnp.full((*sample.measure.shape, twice), bilevel.SKIPPED))
@@ -377,7 +383,7 @@ def trainer(task: Task, method: Method, budget: Budget, annotator: Callable[[int
                 curves.append(seen)
             if step is explore:
                 # What explored was the policy; its optimisers and critic start again.
-                learner = learner._replace(descent=descent.init(key, members, bilevel.deployed(learner.descent)))
+                learner = learner._replace(descent=descent.init(key, members, learner.descent.policy))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *curves)
 
     return train

@@ -22,7 +22,7 @@ from four_rooms import OPTIMA
 from networks import forward, network
 
 from jaxrlhf import bilevel
-from jaxrlhf.actor_critic import actor_critic
+from jaxrlhf.algorithms.actor_critic import actor_critic
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives, tabular
 from jaxrlhf.training.figures import draw_curves
@@ -46,7 +46,7 @@ class Config:
     inner_steps: int = 4
     """Policy steps on each batch of episodes."""
     rate: float = 3e-3
-    critic_rate: float = 1e-2
+    critic_learning_rate: float = 1e-2
     width: int = 64
     seeds: int = 5
     output: pathlib.Path = pathlib.Path("runs")
@@ -94,7 +94,7 @@ def trainer(config: Config, upper: jax.Array, terms: rooms.Terms, environment: r
         lower = network(policy_key, seen.shape[-1], config.width, len(rooms.MOVES))
         critic = network(critic_key, seen.shape[-1], config.width, 1)
         rate = optax.linear_schedule(config.rate, 0.0, config.outer_steps * config.inner_steps)
-        slope = actor_critic(problem, value, critic, optax.adam(config.critic_rate), beta=1.0)
+        slope = actor_critic(problem, value, critic, optax.adam(config.critic_learning_rate), beta=1.0)
         # The leader stands still, so the tangent is not needed and not moved.
         solver = bilevel.tangent(optax.adam(rate), optax.sgd(0.0), steps=config.inner_steps, slope=slope)
         algorithm = bilevel.bilevel_descent(
@@ -102,7 +102,7 @@ def trainer(config: Config, upper: jax.Array, terms: rooms.Terms, environment: r
         )
 
         def one(state, count):
-            own = bilevel.deployed(state)
+            own = state.policy
             worth = -lower_loss(upper, own, terms, environment), -upper_loss(upper, own, terms, environment)
             state, _ = algorithm.step(jax.random.fold_in(key, count), state, terms, environment)
             return state, worth

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf import bilevel
+from jaxrlhf.base.types import Key
 from jaxrlhf.bilevel import Labelled
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives, tabular
-from jaxrlhf.types import Key
 
 REWARDS = (rooms.follower_reward, rooms.leader_reward)
 MULTIPLIERS = (0.4, 3.0)

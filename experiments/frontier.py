@@ -161,7 +161,7 @@ def parts_of(config: Config, world: World, size: str) -> tuple[Parts, Any]:
     parts = Parts(
         policy=world.policy,
         reward=reward,
-        reward_rate=LEARNERS_RATE[size],
+        reward_learning_rate=LEARNERS_RATE[size],
         critic=reward_model(world.policy).from_trunk(world.start),
         pairs=config.pairs,
         max_new_tokens=world.max_new_tokens,

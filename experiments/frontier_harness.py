@@ -15,13 +15,13 @@ from frontier_methods import Method, Parts, problem_of
 from frontier_tasks import Gold, World, characters
 
 from jaxrlhf import objectives, preferences
+from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.bilevel import Labelled
-from jaxrlhf.frontier_report import correlation, length_controlled_win_rate
+from jaxrlhf.evaluation.frontier import correlation, length_controlled_win_rate
+from jaxrlhf.evaluation.preferences import preference_accuracy
 from jaxrlhf.lm.generate import generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, flat, reward_of
-from jaxrlhf.preference_report import judge_differences
-from jaxrlhf.target_kl import ramp, target_kl
 
 
 class Budget(NamedTuple):
@@ -247,8 +247,8 @@ def evaluate(runner: Runner, state: Any, world: World, gold: Gold, yard: Yard) -
         chances = _probability(scores - yard.base_gold)
         lengths, base_lengths = (characters(world, yard.openings, each)[..., 0] for each in (own, yard.base))
         controlled = length_controlled_win_rate(chances.ravel(), (lengths - base_lengths).ravel().astype(float))
-        offline = judge_differences((base - other).ravel(), yard.offline_labels.ravel())
-        fresh = judge_differences((learned - base).ravel(), (yard.fresh_uniforms < chances).astype(float).ravel())
+        offline = preference_accuracy((base - other).ravel(), yard.offline_labels.ravel())
+        fresh = preference_accuracy((learned - base).ravel(), (yard.fresh_uniforms < chances).astype(float).ravel())
         rows.append(
             {
                 "gold": scores.mean(),

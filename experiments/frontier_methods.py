@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf import bilevel, objectives, preferences
-from jaxrlhf.actor_critic import actor_critic
-from jaxrlhf.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
-from jaxrlhf.group_relative import group_relative
+from jaxrlhf.algorithms.actor_critic import actor_critic
+from jaxrlhf.algorithms.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
+from jaxrlhf.algorithms.group_relative import group_relative
+from jaxrlhf.algorithms.policy_gradient import label_policy_gradient
+from jaxrlhf.algorithms.replay import refitted, replayed
+from jaxrlhf.algorithms.reward_learning import reward_learning
 from jaxrlhf.lm.critic import token_critic
-from jaxrlhf.lm.model import LanguageModel
 from jaxrlhf.lm.problem import language_problem
 from jaxrlhf.lm.reward import RewardModel
-from jaxrlhf.policy_gradient import label_policy_gradient
-from jaxrlhf.replay import refitted, replayed
-from jaxrlhf.reward_learning import reward_learning
+from jaxrlhf.lm.transformer.model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Parts(NamedTuple):
 
     Attributes:
         policy: the language model of policy and reference.
-        reward, reward_rate: the reward model that learners with one have, and the rate of its Adam.
+        reward, reward_learning_rate: the reward model that learners with one have, and the rate of its Adam.
         critic: first parameters of a critic, which is a reward model on the policy's trunk.
         pairs: a prompt and step.
         max_new_tokens: of a response.
@@ -62,7 +62,7 @@ class Parts(NamedTuple):
 
     policy: LanguageModel
     reward: RewardModel
-    reward_rate: float
+    reward_learning_rate: float
     critic: Any
     pairs: int
     max_new_tokens: int
@@ -189,10 +189,13 @@ def _implicit(parts: Parts, optimizer: optax.GradientTransformation) -> Callable
 
 
 def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
-    policy_adam, reward_adam = adam(rates.policy, parts.steps, parts.hold), adam(parts.reward_rate, parts.steps)
+    policy_adam, reward_adam = (
+        adam(rates.policy, parts.steps, parts.hold),
+        adam(parts.reward_learning_rate, parts.steps),
+    )
     fitted = objectives.likelihood(coupled=False)
     problem = problem_of(parts, fitted, against_reference=False, per_token=name in ("PPO", "GRPO"))
-    learning = reward_learning(problem, adam(parts.reward_rate, parts.steps))
+    learning = reward_learning(problem, adam(parts.reward_learning_rate, parts.steps))
 
     def with_buffer(algorithm):
         return refitted(
@@ -221,7 +224,7 @@ def _with_reward(name: str, parts: Parts, rates: Rates) -> Method:
         if name == "PPO":
             value, critic_adam = token_critic(parts.policy), adam(rates.critic, parts.steps)
             return actor_critic(problem, value, parts.critic, critic_adam, beta=beta, trace=0.95)
-        return group_relative(problem, beta=beta) if name == "GRPO" else bilevel.of_loss()
+        return group_relative(problem, beta=beta) if name == "GRPO" else bilevel.loss_gradient()
 
     def iterated(beta):
         solver = bilevel.tangent(policy_adam, optax.set_to_zero(), steps=parts.lower_steps, slope=slope(beta))

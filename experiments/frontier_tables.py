@@ -8,7 +8,7 @@ from frontier_harness import Spent
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jaxrlhf.frontier_report import at_kl, best_of_n, ideal_gain, over_optimisation, paired_gain, student_interval
+from jaxrlhf.evaluation.frontier import at_kl, best_of_n, ideal_gain, over_optimisation, paired_gain, student_interval
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.report import Table, as_markdown, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder

@@ -18,14 +18,15 @@ import numpy as np
 import optax
 from online_rlhf_tasks import OPENINGS, encode, left_padded, story_score
 
-from jaxrlhf import bilevel, objectives, preference_buffer, preferences
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.algorithms.reward_learning import fit, reward_learning
 from jaxrlhf.bilevel import Labelled, Sample
 from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.model import DecoderConfig, LanguageModel, decoder
+from jaxrlhf.lm.hugging_face.weights import load_decoder, load_tokenizer, special_ids
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem, reward_of
 from jaxrlhf.lm.reward import RewardModel, reward_model
-from jaxrlhf.lm.weights import load_decoder, load_tokenizer, special_ids
-from jaxrlhf.reward_learning import fit, reward_learning
+from jaxrlhf.lm.transformer.model import DecoderConfig, LanguageModel, decoder
+from jaxrlhf.preferences import buffer as preference_buffer
 
 LEARNERS_RATE = {"whole": 1e-3, "small": 2e-2}
 """Rate of Adam for a learner's reward."""

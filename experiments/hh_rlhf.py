@@ -41,7 +41,7 @@ class Config:
     max_length: int = 256
     """Tokens of a dialogue; long prompts lose their beginning."""
     batch_size: int = 32
-    reward_rate: float = 3e-4
+    reward_learning_rate: float = 3e-4
     supervised_rate: float = 3e-3
     width: int = 96
     layers: int = 3
@@ -80,7 +80,7 @@ def main(config: Config) -> pathlib.Path:
                     seed=seed,
                     cut_prompts=True,
                     epochs=config.epochs,
-                    learning_rate=config.reward_rate,
+                    learning_rate=config.reward_learning_rate,
                     **shared,
                 )
             )

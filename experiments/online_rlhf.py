@@ -56,9 +56,9 @@ class Config:
     """Weight of the coupled utility beside the uncoupled likelihood."""
     inner_steps: int = 1
     """Lower steps an outer step: 1 is the single loop."""
-    policy_rate: float | None = None
-    tangent_rate: float | None = None
-    reward_rate: float | None = None
+    policy_learning_rate: float | None = None
+    tangent_learning_rate: float | None = None
+    reward_learning_rate: float | None = None
     evaluations: int = 12
     """Evaluations a method, evenly spaced."""
     output: pathlib.Path = pathlib.Path("runs")
@@ -74,18 +74,18 @@ class Settings(Config):
     pairs: int = 0
     max_new_tokens: int = 0
     beta: float = 0.0
-    policy_rate: float = 0.0
-    tangent_rate: float = 0.0
-    reward_rate: float = 0.0
+    policy_learning_rate: float = 0.0
+    tangent_learning_rate: float = 0.0
+    reward_learning_rate: float = 0.0
 
 
 ENUMERABLE = {
     "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "beta": 0.3,
-    "policy_rate": 3e-3, "tangent_rate": 1e-4, "reward_rate": 1e-3,
+    "policy_learning_rate": 3e-3, "tangent_learning_rate": 1e-4, "reward_learning_rate": 1e-3,
 }  # fmt: skip
 PRETRAINED = {
     "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.3,
-    "policy_rate": 2e-4, "tangent_rate": 1e-5, "reward_rate": 1e-3,
+    "policy_learning_rate": 2e-4, "tangent_learning_rate": 1e-5, "reward_learning_rate": 1e-3,
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def check(config: Settings) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
     if config.pairs < 2:
         raise ValueError(f"--pairs {config.pairs}: every prompt needs at least 2 pairs, to compare one with the other.")
-    for name in ("policy_rate", "tangent_rate", "reward_rate"):
+    for name in ("policy_learning_rate", "tangent_learning_rate", "reward_learning_rate"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(config, name)}.")
     if not 0 <= config.utility_weight < float("inf"):
@@ -145,15 +145,17 @@ def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.BilevelAl
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, max(warm_up + 1, config.steps))
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
-    solver = bilevel.tangent(adam(config.policy_rate), adam(config.tangent_rate), steps=config.inner_steps)
+    solver = bilevel.tangent(
+        adam(config.policy_learning_rate), adam(config.tangent_learning_rate), steps=config.inner_steps
+    )
     return bilevel.bilevel_descent(
         task.problem(objective_of(config)),
         rule,
         solver,
-        adam(config.reward_rate),
+        adam(config.reward_learning_rate),
         beta=config.beta,
         annotate=task.traced_annotator,
-        in_turn=config.policy is not None,
+        sequential=config.policy is not None,
     )
 
 
@@ -185,7 +187,7 @@ def run(method: str, algorithm, config: Settings, task: Task, mesh, folder: RunF
         if taken.latest is not None and taken.step % every == 0 and taken.step < config.steps:
             measure(taken.step, taken.state, labels + int(taken.latest.labels))
     measure(config.steps, taken.state, labels)
-    return history, bilevel.deployed(taken.state)
+    return history, taken.state.policy
 
 
 NAMES = ("true_return", "win_rate", "kl", "upper_loss", "gap", "labels")

@@ -15,22 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import exact, preferences
-from jaxrlhf.bilevel import BilevelProblem, BilevelState, deployed
+from jaxrlhf.bilevel import BilevelProblem, BilevelState
 from jaxrlhf.lm.generate import generate
+from jaxrlhf.lm.hugging_face.weights import load_decoder, load_tokenizer, special_ids
 from jaxrlhf.lm.language import (
     STOP,
     alphabet_gold,
     alphabet_language,
-    judge_language,
+    evaluate_language,
     policy_table,
     reward_table,
     table_of,
 )
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import load_decoder, load_tokenizer, special_ids
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 from jaxrlhf.objectives import Objective
 
 
@@ -87,10 +87,10 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
     table = jax.jit(lambda params: policy_table(policy, params, language))
     rewards = jax.jit(lambda params: reward_table(reward, params, language))
     reference = table(start)
-    judge = jax.jit(lambda own, learned: judge_language(own, reference, learned, gold, objective, beta=beta))
+    judge = jax.jit(lambda own, learned: evaluate_language(own, reference, learned, gold, objective, beta=beta))
 
     def evaluate(state):
-        verdict = judge(table(deployed(state)), rewards(state.upper))
+        verdict = judge(table(state.policy), rewards(state.upper))
         measured = {name: float(value) for name, value in verdict.policy._asdict().items()}
         return measured | {
             "value": measured["true_return"] - beta * measured["kl"],
@@ -225,7 +225,7 @@ def pretrained_task(
     by_prompt = base.reshape(len(opening), repeats)
 
     def evaluate(state):
-        own, log_ratio = judged_completions(deployed(state), 1_000_000)
+        own, log_ratio = judged_completions(state.policy, 1_000_000)
         win_rate = np.mean(preferences.preference(jnp.stack([own, base], axis=-1)))
         kl = float(log_ratio.mean())
         return {

@@ -6,7 +6,7 @@ The core is `jaxrlhf.bilevel`; `jaxrlhf.objectives` and `jaxrlhf.preferences` sa
 
 __version__ = "0.1.0"
 
-from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf import bilevel, preferences
 from jaxrlhf.bilevel import (
     BilevelAlgorithm,
     BilevelInfo,
@@ -18,11 +18,11 @@ from jaxrlhf.bilevel import (
     boltzmann,
     central,
     decoupled,
-    deployed,
     five_point,
     forward,
     tangent,
 )
+from jaxrlhf.preferences import objectives
 
 __all__ = [
     "BilevelAlgorithm",
@@ -36,7 +36,6 @@ __all__ = [
     "boltzmann",
     "central",
     "decoupled",
-    "deployed",
     "five_point",
     "forward",
     "objectives",

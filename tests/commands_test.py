@@ -19,9 +19,9 @@ from jaxrlhf.commands import align, evaluate, export, models, reward, sample, st
 from jaxrlhf.commands.main import COMMANDS, run
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import DataError
-from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.hugging_face.weights import SpecialIds
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import SpecialIds
+from jaxrlhf.lm.transformer.model import decoder
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 JUDGES = """
@@ -157,10 +157,15 @@ def aligned(world, learned):
     """Runs of all weights judged by a function, and of adapters judged by the reward model."""
     first, second = learned
     shared = {"policy": first, "data": str(world / "pairs.jsonl"), "held_out": 0.25, "evaluation_answers": 8}
-    shared |= {"policy_rate": 1e-2, "warmup": 1, "data_dir": world / "prepared", "output": world / "runs"} | ALIGN
+    shared |= {
+        "policy_learning_rate": 1e-2,
+        "warmup": 1,
+        "data_dir": world / "prepared",
+        "output": world / "runs",
+    } | ALIGN
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
-        half = {"dtype": "bfloat16", "lora_rank": 2, "rollout_dtype": "bfloat16", "parts": 2, "keep_best": 1}
+        half = {"dtype": "bfloat16", "lora_rank": 2, "rollout_dtype": "bfloat16", "microbatches": 2, "keep_best": 1}
         return {
             "whole": align.main(align.Align(score="judges:score", reward=second, **shared)),
             "adapters": align.main(align.Align(annotator=str(second), **half, **shared)),
@@ -297,7 +302,14 @@ def test_adapters_learn_in_every_stage(here, learned):
     kept = {"keep_best": 1, "evaluations": 8}
     tuned = supervised.main(
         supervised.Supervised(
-            policy=first, packed=False, parts=2, learning_rate=1.0, max_length=24, dtype="bfloat16", **kept, **shared
+            policy=first,
+            packed=False,
+            microbatches=2,
+            learning_rate=1.0,
+            max_length=24,
+            dtype="bfloat16",
+            **kept,
+            **shared,
         )
     )
     # It goes wrong at such a rate, and what it was at its best is there.
@@ -352,7 +364,7 @@ WRONG = {
     ),
     "empty-batch": (
         lambda: supervised.Supervised(data="pairs.jsonl", policy=pathlib.Path("base"), batch_size=0),
-        "--parts 1 must divide --batch-size 0",
+        "--microbatches 1 must divide --batch-size 0",
     ),
     "half-precision": (
         lambda: align.Align(policy=pathlib.Path("base"), data="pairs.jsonl", score="judges:score", dtype="bfloat16"),

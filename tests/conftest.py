@@ -49,9 +49,9 @@ def make_world():
     import numpy as np
     import tokenizers
 
-    from jaxrlhf.lm.config import DecoderConfig
-    from jaxrlhf.lm.model import decoder
-    from jaxrlhf.lm.weights import SpecialIds, save_decoder
+    from jaxrlhf.lm.hugging_face.weights import SpecialIds, save_decoder
+    from jaxrlhf.lm.transformer.config import DecoderConfig
+    from jaxrlhf.lm.transformer.model import decoder
 
     def fill(folder):
         tokenizer = tokenizers.Tokenizer(

@@ -34,7 +34,7 @@ def problems():
 
 def hypergradient(given, rule, upper, lower):
     """Returns `(key, index) -> ` the estimate as a vector; the rule reads the index as the step's number."""
-    algorithm = given.algorithm(rule, given.answer, optax.sgd(1.0))
+    algorithm = given.algorithm(rule, given.solver, optax.sgd(1.0))
     state = algorithm.init(jax.random.key(0), upper, lower)
 
     @jax.jit

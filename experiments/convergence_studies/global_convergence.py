@@ -45,10 +45,10 @@ def descend(given, *, pairs, count, steps, rate):
             return algorithm.step(key, state, None, given.frozen)[0], None
 
         state, _ = jax.lax.scan(step, state, jax.random.split(run_key, steps))
-        policy = jax.nn.log_softmax(known.network_policy(bilevel.deployed(state), given.frozen), axis=-1)
+        policy = jax.nn.log_softmax(known.network_policy(state.policy, given.frozen), axis=-1)
         entropy = -jnp.mean(exact.mean_under(policy, policy))
         norm = optax.tree.norm(jax.grad(given.phi)(state.upper))
-        return given.phi(state.upper), given.exploited(state.upper), given.worth(bilevel.deployed(state)), entropy, norm
+        return given.phi(state.upper), given.exploited(state.upper), given.worth(state.policy), entropy, norm
 
     keys = jax.random.split(jax.random.key(31), count)
     whole = jax.jit(jax.vmap(jax.vmap(run, in_axes=(0, None)), in_axes=(None, 0)))

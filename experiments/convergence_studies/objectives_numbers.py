@@ -110,8 +110,8 @@ def _interval(statistic, *arrays: np.ndarray, resamples: int = 1000) -> list[flo
     """Returns the statistic of the means, and its 95% bootstrap interval over bandits."""
     count = len(arrays[0])
     index = np.random.default_rng(0).integers(count, size=(resamples, count))
-    draws = statistic(*(array[index].mean(axis=-1) for array in arrays))
-    low, high = np.quantile(draws, (0.025, 0.975))
+    num_draws = statistic(*(array[index].mean(axis=-1) for array in arrays))
+    low, high = np.quantile(num_draws, (0.025, 0.975))
     return [round(float(value), 3) for value in (statistic(*(array.mean() for array in arrays)), low, high)]
 
 

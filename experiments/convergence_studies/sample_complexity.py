@@ -114,14 +114,14 @@ def settings(quick: bool) -> dict[str, Setting]:
 def curves(setting: Setting, arm: Arm, steps: int):
     """Returns `(key, rate, batch, sigma index) -> [steps, 2]`, both criteria at every outer step, exact."""
     given = setting.given
-    assert given.answer_from_labels is not None and given.answer_at is not None
-    start = given.answer_at(setting.start)
+    assert given.solver_from_labels is not None and given.best_response_at is not None
+    start = given.best_response_at(setting.start)
 
     def schedule(step):
         return jnp.asarray(arm.sigmas)[jnp.minimum(step // STRIDE, len(arm.sigmas) - 1)]
 
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
-    algorithm = given.algorithm(arm.rule(schedule), given.answer_from_labels, optimizer, counts=True)
+    algorithm = given.algorithm(arm.rule(schedule), given.solver_from_labels, optimizer, counts=True)
 
     def judge(upper):
         value, gradient = jax.value_and_grad(given.phi)(upper)

@@ -22,7 +22,7 @@ def make_problem():
     return known.random_bandit(objective=objectives.add(objectives.likelihood(), objectives.utility(kl_price=0.1)))
 
 
-def estimates(given, rule, solver, upper, lower, *, pairs, draws):
+def estimates(given, rule, solver, upper, lower, *, pairs, num_draws):
     """Returns `(index) -> [draws, P]`, independent estimates; the rule reads the index as the step's number."""
     algorithm = given.algorithm(rule, solver, optax.sgd(1.0), pairs=pairs)
     state = algorithm.init(jax.random.key(0), upper, lower)
@@ -34,10 +34,10 @@ def estimates(given, rule, solver, upper, lower, *, pairs, draws):
         after, _ = algorithm.step(second, at._replace(lowers=solved), None, given.frozen)
         return ravel_pytree(jax.tree.map(jnp.subtract, upper, after.upper))[0]
 
-    return jax.jit(lambda index: jax.vmap(lambda key: one(key, index))(jax.random.split(jax.random.key(7), draws)))
+    return jax.jit(lambda index: jax.vmap(lambda key: one(key, index))(jax.random.split(jax.random.key(7), num_draws)))
 
 
-def variance_by_sampling(given, upper, lower, sigmas, ways, *, pairs, draws, progress):
+def variance_by_sampling(given, upper, lower, sigmas, ways, *, pairs, num_draws, progress):
     """Returns way -> trace of the covariance of one estimate over |grad Phi|^2, at every sigma."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found = {}
@@ -46,13 +46,13 @@ def variance_by_sampling(given, upper, lower, sigmas, ways, *, pairs, draws, pro
             # Equal samples: a shared one serves both tilted policies, else each that carries weight draws its half.
             each = pairs if way == "shared" else pairs // policies
             rule = make(lambda step: jnp.asarray(sigmas)[step], sampling=way)
-            draw = estimates(given, rule, given.answer, upper, lower, pairs=each, draws=draws)
+            draw = estimates(given, rule, given.solver, upper, lower, pairs=each, num_draws=num_draws)
             traces = [float(jnp.sum(jnp.var(draw(index), axis=0)) / (truth @ truth)) for index in range(len(sigmas))]
             found[f"{name}, {way}"] = traces
             progress(f"{name}, {way}")
     # The same with tilted policies that know only the step's own labels, as a learner's must.
     rule = bilevel.central(lambda step: jnp.asarray(sigmas)[step])
-    draw = estimates(given, rule, given.answer_from_labels, upper, lower, pairs=pairs, draws=draws)
+    draw = estimates(given, rule, given.solver_from_labels, upper, lower, pairs=pairs, num_draws=num_draws)
     name = "central, shared, tilts from the labels"
     found[name] = [float(jnp.sum(jnp.var(draw(index), axis=0)) / (truth @ truth)) for index in range(len(sigmas))]
     progress(name)
@@ -63,14 +63,14 @@ def perturbed(given, size, *, together: bool) -> bilevel.LowerSolver:
     """Returns a solver that misses the exact answer by normal errors of the logits, the same in every tilt or not."""
 
     def step(key, lowers, state, task):
-        solved, state, _ = given.answer.step(key, lowers, state, task)
+        solved, state, _ = given.solver.step(key, lowers, state, task)
         count = solved.shape[0]
         noise = jax.random.normal(key, (1 if together else count, *solved.shape[1:]))
         missed = solved + size * noise
         residuals = jax.vmap(optax.tree.norm)(task.gradients(missed))
         return missed, state, residuals
 
-    return bilevel.LowerSolver(given.answer.init, step)
+    return bilevel.LowerSolver(given.solver.init, step)
 
 
 KINDS = {
@@ -80,7 +80,7 @@ KINDS = {
 }
 
 
-def error_by_inner_error(given, upper, lower, sigmas, sizes, kinds, *, pairs, draws, progress):
+def error_by_inner_error(given, upper, lower, sigmas, sizes, kinds, *, pairs, num_draws, progress):
     """Returns (kind, size) -> root mean square error over |grad Phi| at every sigma; and what `Balanced` would choose."""
     truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
     found, chosen = {}, {}
@@ -88,7 +88,7 @@ def error_by_inner_error(given, upper, lower, sigmas, sizes, kinds, *, pairs, dr
         for size in sizes:
             solver = perturbed(given, size, together=together)
             rule = make(lambda step: jnp.asarray(sigmas)[step])
-            draw = estimates(given, rule, solver, upper, lower, pairs=pairs, draws=draws)
+            draw = estimates(given, rule, solver, upper, lower, pairs=pairs, num_draws=num_draws)
 
             def error(values):
                 return float(jnp.sqrt(jnp.mean(jnp.sum((values - truth) ** 2, axis=-1)) / (truth @ truth)))
@@ -146,14 +146,16 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     given = make_problem()
     upper, lower = given.start(jax.random.key(1), 0.5)
     sigmas = np.logspace(-4, 0.5, 3 if quick else 10)
-    pairs, draws = 64, 100 if quick else 1000
+    pairs, num_draws = 64, 100 if quick else 1000
     sizes = (0.01,) if quick else (0.003, 0.01, 0.1)
     ways = QUICK_WAYS if quick else WAYS
     kinds = {name: kind for name, kind in KINDS.items() if not quick or name == "central, free"}
     solvers = {name: solver for name, solver in SOLVERS.items() if not quick or name == "tangent, SGD"}
     parts = sum(map(len, ways.values())) + 1 + len(kinds) * len(sizes) + len(solvers)
     progress = reports.Progress("variance", parts)
-    traces = variance_by_sampling(given, upper, lower, sigmas, ways, pairs=pairs, draws=draws, progress=progress)
+    traces = variance_by_sampling(
+        given, upper, lower, sigmas, ways, pairs=pairs, num_draws=num_draws, progress=progress
+    )
     errors, chosen = error_by_inner_error(
         given,
         upper,
@@ -162,7 +164,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         sizes,
         kinds,
         pairs=1024 if quick else 8192,
-        draws=10 if quick else 60,
+        num_draws=10 if quick else 60,
         progress=progress,
     )
     partly = solved_in_part(given, upper, lower, sigmas, solvers, progress)
@@ -183,7 +185,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         )
     text = (
         f"## 2. Variance and inner error\n\nBandit, float32. Trace of the covariance of one estimate over |grad Phi|^2, "
-        f"{pairs} pairs a context whatever the way of sampling, {draws} draws; lower policies exact. The spread is "
+        f"{pairs} pairs a context whatever the way of sampling, {num_draws} draws; lower policies exact. The spread is "
         "largest over smallest for sigma / beta in [1e-3, 1]; the exponent is fitted for sigma / beta <= 0.1.\n\n"
         + reports.table(["stencil, sampling", f"at {sigmas[0]:.0e}", "at 1", "spread", "exponent"], rows)
         + "\n\nRoot mean square error over |grad Phi|, shared sample of many pairs, when the lower "

@@ -20,7 +20,7 @@ import tokenizers
 
 from jaxrlhf import preferences
 from jaxrlhf.annotation.waiting import within
-from jaxrlhf.bilevel.problem import SKIPPED, Sample
+from jaxrlhf.base.problem import SKIPPED, Sample
 
 Score = Callable[[list[str], list[str]], Sequence[float]]
 Annotate = Callable[[list[str], list[str], list[str]], Sequence[float | None]]

@@ -62,13 +62,13 @@ class Journaled:
     """
 
     def __init__(
-        self, annotate: Callable[..., Answers], journal: Journal, name: str, *, draws: bool, at_once: int | None
+        self, annotate: Callable[..., Answers], journal: Journal, name: str, *, num_draws: bool, at_once: int | None
     ):
         """See `journaled`."""
         if at_once is not None and at_once < 1:
             raise ValueError(f"At least one question is put at once, not {at_once}.")
         self.journal, self.counts = journal, Counts()
-        self._annotate, self._name, self._draws, self._at_once = annotate, name, draws, at_once
+        self._annotate, self._name, self._draws, self._at_once = annotate, name, num_draws, at_once
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[Answer]:
         """Returns an answer for each question; what is missing is asked for, once.
@@ -118,7 +118,7 @@ def journaled(
     journal: Journal | str | pathlib.Path | None,
     name: str,
     *,
-    draws: bool = True,
+    num_draws: bool = True,
     at_once: int | None = None,
 ) -> Journaled:
     """Returns the annotator `(prompts, firsts, seconds) -> answers` with a journal before it.
@@ -137,7 +137,7 @@ def journaled(
         ValueError: the journal cannot be opened.
     """
     opened = journal if isinstance(journal, Journal) else Journal(journal)
-    return Journaled(annotate, opened, name, draws=draws, at_once=at_once)
+    return Journaled(annotate, opened, name, num_draws=num_draws, at_once=at_once)
 
 
 def _one_by_one(given: Any, count: int, name: str) -> Iterator[tuple[int, Answer]]:

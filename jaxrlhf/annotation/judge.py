@@ -199,7 +199,7 @@ def http_judge(
     if name is None:
         name = f"{model}, {max_tokens} tokens, {hashlib.sha256(template.encode('utf-8', 'surrogatepass')).hexdigest()}"
     # At temperature 0 a question that is put twice is answered alike: it is not paid for twice.
-    return HttpJudge(chat, journaled(ask, journal, name, draws=False), both_orders)
+    return HttpJudge(chat, journaled(ask, journal, name, num_draws=False), both_orders)
 
 
 def load_judge(spec: str, *, journal: Journal | str | pathlib.Path | None = None, **settings: Any) -> HttpJudge:

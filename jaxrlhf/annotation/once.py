@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.bilevel.problem import Sample
-from jaxrlhf.types import Key
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Key
 
 
 def once(

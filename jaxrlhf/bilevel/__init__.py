@@ -1,17 +1,17 @@
 """First-order bilevel descent. Knows no token and no state; depends on jax and optax alone."""
 
+from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, PairCost, Sample, uniform_measure
 from jaxrlhf.bilevel.descent import (
     BilevelAlgorithm,
     BilevelInfo,
     BilevelState,
     bilevel_descent,
     bilevel_descent_on_losses,
-    deployed,
 )
 from jaxrlhf.bilevel.hypergradient import (
-    Evidence,
     HypergradientRule,
     Losses,
+    RuleInputs,
     Weights,
     boltzmann,
     central,
@@ -19,12 +19,20 @@ from jaxrlhf.bilevel.hypergradient import (
     five_point,
     forward,
     implicit,
-    known_answer,
+    implicit_from_direction,
     stencil,
     zero_order,
 )
-from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, Slope, closed_form, gradient, of_loss, shared_adam, tangent
-from jaxrlhf.bilevel.problem import SKIPPED, BilevelProblem, Labelled, PairCost, Sample, drawn
+from jaxrlhf.bilevel.lower import (
+    LowerSolver,
+    LowerTask,
+    PolicyGradientEstimator,
+    closed_form,
+    gradient,
+    loss_gradient,
+    shared_adam,
+    tangent,
+)
 from jaxrlhf.bilevel.schedules import Balanced, TheoremSchedule, polynomial_decay, theorem
 from jaxrlhf.bilevel.stencil import CENTRAL, FIVE_POINT, FORWARD, Stencil
 
@@ -38,15 +46,15 @@ __all__ = [
     "BilevelInfo",
     "BilevelProblem",
     "BilevelState",
-    "Evidence",
     "HypergradientRule",
     "Labelled",
     "Losses",
     "LowerSolver",
     "LowerTask",
     "PairCost",
+    "PolicyGradientEstimator",
+    "RuleInputs",
     "Sample",
-    "Slope",
     "Stencil",
     "TheoremSchedule",
     "Weights",
@@ -56,18 +64,17 @@ __all__ = [
     "central",
     "closed_form",
     "decoupled",
-    "deployed",
-    "drawn",
     "five_point",
     "forward",
     "gradient",
     "implicit",
-    "known_answer",
-    "of_loss",
+    "implicit_from_direction",
+    "loss_gradient",
     "polynomial_decay",
     "shared_adam",
     "stencil",
     "tangent",
     "theorem",
+    "uniform_measure",
     "zero_order",
 ]

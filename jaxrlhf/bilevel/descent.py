@@ -19,12 +19,12 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from jaxrlhf.base.problem import BilevelProblem, Labelled, Sample
+from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.bilevel.hypergradient import HypergradientRule, in_reward
 from jaxrlhf.bilevel.levels import Levels, Points, loss_levels, over_tilts, sampled_levels
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask
-from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, Sample
 from jaxrlhf.bilevel.schedules import Balanced
-from jaxrlhf.types import Batch, Key, Params
 
 
 class BilevelState(NamedTuple):
@@ -65,7 +65,7 @@ class BilevelInfo(NamedTuple):
         coupling_share: |coupling| / (|coupling| + |rest|) in [0, 1], where the two parts of the hypergradient, with and
             without the policy's answer, are compared at the reward model's outputs (in its parameters where every tilt
             has a sample of its own, along the direction under `zero_order`).
-        effective_sample_size: smallest (sum w)^2 / sum w^2 over the iterates, as a share of the sample in (0, 1].
+        ess_fraction: smallest (sum w)^2 / sum w^2 over the iterates, as a share of the sample in (0, 1].
         kl: KL(tilt 0 || reference) in nats, the estimator of the loss.
         entropy: - E log pi of tilt 0, in nats a response.
         collision_rate: share of pairs whose two responses coincide.
@@ -78,7 +78,7 @@ class BilevelInfo(NamedTuple):
     residual_over_sigma: jax.Array
     hypergradient_norm: jax.Array
     coupling_share: jax.Array
-    effective_sample_size: jax.Array
+    ess_fraction: jax.Array
     kl: jax.Array
     entropy: jax.Array
     collision_rate: jax.Array
@@ -103,11 +103,6 @@ class BilevelAlgorithm(NamedTuple):
     update: Callable[[Key, BilevelState, Labelled, Params], tuple[BilevelState, BilevelInfo]]
 
 
-def deployed(state: Any) -> Params:
-    """Returns the policy to use: that of tilt 0, or of any other state that has a `policy`."""
-    return state.policy
-
-
 def bilevel_descent(
     problem: BilevelProblem,
     rule: HypergradientRule,
@@ -116,8 +111,8 @@ def bilevel_descent(
     *,
     beta: float | jax.Array,
     annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
-    largest_weight: float | None = None,
-    in_turn: bool = False,
+    max_importance_weight: float | None = None,
+    sequential: bool = False,
 ) -> BilevelAlgorithm:
     """Descends Phi(phi) = G(phi, argmax_lambda J(phi, lambda)) with first-order gradients only.
 
@@ -126,13 +121,13 @@ def bilevel_descent(
         rule: the hypergradient estimator, such as `central(relative_sigma=0.2)`.
         solver: the lower solver.
         upper_optimizer: optimiser of the reward parameters.
-        beta: weight of the lower level's KL, positive; a traced value is not checked (`jaxrlhf.target_kl` moves it).
+        beta: weight of the lower level's KL, positive; a traced value is not checked (`jaxrlhf.algorithms.target_kl` moves it).
         annotate: `(key, sample, frozen) -> labels [B, M, L]`, traceable; without it `step` is refused and the two halves
             remain.
-        largest_weight: truncates importance weights to this value, at least 1; off by default. It trades variance for
+        max_importance_weight: truncates importance weights to this value, at least 1; off by default. It trades variance for
             bias where an iterate strays from the sample, in the reported KL too, whose control variate is flat beyond
-            the bound; watch `BilevelInfo.effective_sample_size` first.
-        in_turn: whether the iterates are differentiated one after another, in the memory of one, in place of all at once.
+            the bound; watch `BilevelInfo.ess_fraction` first.
+        sequential: whether the iterates are differentiated one after another, in the memory of one, in place of all at once.
             Right for large models; not where a mesh splits the iterates, nor for problems so small that loops cost.
 
     Raises:
@@ -146,10 +141,14 @@ def bilevel_descent(
     """
     _check_beta(beta)
     _check_price(problem.kl_price, rule)
-    if largest_weight is not None and not largest_weight >= 1:
-        raise ValueError(f"largest_weight must be at least 1, got {largest_weight:g}: 1 is the weight on policy.")
+    if max_importance_weight is not None and not max_importance_weight >= 1:
+        raise ValueError(
+            f"max_importance_weight must be at least 1, got {max_importance_weight:g}: 1 is the weight on policy."
+        )
     if rule.weights is None and not in_reward(rule):
-        raise ValueError("known_answer is for problems given as two losses; use a stencil, boltzmann or implicit here.")
+        raise ValueError(
+            "implicit_from_direction is for problems given as two losses; use a stencil, boltzmann or implicit here."
+        )
     separate = rule.sampling != "shared"
 
     def keys_of(key):
@@ -161,7 +160,7 @@ def bilevel_descent(
         if separate:
             draw = over_tilts(lambda key, lower: problem.sample(key, lower, data, frozen))
             return draw(keys_of(key), state.lowers)
-        return problem.sample(key, deployed(state), data, frozen)
+        return problem.sample(key, state.policy, data, frozen)
 
     def label(key, sample, frozen):
         if annotate is None:
@@ -173,11 +172,18 @@ def bilevel_descent(
 
     def levels(points, labelled, frozen):
         return sampled_levels(
-            problem, rule, beta, points, labelled, frozen, largest_weight=largest_weight, in_turn=in_turn
+            problem,
+            rule,
+            beta,
+            points,
+            labelled,
+            frozen,
+            max_importance_weight=max_importance_weight,
+            sequential=sequential,
         )
 
     def over(function):
-        return over_tilts(function, in_turn=in_turn)
+        return over_tilts(function, sequential=sequential)
 
     return _assemble(levels, rule, solver, upper_optimizer, beta, propose, label, over)
 

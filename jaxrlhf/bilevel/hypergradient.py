@@ -28,16 +28,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.bilevel import importance
-from jaxrlhf.bilevel.problem import Sample
+from jaxrlhf.base import importance
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel.schedules import Balanced, SigmaSchedule, as_schedule
 from jaxrlhf.bilevel.stencil import ALONE, CENTRAL, FIVE_POINT, FORWARD, Stencil
-from jaxrlhf.types import Params
 
 Sampling = Literal["shared", "common", "independent"]
 
 
-class Evidence(NamedTuple):
+class RuleInputs(NamedTuple):
     """What a rule sees of a labelled sample.
 
     Attributes:
@@ -102,7 +102,7 @@ class HypergradientRule(NamedTuple):
     Attributes:
         stencil: the points that lower iterates are kept at, in units of sigma.
         relative_sigma: schedule of sigma / beta, or `Balanced`, which follows the measured inner error.
-        weights: `Evidence -> Weights`; None for `known_answer`, which is for losses, and for `zero_order`, whose stencil
+        weights: `RuleInputs -> Weights`; None for `implicit_from_direction`, which is for losses, and for `zero_order`, whose stencil
             lies in the reward's parameters and not in the tilt.
         surrogate: `(Losses, lowers, sigma) -> (upper -> [])`, a function whose gradient is the hypergradient of a problem
             given as two losses; None for a rule that is a formula for policies, and for `zero_order`.
@@ -112,7 +112,7 @@ class HypergradientRule(NamedTuple):
 
     stencil: Stencil
     relative_sigma: SigmaSchedule | Balanced
-    weights: Callable[[Evidence], Weights] | None
+    weights: Callable[[RuleInputs], Weights] | None
     surrogate: Callable[[Losses, Params, jax.Array], Callable[[Params], jax.Array]] | None
     sampling: Sampling = "shared"
 
@@ -142,7 +142,7 @@ def stencil(
     # c_i s_i = coefficient_i offset_i: sigma cancels.
     products = coefficients * offsets
 
-    def weights(evidence: Evidence) -> Weights:
+    def weights(evidence: RuleInputs) -> Weights:
         log_weights, sample = evidence.log_weights, evidence.sample
         pair_weights = jnp.exp(importance.pair_log_weights(log_weights))
         dtype = pair_weights.dtype
@@ -209,7 +209,7 @@ def boltzmann() -> HypergradientRule:
             to compare its cost with; where draws are counted, a single draw gives no coupling).
     """
 
-    def weights(evidence: Evidence) -> Weights:
+    def weights(evidence: RuleInputs) -> Weights:
         sample, cost = evidence.sample, evidence.coupled_cost
         if evidence.log_weights.shape[-1] != 1:
             raise ValueError("boltzmann needs one-step responses (T = 1); use a stencil on longer trajectories.")
@@ -221,11 +221,11 @@ def boltzmann() -> HypergradientRule:
         log_ratio = evidence.log_ratio
         through_price = single * (log_ratio - importance.others_mean_responses(single * log_ratio, sample))
         reward = (
-            sample.by_policy[None, None, :, None] * through_cost[:, :, None, None]
+            sample.from_policy[None, None, :, None] * through_cost[:, :, None, None]
             + evidence.kl_price * _share(sample) * through_price
         )
         # Here the baseline is part of the formula: a single draw has none, and says nothing about a covariance.
-        return Weights(joint, jnp.where(sample.draws > 1, reward, 0.0) / evidence.beta)
+        return Weights(joint, jnp.where(sample.num_draws > 1, reward, 0.0) / evidence.beta)
 
     return HypergradientRule(ALONE, as_schedule(1.0), weights, None)
 
@@ -271,7 +271,7 @@ def implicit(
 
         return jax.lax.fori_loop(0, iterations, term, optax.tree.zeros_like(slope))
 
-    def weights(evidence: Evidence) -> Weights:
+    def weights(evidence: RuleInputs) -> Weights:
         lower, sample = evidence.lower, evidence.sample
         slope = jax.grad(lambda lower: evidence.levels(lower).upper)(lower)
         answer = solve(lambda lower: -evidence.levels(lower).lower, lower, slope)
@@ -284,11 +284,11 @@ def implicit(
         slope = jax.grad(losses.upper, argnums=1)(upper, lower)
         return solve(lambda lower: losses.lower(upper, lower), lower, slope)
 
-    surrogate = known_answer(answer).surrogate
+    surrogate = implicit_from_direction(answer).surrogate
     return HypergradientRule(ALONE, as_schedule(1.0), weights, surrogate)
 
 
-def known_answer(answer: Callable[[Losses, Params, Params], Params]) -> HypergradientRule:
+def implicit_from_direction(answer: Callable[[Losses, Params, Params], Params]) -> HypergradientRule:
     """Returns the implicit-function rule for two losses whose policy's answer is known without solving for it.
 
         grad Phi = grad_phi G + d/dphi [ d/dlambda J . v ],    v = H^-1 grad_lambda G,    H = - d2 J / dlambda2
@@ -318,7 +318,7 @@ def known_answer(answer: Callable[[Losses, Params, Params], Params]) -> Hypergra
 def decoupled() -> HypergradientRule:
     """Returns the rule of iterated RLHF: grad_phi G with the policy held fixed, the coupling ignored."""
 
-    def weights(evidence: Evidence) -> Weights:
+    def weights(evidence: RuleInputs) -> Weights:
         coupled = jnp.exp(importance.pair_log_weights(evidence.log_weights[0]))
         return Weights(coupled, jnp.zeros_like(evidence.log_weights[0]))
 

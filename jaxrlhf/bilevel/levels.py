@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.bilevel import importance
-from jaxrlhf.bilevel.hypergradient import Evidence, HypergradientRule, Losses, in_reward
-from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample
+from jaxrlhf.base import importance
+from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost, Sample
+from jaxrlhf.base.types import Params
+from jaxrlhf.bilevel.hypergradient import HypergradientRule, Losses, RuleInputs, in_reward
 from jaxrlhf.bilevel.stencil import Index
-from jaxrlhf.types import Params
 
 
 class Levels(NamedTuple):
@@ -67,9 +67,9 @@ class View(NamedTuple):
     cost: PairCost
 
 
-def over_tilts(function: Callable, *, in_turn: bool = False) -> Callable:
+def over_tilts(function: Callable, *, sequential: bool = False) -> Callable:
     """Maps over the stacked iterates, all at once or one after another: the one place that knows how they are laid out."""
-    return (lambda *stacked: jax.lax.map(lambda each: function(*each), stacked)) if in_turn else jax.vmap(function)
+    return (lambda *stacked: jax.lax.map(lambda each: function(*each), stacked)) if sequential else jax.vmap(function)
 
 
 def sampled_levels(
@@ -80,8 +80,8 @@ def sampled_levels(
     labelled: Labelled,
     frozen: Params,
     *,
-    largest_weight: float | None = None,
-    in_turn: bool = False,
+    max_importance_weight: float | None = None,
+    sequential: bool = False,
 ) -> Levels:
     """Returns the levels as importance-weighted means over a labelled sample, or over one a tilt (leaves `[S, ...]`).
 
@@ -93,7 +93,7 @@ def sampled_levels(
     separate = rule.sampling != "shared"
 
     def every(function):
-        return over_tilts(function, in_turn=in_turn)
+        return over_tilts(function, sequential=sequential)
 
     def labelled_of(index):
         return jax.tree.map(lambda leaf: leaf[index], labelled) if separate else labelled
@@ -116,11 +116,11 @@ def sampled_levels(
             return shared
 
     def log_weights_at(log_prob, view):
-        return importance.step_log_weights(log_prob, view.sample, largest=largest_weight)
+        return importance.step_log_weights(log_prob, view.sample, largest=max_importance_weight)
 
     def values_at(log_prob, view):
         return importance.evaluate(
-            log_prob, view.reward, view.cost, view.sample, beta=beta, kl_price=kl_price, largest=largest_weight
+            log_prob, view.reward, view.cost, view.sample, beta=beta, kl_price=kl_price, largest=max_importance_weight
         )
 
     def values_of(lower, view):
@@ -139,10 +139,10 @@ def sampled_levels(
         assert rule.weights is not None  # checked when the algorithm was made
         ratio = log_prob - view.sample.reference_log_prob
         return rule.weights(
-            Evidence(
+            RuleInputs(
                 sample=view.sample,
                 log_weights=log_weights,
-                log_ratio=jnp.where(view.sample.by_policy[None, None, :, None] > 0, ratio, 0.0),
+                log_ratio=jnp.where(view.sample.from_policy[None, None, :, None] > 0, ratio, 0.0),
                 coupled_cost=view.cost.coupled,
                 sigma=sigma,
                 beta=beta,
@@ -163,7 +163,9 @@ def sampled_levels(
     ):
         """The gradient at the reward model's outputs on a view, and the part that does not go through them."""
         through, direct = jax.grad(weighted_cost, argnums=(0, 1))(view.reward, upper, pair_weights, labelled, share)
-        return through + view.sample.measure[:, :, None, None] * view.sample.discount * reward_weights, direct
+        return through + view.sample.measure[
+            :, :, None, None
+        ] * view.sample.cumulative_discount * reward_weights, direct
 
     def at_hand(log_weights):
         return jnp.exp(importance.pair_log_weights(log_weights[0]))
@@ -213,18 +215,18 @@ def sampled_levels(
 
         values = over_tilts(lambda log_prob, index: values_at(log_prob, look(index)))(log_probs, indices)
         effective = over_tilts(
-            lambda logs, index: importance.effective_share(importance.pair_log_weights(logs), look(index).sample)
+            lambda logs, index: importance.ess_fraction(importance.pair_log_weights(logs), look(index).sample)
         )
         view = look(0)
         report = {
             "upper_loss": values.upper[0] + importance.expectation(view.cost.uncoupled, view.sample),
             "value_gap": jnp.zeros_like(values.lower[0]) if in_reward(rule) else _smallest_gap(values.lower),
             "coupling_share": coupling_share,
-            "effective_sample_size": jnp.min(effective(log_weights, indices)),
+            "ess_fraction": jnp.min(effective(log_weights, indices)),
             "kl": values.kl[0],
             "entropy": importance.entropy(log_probs[0], view.sample),
             "collision_rate": importance.expectation(_coincide(view.sample.responses), view.sample),
-            "labels": importance.answers(labelled),
+            "labels": importance.count_labels(labelled),
         }
         return gradient, report
 
@@ -272,7 +274,7 @@ def loss_levels(
             "upper_loss": losses.upper(points.upper, policy),
             "value_gap": jnp.zeros_like(values[0]) if in_reward(rule) else _smallest_gap(values),
             "coupling_share": coupling_share,
-            "effective_sample_size": jnp.ones(()),
+            "ess_fraction": jnp.ones(()),
             "kl": unknown,
             "entropy": unknown,
             "collision_rate": unknown,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.bilevel.stencil import Index, Stencil
-from jaxrlhf.types import Key, Params
 
 
 class LowerTask(NamedTuple):
@@ -100,7 +100,7 @@ def gradient(optimizer: optax.GradientTransformation, *, steps: int = 1) -> Lowe
     return LowerSolver(optimizer.init, step)
 
 
-class Slope(NamedTuple):
+class PolicyGradientEstimator(NamedTuple):
     """A way to estimate the gradient of -J at the policy, with a state of its own (a critic, say).
 
     Attributes:
@@ -112,9 +112,9 @@ class Slope(NamedTuple):
     step: Callable[[Params, Any, LowerTask], tuple[Params, Any]]
 
 
-def of_loss() -> Slope:
+def loss_gradient() -> PolicyGradientEstimator:
     """Returns the gradient of the task's own loss at tilt 0: score functions with leave-one-out baselines."""
-    return Slope(lambda: (), lambda policy, state, task: (jax.grad(task.loss)(policy, 0), state))
+    return PolicyGradientEstimator(lambda: (), lambda policy, state, task: (jax.grad(task.loss)(policy, 0), state))
 
 
 class TangentState(NamedTuple):
@@ -131,7 +131,7 @@ def tangent(
     tangent_optimizer: optax.GradientTransformation,
     *,
     steps: int = 1,
-    slope: Slope | None = None,
+    slope: PolicyGradientEstimator | None = None,
 ) -> LowerSolver:
     """Returns the solver for neural policies: iterates `lambda_i = lambda_0 + tilt_i * tangent`.
 
@@ -152,8 +152,8 @@ def tangent(
         policy_optimizer: moves tilt 0.
         tangent_optimizer: moves the tangent; weight decay damps the answer.
         steps: inner steps.
-        slope: where tilt 0's gradient comes from, `of_loss` by default; on long episodes a critic's
-            (`jaxrlhf.actor_critic`) is less noisy. The tangent's always comes from the loss.
+        slope: where tilt 0's gradient comes from, `loss_gradient` by default; on long episodes a critic's
+            (`jaxrlhf.algorithms.actor_critic`) is less noisy. The tangent's always comes from the loss.
 
     Raises:
         ValueError: steps < 1; or at trace time, where no single policy sampled for all tilts: a problem given as two
@@ -161,7 +161,7 @@ def tangent(
     """
     if steps < 1:
         raise ValueError(f"The lower solver needs at least 1 step, got {steps}.")
-    slope = of_loss() if slope is None else slope
+    slope = loss_gradient() if slope is None else slope
 
     def init(lowers):
         policy = jax.tree.map(lambda leaf: leaf[0], lowers)

@@ -15,22 +15,24 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jaxrlhf import bilevel, objectives
+from jaxrlhf import bilevel
 from jaxrlhf.annotation.once import once
-from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, deployed, tangent
+from jaxrlhf.base.types import Params
+from jaxrlhf.bilevel import BilevelAlgorithm, BilevelProblem, bilevel_descent, tangent
 from jaxrlhf.commands.comparison import LABELS, Judge, comparison_table, open_judge, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, told_of_bad
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
-from jaxrlhf.commands.running import Course, Running, begin, finish, keeper_of, take_steps
+from jaxrlhf.commands.running import LoopSettings, Running, begin, finish, keeper_of, take_steps
 from jaxrlhf.commands.stage import half_or_full
 from jaxrlhf.data.fitted import described, fit_prompts
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.memory import MemoryPlan, plan_bilevel
-from jaxrlhf.lm.model import decoder
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Writer, language_problem
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, RolloutModel, language_problem
 from jaxrlhf.lm.reward import RewardModel, reward_model
+from jaxrlhf.lm.transformer.axes import decoder_names
+from jaxrlhf.lm.transformer.model import decoder
+from jaxrlhf.preferences import objectives
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.guard import guarded
 from jaxrlhf.training.processes import agreed, first, gathered
@@ -39,7 +41,6 @@ from jaxrlhf.training.report import Samples
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
 from jaxrlhf.training.step import check_batch, compile_algorithm, outer_step, place, split_by_batch
 from jaxrlhf.training.tracking import tracker
-from jaxrlhf.types import Params
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
 
@@ -89,11 +90,11 @@ class Align(Running):
     """Weight of the coupled utility beside the uncoupled likelihood."""
     kl_price: float = 0.05
     """Of the utility, a nat."""
-    policy_rate: float | None = None
+    policy_learning_rate: float | None = None
     """Learning rate; 2e-4, or 1e-3 for adapters."""
-    tangent_rate: float | None = None
+    tangent_learning_rate: float | None = None
     """Of the policy's answer to the reward; a twentieth of the policy's."""
-    reward_rate: float | None = None
+    reward_learning_rate: float | None = None
     """1e-3, or 2e-3 for adapters."""
     warmup: int = 10
     """Steps over which the three rates rise from 0. The first gradients are next to nothing, as the reward still is, and
@@ -155,7 +156,7 @@ def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembl
     keys = jax.random.split(jax.random.key(config.seed))
     if not config.lora_rank:
         algorithm = _algorithm(config, _problem(config, model, policy, reward), judge)
-        return Assembly(algorithm, start.params, base, frozen, deployed, lambda state: state.upper)
+        return Assembly(algorithm, start.params, base, frozen, lambda state: state.policy, lambda state: state.upper)
     lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
     problem = _problem(
         config,
@@ -171,7 +172,7 @@ def assemble(config: Align, model: Model, start: Model, judge: Judge) -> Assembl
         return {"trunk": lora.merge(trunk, state.upper["adapter"]), "head": state.upper["head"]}
 
     upper = {"adapter": adapter, "head": jnp.zeros(model.config.width, jnp.float32)}
-    merged = lambda state: lora.merge(base, deployed(state))  # noqa: E731
+    merged = lambda state: lora.merge(base, state.policy)  # noqa: E731
     return Assembly(_algorithm(config, problem, judge), upper, lower, frozen, merged, reward_of)
 
 
@@ -188,17 +189,17 @@ def _problem(config: Align, model: Model, policy: Any, reward: RewardModel, **pa
         max_new_tokens=config.max_new_tokens,
         stop_ids=model.words.stop_ids,
         pad_id=model.words.pad_id,
-        parts=config.parts,
+        microbatches=config.microbatches,
         writer=_writer(config, model),
         **params,
     )
 
 
-def _writer(config: Align, model: Model) -> Writer | None:
+def _writer(config: Align, model: Model) -> RolloutModel | None:
     if config.rollout_dtype == "float32":
         return None
     dtype = jnp.dtype(config.rollout_dtype)
-    return Writer(decoder(model.config, dtype=dtype), lambda params: optax.tree.cast(params, dtype))
+    return RolloutModel(decoder(model.config, dtype=dtype), lambda params: optax.tree.cast(params, dtype))
 
 
 def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelAlgorithm:
@@ -213,13 +214,15 @@ def _algorithm(config: Align, problem: BilevelProblem, judge: Judge) -> BilevelA
     def adam(rate):
         return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
 
-    policy_rate = config.policy_rate or (1e-3 if config.lora_rank else 2e-4)
-    reward_rate = config.reward_rate or (2e-3 if config.lora_rank else 1e-3)
-    solver = tangent(adam(policy_rate), adam(config.tangent_rate or policy_rate / 20))
-    rule, optimizer = rules[config.estimator](), adam(reward_rate)
+    policy_learning_rate = config.policy_learning_rate or (1e-3 if config.lora_rank else 2e-4)
+    reward_learning_rate = config.reward_learning_rate or (2e-3 if config.lora_rank else 1e-3)
+    solver = tangent(adam(policy_learning_rate), adam(config.tangent_learning_rate or policy_learning_rate / 20))
+    rule, optimizer = rules[config.estimator](), adam(reward_learning_rate)
     # All at once only where a mesh splits them.
-    in_turn = parse_mesh(config.mesh).get("stencil", 1) == 1
-    return bilevel_descent(problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced, in_turn=in_turn)
+    sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
+    return bilevel_descent(
+        problem, rule, solver, optimizer, beta=config.beta, annotate=judge.traced, sequential=sequential
+    )
 
 
 def main(config: Align) -> pathlib.Path:
@@ -238,7 +241,7 @@ def main(config: Align) -> pathlib.Path:
     check_batch(config.batch_size, mesh)
     memory = plan_bilevel(parts.algorithm.init, key, parts.upper, parts.lower, parts.frozen)
     folder = begin(config, "align")
-    tell_plan(Console(quiet=not first()), config, model, memory, notes)
+    print_plan(Console(quiet=not first()), config, model, memory, notes)
     log = tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)
     if judge.host is not None:
         path = folder.path / "labels.jsonl" if first() else None
@@ -284,7 +287,7 @@ def main(config: Align) -> pathlib.Path:
             log.log(number, {f"held_out/{name}": value for name, value in shown.items()})
             return shown["win_rate"] - config.kl_price * shown["kl"]
 
-        course = Course(
+        course = LoopSettings(
             name="align",
             unit="answers",
             steps=config.steps,
@@ -333,9 +336,9 @@ def _check(config: Align) -> None:
         raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
     if config.lora_rank and config.reward is not None:
         raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
-    if config.parts < 1 or config.batch_size * config.pairs % config.parts:
+    if config.microbatches < 1 or config.batch_size * config.pairs % config.microbatches:
         raise ValueError(
-            f"--parts {config.parts} must divide the {config.batch_size * config.pairs} answers of a step, --batch-size "
+            f"--microbatches {config.microbatches} must divide the {config.batch_size * config.pairs} answers of a step, --batch-size "
             "times --pairs."
         )
     for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
@@ -372,7 +375,7 @@ def _batches(config: Align, rows: list[np.ndarray]):
     return iter(prompt_batches(rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple))
 
 
-def tell_plan(console: Console, config: Align, model: Model, memory: MemoryPlan, notes: list[str]) -> None:
+def print_plan(console: Console, config: Align, model: Model, memory: MemoryPlan, notes: list[str]) -> None:
     """Prints what is about to happen, before its memory is taken."""
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     answers = 2 * config.batch_size * config.pairs

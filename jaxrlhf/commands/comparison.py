@@ -11,18 +11,18 @@ import numpy as np
 from jaxrlhf import preferences
 from jaxrlhf.annotation.functions import bounded, host_annotator, host_scorer, load_function, texts_of
 from jaxrlhf.annotation.judge import is_judge, load_judge
-from jaxrlhf.bilevel.problem import Sample, drawn
+from jaxrlhf.base.problem import Sample, uniform_measure
+from jaxrlhf.base.types import Params
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.lm.annotators import reward_model_annotator
 from jaxrlhf.lm.generate import generate
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses
+from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.processes import gathered, shared
 from jaxrlhf.training.report import Table
 from jaxrlhf.training.step import place
-from jaxrlhf.types import Params
 
 LABELS = "labels.sqlite"
 """The journal of paid verdicts, in the folder of prepared data: what one run has paid for, the next one finds."""
@@ -185,8 +185,8 @@ def _sample(rows: Prompts, first: Any, second: Any) -> Sample:
     tokens = jnp.stack([first[0], second[0]], axis=1)[:, None]
     mask = jnp.stack([first[1], second[1]], axis=1)[:, None]
     nothing = jnp.zeros((len(tokens), 1, 2, 1))
-    measure, draws = drawn(len(tokens), 1)
-    return Sample(rows, Responses(tokens, mask), nothing, nothing, nothing + 1, measure, jnp.ones(2), draws)
+    measure, num_draws = uniform_measure(len(tokens), 1)
+    return Sample(rows, Responses(tokens, mask), nothing, nothing, nothing + 1, measure, jnp.ones(2), num_draws)
 
 
 def _shown(own: Any, other: Any, swapped: jax.Array) -> tuple[list, list]:

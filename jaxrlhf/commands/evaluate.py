@@ -15,8 +15,8 @@ from jaxrlhf.commands.running import begin, finish
 from jaxrlhf.data.fitted import described, fit_pairs, fit_prompts
 from jaxrlhf.lm.learning import pair_scores
 from jaxrlhf.lm.memory import bytes_of
-from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.progress import bytes_text, count_text, plan
 from jaxrlhf.training.report import Samples
 

@@ -33,7 +33,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     mains: dict[type, Any] = dict(COMMANDS.values())
     try:
         if getattr(config, "processes", None):
-            processes.connect(processes.parse_place(config.processes))
+            processes.connect(processes.parse_process_address(config.processes))
         return mains[type(config)](config)
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):

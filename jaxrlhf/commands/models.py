@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import tokenizers
 
+from jaxrlhf.base.types import Params
 from jaxrlhf.data.chat import ChatTemplate, load_chat_template
 from jaxrlhf.data.encode import Codec, codec
-from jaxrlhf.lm.config import DecoderConfig
-from jaxrlhf.lm.families import Kind
-from jaxrlhf.lm.model import decoder
-from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weight_files import read_json, write_json
-from jaxrlhf.lm.weights import (
+from jaxrlhf.lm.hugging_face.families import Kind
+from jaxrlhf.lm.hugging_face.files import read_json, write_json
+from jaxrlhf.lm.hugging_face.weights import (
     SpecialIds,
     WeightsError,
     load_decoder,
@@ -24,7 +22,9 @@ from jaxrlhf.lm.weights import (
     save_reward_model,
     special_ids,
 )
-from jaxrlhf.types import Params
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.model import decoder
 
 # What belongs to a tokenizer, and is copied as it is.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

@@ -24,10 +24,10 @@ from jaxrlhf.commands.stage import (
 from jaxrlhf.data.batches import Pairs, padded_pairs
 from jaxrlhf.data.fitted import Fitted, PairRow, described, fit_pairs
 from jaxrlhf.data.pipelines import in_order, pair_batches
+from jaxrlhf.evaluation.preferences import PreferenceAccuracy, fit_one_feature, gain, preference_accuracy
 from jaxrlhf.lm.learning import pair_scores, preference_loss
-from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.preference_report import PairVerdict, fit_one_feature, gain, judge_differences
+from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.processes import first, gathered
 from jaxrlhf.training.report import Table
 
@@ -96,7 +96,7 @@ def main(config: Reward) -> pathlib.Path:
         return found[:, 0] - found[:, 1]
 
     def evaluate(trained, frozen):
-        verdict = judge_differences(differences(trained, frozen), labels)
+        verdict = preference_accuracy(differences(trained, frozen), labels)
         return {
             "loss": verdict.log_loss,
             "accuracy": verdict.accuracy,
@@ -157,7 +157,7 @@ def scores_of(score: Any, rows: list[PairRow], batch_size: int) -> np.ndarray:
 
 def compare(
     differences: np.ndarray, fitted: Fitted[PairRow] | None, held_out: Fitted[PairRow], *, seed: int
-) -> dict[str, tuple[PairVerdict, float, float]]:
+) -> dict[str, tuple[PreferenceAccuracy, float, float]]:
     """Returns the verdicts on a reward and on what needs none, with the accuracy that the reward gains over each.
 
     `length` fits one weight to the difference of the completions' lengths in tokens, on the rows that the reward learned
@@ -170,7 +170,7 @@ def compare(
     shuffled = np.random.default_rng(seed).choice([-1.0, 1.0], len(labels))
     guesses = {"reward": differences, "length": weight * _longer(held_out.rows), "majority": 1e-3 * shuffled}
     return {
-        name: (judge_differences(guess, labels), *gain(differences, guess, labels)) for name, guess in guesses.items()
+        name: (preference_accuracy(guess, labels), *gain(differences, guess, labels)) for name, guess in guesses.items()
     }
 
 
@@ -178,7 +178,7 @@ def _longer(rows: list[PairRow]) -> np.ndarray:
     return np.array([float(row.first.completion.sum()) - float(row.second.completion.sum()) for row in rows])
 
 
-def verdict_table(judged: dict[str, tuple[PairVerdict, float, float]]) -> Table:
+def verdict_table(judged: dict[str, tuple[PreferenceAccuracy, float, float]]) -> Table:
     """Returns what `compare` found, as a table."""
     names = {"reward": "reward model", "length": "length of the completion", "majority": "majority, random order"}
     rows = []
@@ -190,7 +190,7 @@ def verdict_table(judged: dict[str, tuple[PairVerdict, float, float]]) -> Table:
     return Table(f"On {judged['reward'][0].pairs:,} held-out pairs", columns, rows)
 
 
-def results_of(judged: dict[str, tuple[PairVerdict, float, float]]) -> dict:
+def results_of(judged: dict[str, tuple[PreferenceAccuracy, float, float]]) -> dict:
     """Returns what `compare` found, for a results.json."""
     return {
         name: verdict._asdict() | {"reward_gains": more, "reward_gains_half_interval": half}
@@ -198,7 +198,7 @@ def results_of(judged: dict[str, tuple[PairVerdict, float, float]]) -> dict:
     }
 
 
-def draw_reliability(path: pathlib.Path, verdict: PairVerdict) -> None:
+def draw_reliability(path: pathlib.Path, verdict: PreferenceAccuracy) -> None:
     """Draws how often predictions of a confidence were right, and how many pairs each bin holds."""
     bins, figure = verdict.reliability, Figure(figsize=(4.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

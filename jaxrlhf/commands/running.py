@@ -11,6 +11,7 @@ import grain
 import jax
 from rich.console import Console
 
+from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.training.checkpoint import fingerprints
 from jaxrlhf.training.guard import Patience
 from jaxrlhf.training.keeping import Keeper, StoppedError
@@ -19,7 +20,6 @@ from jaxrlhf.training.processes import first, from_first
 from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
-from jaxrlhf.types import Batch, Key, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Running:
     """Where this process is one of several: auto on a TPU pod or in a Slurm job, or HOST:PORT,COUNT,INDEX."""
     mesh: str = "data=-1"
     """How devices are arranged, such as fsdp=8 or tensor=2,data=-1; of data, fsdp, tensor and stencil."""
-    parts: int = 1
+    microbatches: int = 1
     """Pieces that a batch is computed in, one after the other, to save memory; the result is the same. A CPU
     takes as many as suit its caches, where no more are asked for."""
     remat: Literal["layer", "products"] | None = None
@@ -102,7 +102,7 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Course(NamedTuple):
+class LoopSettings(NamedTuple):
     """The steps of a command.
 
     Attributes:
@@ -145,7 +145,7 @@ def take_steps(
     evaluations: int,
     folder: RunFolder,
     keeper: Keeper,
-    course: Course,
+    course: LoopSettings,
     state: Any,
     kept: dict[str, Any],
 ) -> Taken:

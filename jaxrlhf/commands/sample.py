@@ -14,7 +14,7 @@ from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import Message
 from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.transformer.model import decoder
 
 
 @dataclasses.dataclass(frozen=True)

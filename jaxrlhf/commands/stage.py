@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from jaxrlhf.base.types import Params
 from jaxrlhf.commands.data import Format
-from jaxrlhf.commands.running import Course, Running, begin, keeper_of, take_steps
+from jaxrlhf.commands.running import LoopSettings, Running, begin, keeper_of, take_steps
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.axes import decoder_names
 from jaxrlhf.lm.learning import Loss, ParamsOf, itself, learning
 from jaxrlhf.lm.memory import bytes_of
+from jaxrlhf.lm.transformer.axes import decoder_names
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.guard import guarded
 from jaxrlhf.training.processes import first, gathered
@@ -26,7 +27,6 @@ from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
 from jaxrlhf.training.step import check_batch, compile_update, place
 from jaxrlhf.training.tracking import tracker as open_tracker
-from jaxrlhf.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,9 @@ def steps_of(config: Training, rows: int) -> int:
     Raises:
         ValueError: a number is out of range, or the parts do not divide the batch.
     """
-    steps, epochs, batch_size, parts = config.steps, config.epochs, config.batch_size, config.parts
+    steps, epochs, batch_size, parts = config.steps, config.epochs, config.batch_size, config.microbatches
     if batch_size < 1 or parts < 1 or batch_size % parts:
-        raise ValueError(f"--parts {parts} must divide --batch-size {batch_size}, and both be at least 1.")
+        raise ValueError(f"--microbatches {parts} must divide --batch-size {batch_size}, and both be at least 1.")
     if steps is not None:
         if steps < 1:
             raise ValueError(f"--steps must be at least 1, got {steps}.")
@@ -204,9 +204,9 @@ def train(
         ValueError: a setting is out of range, or the loss is not finite.
     """
     optimizer, mesh = adamw(config, steps), make_mesh(parse_mesh(config.mesh))
-    algorithm = learning(loss, optimizer, parts=config.parts if config.parts > 1 else None)
+    algorithm = learning(loss, optimizer, microbatches=config.microbatches if config.microbatches > 1 else None)
     folder = begin(config, name)
-    tell_plan(Console(quiet=not first()), title, learner, optimizer, told)
+    print_plan(Console(quiet=not first()), title, learner, optimizer, told)
     tracker = open_tracker(config.track if first() else None, folder.path, name=folder.path.name, config=config)
     shapes = jax.eval_shape(algorithm.init, learner.trained), learner.trained, learner.frozen
     where, *places = (shardings(each, mesh, decoder_names) for each in shapes)
@@ -239,7 +239,7 @@ def train(
             tracker.log(number, {f"held_out/{name}": value for name, value in measured.items()})
             return -measured["loss"]
 
-        course = Course(
+        course = LoopSettings(
             name=name,
             unit="tokens",
             steps=steps,
@@ -293,7 +293,7 @@ def _smoothed(values: list[float]) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width)) for i in range(len(values))]
 
 
-def tell_plan(
+def print_plan(
     console: Console, title: str, learner: Learner, optimizer: optax.GradientTransformation, rows: dict[str, str]
 ) -> None:
     """Prints what is about to happen, before the optimiser's memory is taken."""

@@ -25,9 +25,9 @@ from jaxrlhf.data.batches import Demonstrations, padded_demonstrations
 from jaxrlhf.data.fitted import described, fit_demonstrations, fit_prompts
 from jaxrlhf.data.pipelines import demonstration_batches, in_order, packed_demonstrations
 from jaxrlhf.data.records import DataError
-from jaxrlhf.lm.config import DecoderConfig
 from jaxrlhf.lm.learning import supervised_loss
-from jaxrlhf.lm.model import decoder
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.processes import first
 from jaxrlhf.training.report import Samples, Table
 

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import bandit, exact, objectives, preferences
+from jaxrlhf import exact, preferences
+from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import bilevel_descent, gradient, shared_adam
+from jaxrlhf.exact import bandit
 from jaxrlhf.known.problem import KnownProblem
-from jaxrlhf.objectives import Objective
-from jaxrlhf.types import Params
+from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences.objectives import Objective
 
 
 def linear_reward(upper: Params, features: jax.Array) -> jax.Array:
@@ -113,7 +115,7 @@ def random_bandit(
         return exact.soft_policy(reward(upper, frozen.features), frozen.reference, beta)
 
     def worth(log_policy):
-        return exact.soft_value(frozen.gold, frozen.reference, beta) - exact.judge(
+        return exact.soft_value(frozen.gold, frozen.reference, beta) - exact.evaluate_policy(
             log_policy, frozen.reference, frozen.gold, beta
         ).gap  # fmt: skip
 
@@ -134,9 +136,9 @@ def random_bandit(
         frozen=frozen,
         data=None,
         start=start,
-        answer=gradient(shared_adam(0.05), steps=300) if network == "both" else tables(False),
-        answer_at=None if network == "both" else table_of_reward,
-        answer_from_labels=tables(True) if network != "both" and against_reference else None,
+        solver=gradient(shared_adam(0.05), steps=300) if network == "both" else tables(False),
+        best_response_at=None if network == "both" else table_of_reward,
+        solver_from_labels=tables(True) if network != "both" and against_reference else None,
         phi=lambda upper: exact.upper_value(
             objective,
             reward(upper, frozen.features),
@@ -150,7 +152,7 @@ def random_bandit(
         best_worth=exact.soft_value(frozen.gold, frozen.reference, beta),
         optimum=closed if features is None else None,
         beta=beta,
-        exact_answer=network != "both",
+        exact_solver=network != "both",
     )
 
 

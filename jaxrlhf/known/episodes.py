@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import mdp, objectives, preferences
+from jaxrlhf import mdp, preferences
 from jaxrlhf.bilevel import bilevel_descent
 from jaxrlhf.known.problem import KnownProblem
-from jaxrlhf.objectives import Objective
+from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences.objectives import Objective
 
 
 def random_mdp(
@@ -26,7 +27,7 @@ def random_mdp(
         return bilevel_descent(problem, rule, solver, upper_optimizer, beta=beta, annotate=annotate, **options)
 
     def worth(log_policy):
-        verdict = mdp.judge(log_policy, frozen, beta=beta)
+        verdict = mdp.evaluate_policy(log_policy, frozen, beta=beta)
         return verdict.true_return - beta * verdict.kl
 
     return KnownProblem(
@@ -37,7 +38,7 @@ def random_mdp(
             scale * jax.random.normal(key, frozen.features.shape[-1:]),
             mdp.reference_logits(frozen),
         ),
-        answer=mdp.best_response(reward, objective, beta=beta, against_reference=against_reference),
+        solver=mdp.best_response(reward, objective, beta=beta, against_reference=against_reference),
         phi=lambda upper: mdp.upper_value(
             reward, objective, upper, frozen, beta=beta, against_reference=against_reference
         ),
@@ -46,5 +47,5 @@ def random_mdp(
         best_worth=jnp.mean(mdp.soft_policy(frozen.gold, frozen, beta)[1]),
         optimum=None,
         beta=beta,
-        exact_answer=True,
+        exact_solver=True,
     )

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxrlhf import exact, objectives, preferences
+from jaxrlhf import exact, preferences
 from jaxrlhf.bilevel import bilevel_descent, gradient, shared_adam
 from jaxrlhf.known.problem import KnownProblem
 from jaxrlhf.lm.language import (
@@ -14,10 +14,11 @@ from jaxrlhf.lm.language import (
     reward_table,
     table_of,
 )
-from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.objectives import Objective
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
+from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences.objectives import Objective
 
 
 def small_language(
@@ -59,7 +60,7 @@ def small_language(
         return upper | {"head": scale * jax.random.normal(head_key, upper["head"].shape)}, reference
 
     def worth(table):
-        verdict = exact.judge(table, reference_table, gold, beta)
+        verdict = exact.evaluate_policy(table, reference_table, gold, beta)
         return verdict.true_return - beta * verdict.kl
 
     def rewards(upper):
@@ -70,7 +71,7 @@ def small_language(
         frozen=frozen,
         data=language.prompts,
         start=start,
-        answer=gradient(shared_adam(0.01), steps=200),
+        solver=gradient(shared_adam(0.01), steps=200),
         phi=lambda upper: exact.upper_value(
             objective, rewards(upper), gold, reference_table, beta=beta, against_reference=against_reference
         ),
@@ -79,5 +80,5 @@ def small_language(
         best_worth=exact.soft_value(gold, reference_table, beta),
         optimum=None,
         beta=beta,
-        exact_answer=False,
+        exact_solver=False,
     )

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.bilevel import BilevelAlgorithm, LowerSolver
-from jaxrlhf.types import Key, Params
 
 
 class KnownProblem(NamedTuple):
@@ -23,30 +23,30 @@ class KnownProblem(NamedTuple):
         frozen: what no gradient touches.
         data: what `step` takes beside it.
         start: `(key, scale) -> (upper, lower)`, random of that scale; the policy starts at the reference.
-        answer: solves the lower problems: exactly for tables, by many gradient steps for networks.
-        answer_from_labels: as `answer`, exact for the step's own labelled pairs: a learner's, where `answer` knows
+        solver: solves the lower problems: exactly for tables, by many gradient steps for networks.
+        solver_from_labels: as `solver`, exact for the step's own labelled pairs: a learner's, where `solver` knows
             the gold reward; None where there is none.
-        answer_at: `(upper) -> lower`, the exact answer at tilt 0 where it is a table: where to start on policy.
+        best_response_at: `(upper) -> lower`, the exact answer at tilt 0 where it is a table: where to start on policy.
         phi: `(upper) -> []`, exact; its gradient is the exact hypergradient.
         exploited: `(upper) -> []`, J_gold of the exactly optimal policy of that reward: what Phi's argument is worth.
         worth: `(lower) -> []`, J_gold = E gold - beta KL of a policy, exact.
         best_worth: `[]`, max over all policies.
         optimum: the least Phi where it is known in closed form, else None.
         beta: weight of the lower level's KL.
-        exact_answer: whether `answer` is exact.
+        exact_solver: whether `solver` is exact.
     """
 
     algorithm: Callable[..., BilevelAlgorithm]
     frozen: Any
     data: Any
     start: Callable[[Key, float], tuple[Params, Params]]
-    answer: LowerSolver
+    solver: LowerSolver
     phi: Callable[[Params], jax.Array]
     exploited: Callable[[Params], jax.Array]
     worth: Callable[[Params], jax.Array]
     best_worth: jax.Array
     optimum: float | None
     beta: float
-    exact_answer: bool
-    answer_from_labels: LowerSolver | None = None
-    answer_at: Callable[[Params], Params] | None = None
+    exact_solver: bool
+    solver_from_labels: LowerSolver | None = None
+    best_response_at: Callable[[Params], Params] | None = None

@@ -1,13 +1,7 @@
 """Language models: decoders, sampler, log-probabilities, rewards, adapters, losses, weights, and RLHF as one problem."""
 
 from jaxrlhf.lm.generate import Completions, generate
-from jaxrlhf.lm.learning import LearningAlgorithm, learning, preference_loss, supervised_loss
-from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.lora import attach, init_adapter, merge, policy_on_reference, reward_on_reference
-from jaxrlhf.lm.model import DecoderConfig, LanguageModel, decoder, without_cache
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem
-from jaxrlhf.lm.reward import RewardModel, reward_model
-from jaxrlhf.lm.weights import (
+from jaxrlhf.lm.hugging_face.weights import (
     SpecialIds,
     WeightsError,
     load_decoder,
@@ -17,6 +11,12 @@ from jaxrlhf.lm.weights import (
     save_reward_model,
     special_ids,
 )
+from jaxrlhf.lm.learning import LearningAlgorithm, learning, preference_loss, supervised_loss
+from jaxrlhf.lm.log_probs import completion_log_probs
+from jaxrlhf.lm.lora import attach, init_adapter, merge, policy_on_reference, reward_on_reference
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem
+from jaxrlhf.lm.reward import RewardModel, reward_model
+from jaxrlhf.lm.transformer.model import DecoderConfig, LanguageModel, decoder, without_cache
 
 __all__ = [
     "Completions",

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from jaxrlhf import preferences
-from jaxrlhf.lm.model import decoder
+from jaxrlhf.base.types import Params
+from jaxrlhf.lm.hugging_face.weights import WeightsError, load_reward_model
 from jaxrlhf.lm.problem import reward_of
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import WeightsError, load_reward_model
-from jaxrlhf.types import Params
+from jaxrlhf.lm.transformer.model import decoder
 
 
 def reward_model_annotator(

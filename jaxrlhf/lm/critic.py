@@ -1,4 +1,4 @@
-"""A critic of unfinished completions: the expected return before each token, for `jaxrlhf.actor_critic`."""
+"""A critic of unfinished completions: the expected return before each token, for `jaxrlhf.algorithms.actor_critic`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import Sample
-from jaxrlhf.lm.layers import wide
-from jaxrlhf.lm.model import LanguageModel, pad_left
+from jaxrlhf.base.problem import Sample
 from jaxrlhf.lm.problem import LanguageFrozen, flat
+from jaxrlhf.lm.transformer.layers import wide
+from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 
 
 def token_critic(model: LanguageModel) -> Callable[[Any, Sample, LanguageFrozen], jax.Array]:

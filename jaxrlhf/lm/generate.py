@@ -8,8 +8,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.lm.model import LanguageModel, pad_left
-from jaxrlhf.lm.parts import divided, in_parts, rows_of_a_cpu
+from jaxrlhf.lm.microbatch import divided, in_microbatches, rows_of_a_cpu
+from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 
 PART = 2**22
 """Bytes of keys and values that rows written together on a CPU may take, if not the weights take more."""
@@ -45,7 +45,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     pad_id: int = 0,
-    parts: int | None = None,
+    microbatches: int | None = None,
 ) -> Completions:
     """Samples one completion a prompt; the key is consumed.
 
@@ -65,8 +65,8 @@ def generate(
         temperature: divides the logits; 0 takes the most probable token.
         top_p: mass of the nucleus, in (0, 1]; 1 samples from the whole distribution.
         pad_id: written after the end of a row.
-        parts: pieces that the rows are written in, one after another; the cache of one is held at a time. All rows at
-            once by default, but on a CPU `parts_of`.
+        microbatches: pieces that the rows are written in, one after another; the cache of one is held at a time. All rows at
+            once by default, but on a CPU `microbatches_of`.
 
     Returns:
         `Completions`. `log_prob` is that of the tempered, nucleus-renormalised distribution, or of the
@@ -75,7 +75,7 @@ def generate(
 
     Raises:
         ValueError: a keyword is out of range, a stop or pad id lies outside the vocabulary, prompt and
-            completion together exceed the model's context, the parts do not divide the rows, or (outside `jit`) a prompt
+            completion together exceed the model's context, the microbatches do not divide the rows, or (outside `jit`) a prompt
             is empty.
     """
     check_arguments(model, prompts, prompt_mask, max_new_tokens, stop_ids, temperature, top_p, pad_id)
@@ -86,12 +86,12 @@ def generate(
         rows = (prompts, prompt_mask, uniforms)
         return write_rows(model, params, *rows, stop_ids=stop_ids, temperature=temperature, top_p=top_p, pad_id=pad_id)
 
-    parts = parts_of(model, params, prompts, max_new_tokens) if parts is None else parts
-    return in_parts(write, parts)(params, prompts, prompt_mask, uniforms)
+    microbatches = microbatches_of(model, params, prompts, max_new_tokens) if microbatches is None else microbatches
+    return in_microbatches(write, microbatches)(params, prompts, prompt_mask, uniforms)
 
 
-def parts_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
-    """Returns the number of parts that rows are written in on this machine: 1, but on a CPU.
+def microbatches_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
+    """Returns the number of microbatches that rows are written in on this machine: 1, but on a CPU.
 
     Every token reads the weights once, for however many rows, and the cache of every row. Rows whose caches outweigh the
     weights save no reading, and on a CPU push one another out of the processor's: twice the time a row. There a part has

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import exact
-from jaxrlhf.bilevel.problem import Sample
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import LanguageModel
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, reward_of
 from jaxrlhf.lm.reward import RewardModel
-from jaxrlhf.objectives import Objective
-from jaxrlhf.types import Key, Params
+from jaxrlhf.lm.transformer.model import LanguageModel
+from jaxrlhf.preferences.objectives import Objective
 
 STOP = 0
 
@@ -139,16 +139,16 @@ def listed_pairs(
             responses=responses,
             behaviour_log_prob=behaviour,
             reference_log_prob=pair(steps(reference), steps(reference)),
-            discount=responses.mask.astype(own.dtype) if per_token else jnp.ones_like(behaviour),
+            cumulative_discount=responses.mask.astype(own.dtype) if per_token else jnp.ones_like(behaviour),
             measure=jnp.exp(chances) / len(own),
-            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], own.dtype),
-            draws=jnp.asarray(jnp.inf, own.dtype),
+            from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], own.dtype),
+            num_draws=jnp.asarray(jnp.inf, own.dtype),
         )
 
     return sample
 
 
-class LanguageVerdict(NamedTuple):
+class LanguageEvaluation(NamedTuple):
     """Exact quantities of a policy and a reward; scalars.
 
     Attributes:
@@ -158,13 +158,13 @@ class LanguageVerdict(NamedTuple):
         phi_gap: the gap of that optimal policy: what the reward would give once fully exploited.
     """
 
-    policy: exact.Verdict
+    policy: exact.PolicyEvaluation
     upper_loss: jax.Array
     phi: jax.Array
     phi_gap: jax.Array
 
 
-def judge_language(
+def evaluate_language(
     policy: jax.Array,
     reference: jax.Array,
     reward: jax.Array,
@@ -173,14 +173,14 @@ def judge_language(
     *,
     beta: float,
     against_reference: bool = True,
-) -> LanguageVerdict:
+) -> LanguageEvaluation:
     """Returns the exact worth of tables `[B, N]`: log-probabilities of policy and reference, rewards and gold."""
-    verdict = exact.judge(policy, reference, gold, beta)
+    verdict = exact.evaluate_policy(policy, reference, gold, beta)
     cost = exact.expected_cost(objective, policy, reference, reward, gold, against_reference=against_reference)
     phi = exact.upper_value(objective, reward, gold, reference, beta=beta, against_reference=against_reference)
-    return LanguageVerdict(
+    return LanguageEvaluation(
         policy=verdict,
         upper_loss=cost.coupled + cost.uncoupled + objective.kl_price * verdict.kl,
         phi=phi,
-        phi_gap=exact.judge(exact.soft_policy(reward, reference, beta), reference, gold, beta).gap,
+        phi_gap=exact.evaluate_policy(exact.soft_policy(reward, reference, beta), reference, gold, beta).gap,
     )

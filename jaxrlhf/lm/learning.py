@@ -6,7 +6,7 @@
     state, info = jax.jit(algorithm.update)(state, batch, frozen)
 
 A loss is a pair of sums, so that its mean is over the tokens or pairs that count: padding, the way a batch is cut into
-parts, and the number of devices do not change it.
+microbatches, and the number of devices do not change it.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf import preferences
+from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.lm.log_probs import MAX_LOGITS, token_log_probs
-from jaxrlhf.lm.model import LanguageModel
-from jaxrlhf.lm.parts import split, usual_parts
+from jaxrlhf.lm.microbatch import default_microbatches, split
 from jaxrlhf.lm.reward import RewardModel
-from jaxrlhf.types import Batch, Params
+from jaxrlhf.lm.transformer.model import LanguageModel
 
 
 class Totals(NamedTuple):
@@ -71,20 +71,22 @@ def itself(params: Params, frozen: Params) -> Params:
     return params
 
 
-def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int | None = None) -> LearningAlgorithm:
+def learning(
+    loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int | None = None
+) -> LearningAlgorithm:
     """Descends `sum of losses / sum of weights` of a batch, computed in one piece or several.
 
     Args:
         loss: `(params, batch, frozen) -> Totals`.
         optimizer: of the parameters.
-        parts: pieces of equal rows that a batch is computed in, one after the other, to save memory; by default
-            `usual_parts`.
+        microbatches: pieces of equal rows that a batch is computed in, one after the other, to save memory; by default
+            `default_microbatches`.
 
     Raises:
-        ValueError: parts < 1; or at trace time, rows that do not divide into the parts.
+        ValueError: microbatches < 1; or at trace time, rows that do not divide into the microbatches.
     """
-    if parts is not None and parts < 1:
-        raise ValueError(f"A batch is computed in at least 1 part, got {parts}.")
+    if microbatches is not None and microbatches < 1:
+        raise ValueError(f"A batch is computed in at least 1 part, got {microbatches}.")
 
     def init(params):
         # The dtype is said, so that a weakly typed leaf becomes a strong one and the step is not compiled twice.
@@ -98,7 +100,9 @@ def learning(loss: Loss, optimizer: optax.GradientTransformation, *, parts: int 
 
         gradient_of = jax.grad(summed, has_aux=True)
         largest = max(jax.tree.leaves(batch), key=jnp.size)
-        pieces = usual_parts(len(largest), largest.size // len(largest)) if parts is None else parts
+        pieces = (
+            default_microbatches(len(largest), largest.size // len(largest)) if microbatches is None else microbatches
+        )
         if pieces == 1:
             gradient, totals = gradient_of(params, batch)
             return totals, gradient

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.lm.model import LanguageModel, pad_left
-from jaxrlhf.lm.parts import in_parts, usual_parts
+from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
+from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 
 # Logits that may exist at once when no chunk size is given: 128 MiB of float32.
 MAX_LOGITS = 2**25
@@ -29,7 +29,7 @@ def completion_log_probs(
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-    parts: int | None = None,
+    microbatches: int | None = None,
 ) -> jax.Array:
     """`log softmax(logits / temperature)[y_t]` of every completion token.
 
@@ -47,14 +47,14 @@ def completion_log_probs(
         temperature: the sampler's, so that both mean the same distribution.
         chunk_size: columns whose logits exist at once; None takes all of them if they are few, else a bounded
             number.
-        parts: pieces that the rows are read in, one after another, each once more in a backward pass; `usual_parts` by
+        microbatches: pieces that the rows are read in, one after another, each once more in a backward pass; `default_microbatches` by
             default.
 
     Returns:
         `[N, L]` float32, nats, never positive; 0 where `completion_mask` is False.
 
     Raises:
-        ValueError: `temperature` or `chunk_size` is not positive, the rows exceed the model's context, or the parts do
+        ValueError: `temperature` or `chunk_size` is not positive, the rows exceed the model's context, or the microbatches do
             not divide them.
     """
     if not temperature > 0:
@@ -80,8 +80,8 @@ def completion_log_probs(
         scores = token_log_probs(model, params, hidden, completions, temperature, columns)
         return jnp.where(completion_mask, scores.log_prob, 0.0)
 
-    parts = usual_parts(rows, prompt_length + length) if parts is None else parts
-    return in_parts(read, parts)(params, prompts, prompt_mask, completions, completion_mask)
+    microbatches = default_microbatches(rows, prompt_length + length) if microbatches is None else microbatches
+    return in_microbatches(read, microbatches)(params, prompts, prompt_mask, completions, completion_mask)
 
 
 def token_log_probs(
@@ -122,5 +122,5 @@ def token_log_probs(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk_size, -1)
     tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
     by_chunk = (jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(tokens, 0, 1))
-    parts = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
-    return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1).reshape(rows, -1)[:, :length], parts)
+    microbatches = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
+    return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1).reshape(rows, -1)[:, :length], microbatches)

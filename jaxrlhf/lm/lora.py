@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.types import Key, Params
+from jaxrlhf.base.types import Key, Params
 
 UNREAD = ("output_head",)
 """Of a language model's parameters, what its hidden states do not depend on."""

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import Labelled, Sample, drawn
+from jaxrlhf.base.problem import Labelled, Sample, uniform_measure
+from jaxrlhf.base.types import Params
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import LanguageModel
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, flat
-from jaxrlhf.types import Params
+from jaxrlhf.lm.transformer.model import LanguageModel
 
 
 def offline_pairs(
@@ -20,7 +20,7 @@ def offline_pairs(
     frozen: LanguageFrozen,
     *,
     temperature: float = 1.0,
-    by_policy: tuple[float, float] = (1.0, 1.0),
+    from_policy: tuple[float, float] = (1.0, 1.0),
     per_token: bool = False,
     reference_params: Callable[[LanguageFrozen], Params] = lambda frozen: frozen.reference,
 ) -> Labelled:
@@ -36,7 +36,7 @@ def offline_pairs(
         labels: `[B, M]` or `[B, M, L]`; 1 where response 0 was preferred.
         frozen: with the reference.
         temperature: of the problem that the pairs are for.
-        by_policy: of that problem's samples: (1, 0) where it pairs the policy's responses with the reference's.
+        from_policy: of that problem's samples: (1, 0) where it pairs the policy's responses with the reference's.
         per_token: as in that problem.
         reference_params: where the reference's parameters are.
 
@@ -50,15 +50,15 @@ def offline_pairs(
     found = completion_log_probs(policy, reference_params(frozen), *rows, tokens, mask, temperature=temperature)
     by_step = found if per_token else jnp.sum(found, axis=-1, keepdims=True)
     by_step = by_step.reshape(*responses.tokens.shape[:3], -1)
-    measure, draws = drawn(batch, pairs, dtype=by_step.dtype)
+    measure, num_draws = uniform_measure(batch, pairs, dtype=by_step.dtype)
     sample = Sample(
         prompts=prompts,
         responses=responses,
         behaviour_log_prob=by_step,
         reference_log_prob=by_step,
-        discount=responses.mask.astype(by_step.dtype) if per_token else jnp.ones_like(by_step),
+        cumulative_discount=responses.mask.astype(by_step.dtype) if per_token else jnp.ones_like(by_step),
         measure=measure,
-        by_policy=jnp.asarray(by_policy, by_step.dtype),
-        draws=draws,
+        from_policy=jnp.asarray(from_policy, by_step.dtype),
+        num_draws=num_draws,
     )
     return Labelled(sample, labels.reshape(batch, pairs, -1).astype(by_step.dtype))

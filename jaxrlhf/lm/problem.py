@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import BilevelProblem, Sample, drawn
+from jaxrlhf.base.problem import BilevelProblem, Sample, uniform_measure
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.lm.generate import Completions, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import LanguageModel
-from jaxrlhf.lm.parts import in_parts
+from jaxrlhf.lm.microbatch import in_microbatches
 from jaxrlhf.lm.reward import RewardModel
-from jaxrlhf.objectives import Objective
-from jaxrlhf.types import Key, Params
+from jaxrlhf.lm.transformer.model import LanguageModel
+from jaxrlhf.preferences.objectives import Objective
 
 
 class Prompts(NamedTuple):
@@ -52,7 +52,7 @@ class LanguageFrozen(NamedTuple):
     annotator: Params = ()
 
 
-class Writer(NamedTuple):
+class RolloutModel(NamedTuple):
     """Who samples in the policy's place: the same model in a cheaper precision.
 
     Attributes:
@@ -78,8 +78,8 @@ def language_problem(
     self_play: bool = False,
     pad_id: int = 0,
     per_token: bool = False,
-    parts: int = 1,
-    writer: Writer | None = None,
+    microbatches: int = 1,
+    writer: RolloutModel | None = None,
     policy_params: Callable[[Params, LanguageFrozen], Params] = lambda lower, frozen: lower,
     reward_params: Callable[[Params, LanguageFrozen], Params] = lambda upper, frozen: upper,
 ) -> BilevelProblem:
@@ -100,7 +100,7 @@ def language_problem(
         pad_id: written after the end of a completion.
         per_token: whether every token is a step (T = L) in place of the whole completion (T = 1). The reward comes with
             the last; the problem is the same one.
-        parts: pieces that the models read a batch of responses in (`parts.in_parts`); it divides B M. The activations of
+        microbatches: pieces that the models read a batch of responses in (`microbatches.in_microbatches`); it divides B M. The activations of
             one piece are held at a time.
         writer: samples in the policy's place. The recorded log-probabilities are the policy's own all the same, from one
             more forward pass: ratios of iterates are then free of the writer's rounding, which in bfloat16 is about 0.2
@@ -111,7 +111,7 @@ def language_problem(
 
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not
-            positive; at trace time, rows that do not divide into the parts.
+            positive; at trace time, rows that do not divide into the microbatches.
     """
     if self_play and against_reference:
         raise ValueError(
@@ -147,7 +147,7 @@ def language_problem(
         def read(params, *rows):
             return completion_log_probs(policy, params, *rows, temperature=temperature)
 
-        return steps_of(in_parts(read, parts)(params, *prompts, tokens, mask))
+        return steps_of(in_microbatches(read, microbatches)(params, *prompts, tokens, mask))
 
     def recorded(params: Params, prompts: Prompts, written: Completions) -> jax.Array:
         return (
@@ -173,16 +173,16 @@ def language_problem(
             second = shaped((others, other_behaviour, other_behaviour))
             both = jax.tree.map(lambda *slots: jnp.concatenate(slots, axis=2), both, second)
         responses, behaviour, reference = both
-        measure, draws = drawn(batch, pairs, dtype=behaviour.dtype)
+        measure, num_draws = uniform_measure(batch, pairs, dtype=behaviour.dtype)
         return Sample(
             prompts=data,
             responses=responses,
             behaviour_log_prob=behaviour,
             reference_log_prob=reference,
-            discount=responses.mask.astype(behaviour.dtype) if per_token else jnp.ones_like(behaviour),
+            cumulative_discount=responses.mask.astype(behaviour.dtype) if per_token else jnp.ones_like(behaviour),
             measure=measure,
-            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
-            draws=draws,
+            from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
+            num_draws=num_draws,
         )
 
     def log_prob(lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
@@ -200,9 +200,9 @@ def language_problem(
         params = reward_params(upper, frozen)
         if self_play:
             first = Responses(*(part[:, :, :1] for part in sample.responses))
-            whole = both_sides(reward_of(reward, params, sample.prompts, first, parts=parts))
+            whole = both_sides(reward_of(reward, params, sample.prompts, first, microbatches=microbatches))
         else:
-            whole = reward_of(reward, params, sample.prompts, sample.responses, parts=parts)[..., None]
+            whole = reward_of(reward, params, sample.prompts, sample.responses, microbatches=microbatches)[..., None]
         if not per_token:
             return whole
         mask = sample.responses.mask.astype(whole.dtype)
@@ -228,10 +228,10 @@ def flat(prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
 
 
 def reward_of(
-    reward: RewardModel, params: Params, prompts: Prompts, responses: Responses, *, parts: int = 1
+    reward: RewardModel, params: Params, prompts: Prompts, responses: Responses, *, microbatches: int = 1
 ) -> jax.Array:
-    """Returns the reward model's score of each response with its prompt, `[B, M, K]`, read in so many parts."""
+    """Returns the reward model's score of each response with its prompt, `[B, M, K]`, read in so many microbatches."""
     rows, (tokens, mask) = flat(prompts, responses)
     whole = jnp.concatenate([rows.tokens, tokens], axis=1)
     seen = jnp.concatenate([rows.mask, mask], axis=1)
-    return in_parts(reward.score, parts)(params, whole, seen).reshape(responses.tokens.shape[:3])
+    return in_microbatches(reward.score, microbatches)(params, whole, seen).reshape(responses.tokens.shape[:3])

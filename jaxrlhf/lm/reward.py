@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.lm.layers import wide
-from jaxrlhf.lm.model import LanguageModel
-from jaxrlhf.lm.parts import in_parts, usual_parts
+from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
+from jaxrlhf.lm.transformer.layers import wide
+from jaxrlhf.lm.transformer.model import LanguageModel
 
 
 class RewardModel(NamedTuple):
@@ -68,7 +68,7 @@ def reward_model(
         return {"trunk": trunk_of(model.init(key)), "head": jnp.zeros(width, jnp.float32)}
 
     def score(params, tokens, mask):
-        return in_parts(read, usual_parts(*tokens.shape))(params, tokens, mask)
+        return in_microbatches(read, default_microbatches(*tokens.shape))(params, tokens, mask)
 
     def read(params, tokens, mask):
         hidden = model.hidden(params["trunk"], tokens, mask)

@@ -10,7 +10,7 @@ By module:
 """
 
 from jaxrlhf.mdp.episodes import Episodes, Trajectories, gold_score, gold_steps, random_episodes
-from jaxrlhf.mdp.optimum import best_response, judge, soft_policy, upper_value
+from jaxrlhf.mdp.optimum import best_response, evaluate_policy, soft_policy, upper_value
 from jaxrlhf.mdp.problem import Decision, Policy, episode_problem, history_table, markov_table, reference_logits
 from jaxrlhf.mdp.tree import Tree, grow
 
@@ -22,11 +22,11 @@ __all__ = [
     "Tree",
     "best_response",
     "episode_problem",
+    "evaluate_policy",
     "gold_score",
     "gold_steps",
     "grow",
     "history_table",
-    "judge",
     "markov_table",
     "random_episodes",
     "reference_logits",

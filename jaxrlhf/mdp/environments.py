@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.mdp.tabular import TabularMDP, check_reward
 from jaxrlhf.mdp.tabular import check as check_mdp
-from jaxrlhf.types import Key, Params
 
 
 class Environment(NamedTuple):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import Sample
-from jaxrlhf.types import Key
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Key
 
 
 class Episodes(NamedTuple):
@@ -92,7 +92,7 @@ def at_steps(table: jax.Array, trajectories: Trajectories) -> jax.Array:
 
 def gold_score(sample: Sample, frozen: Episodes) -> jax.Array:
     """The annotator's hidden score: the discounted gold return of both trajectories, `[B, M, 2]`."""
-    return jnp.sum(sample.discount * gold_steps(sample, frozen), axis=-1)
+    return jnp.sum(sample.cumulative_discount * gold_steps(sample, frozen), axis=-1)
 
 
 def gold_steps(sample: Sample, frozen: Episodes) -> jax.Array:

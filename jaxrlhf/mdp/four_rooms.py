@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.base.types import Params
 from jaxrlhf.mdp.tabular import TabularMDP
-from jaxrlhf.types import Params
 
 GRID = (
     "xxxxxxxxxxxxx",

@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost, Sample
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.bilevel import SKIPPED
-from jaxrlhf.bilevel.hypergradient import HypergradientRule, Losses, known_answer
+from jaxrlhf.bilevel.hypergradient import HypergradientRule, Losses, implicit_from_direction
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask
-from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample
 from jaxrlhf.mdp import tabular
-from jaxrlhf.types import Key, Params
 
 Reward = Callable[[Params, Any, Any], jax.Array]
 """`(upper, data, frozen) -> [S, A]`, of one context."""
@@ -118,7 +118,7 @@ def boltzmann(leader: Reward) -> HypergradientRule:
 
         grad Phi = grad_phi G + E[sum_t gamma^t A_G(s_t, a_t) grad_phi Q(s_t, a_t)],
 
-    Q the soft action value of J and A_G the advantage for G's reward. It is `known_answer` with v = A_G: at the soft
+    Q the soft action value of J and A_G the advantage for G's reward. It is `implicit_from_direction` with v = A_G: at the soft
     optimum of J the Hessian in a state's logits is its visits times the Fisher matrix of its softmax, and
     `d G / d logits = visits * policy * A_G`, so the visits cancel. On one step it is `bilevel.boltzmann`.
 
@@ -132,7 +132,7 @@ def boltzmann(leader: Reward) -> HypergradientRule:
 
         return jax.vmap(of_context)(lower, losses.data, losses.frozen)
 
-    return known_answer(answer)
+    return implicit_from_direction(answer)
 
 
 def incentive_problem(
@@ -172,10 +172,10 @@ def incentive_problem(
             responses=drawn,
             behaviour_log_prob=drawn.log_prob,
             reference_log_prob=jnp.zeros_like(drawn.log_prob),
-            discount=discount,
+            cumulative_discount=discount,
             measure=jnp.broadcast_to(data.weight[:, None] / episodes, (contexts, episodes)),
-            by_policy=jnp.array([1.0, 0.0], discount.dtype),
-            draws=jnp.asarray(episodes, discount.dtype),
+            from_policy=jnp.array([1.0, 0.0], discount.dtype),
+            num_draws=jnp.asarray(episodes, discount.dtype),
         )
 
     def along(table, sample):
@@ -195,7 +195,7 @@ def incentive_problem(
         del reward
         sample = labelled.sample
         gains = along(jax.vmap(lambda data, frozen: leader(upper, data, frozen))(sample.prompts, frozen), sample)
-        coupled = -jnp.sum(sample.discount * gains, axis=(-2, -1))
+        coupled = -jnp.sum(sample.cumulative_discount * gains, axis=(-2, -1))
         return PairCost(coupled, jnp.zeros_like(coupled))
 
     return BilevelProblem(sample=sample, log_prob=log_prob, reward=reward, cost=cost)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import exact
+from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form
 from jaxrlhf.bilevel.stencil import Index
 from jaxrlhf.mdp.episodes import Episodes
 from jaxrlhf.mdp.problem import Policy, at_nodes, history_table
 from jaxrlhf.mdp.tree import Tree, grow
-from jaxrlhf.objectives import Objective
 from jaxrlhf.preferences import BRADLEY_TERRY, Choice, preference
-from jaxrlhf.types import Params
+from jaxrlhf.preferences.objectives import Objective
 
 Reward = Callable[[Params, jax.Array], jax.Array]
 
@@ -131,8 +131,10 @@ def upper_value(
     return cost(policy).coupled + cost(jax.lax.stop_gradient(policy)).uncoupled + objective.kl_price * kl
 
 
-def judge(lower: Params, frozen: Episodes, *, beta: float | jax.Array, policy: Policy = history_table) -> exact.Verdict:
-    """Returns the exact worth of a policy, as `exact.judge` does for tables.
+def evaluate_policy(
+    lower: Params, frozen: Episodes, *, beta: float | jax.Array, policy: Policy = history_table
+) -> exact.PolicyEvaluation:
+    """Returns the exact worth of a policy, as `exact.evaluate_policy` does for tables.
 
     The true return, KL and entropy are discounted by step, `E sum_t gamma^t (...)`; the gap is to the best of all
     policies, history dependent ones included, for the gold reward at this beta.
@@ -144,7 +146,7 @@ def judge(lower: Params, frozen: Episodes, *, beta: float | jax.Array, policy: P
     kl = _discounted_mean(tree, own, log_policy - log_reference, frozen)
     beaten = exact.row_mean(lambda first, second: jax.nn.sigmoid(first - second), reference, gold)
     _, best = soft_policy(frozen.gold, frozen, beta, tree=tree)
-    return exact.Verdict(
+    return exact.PolicyEvaluation(
         true_return=true_return,
         win_rate=jnp.mean(exact.mean_under(own, beaten)),
         kl=kl,

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import BilevelProblem, Sample, drawn
+from jaxrlhf.base.problem import BilevelProblem, Sample, uniform_measure
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.mdp.episodes import Episodes, Trajectories, at_steps
 from jaxrlhf.mdp.tree import Tree, grow, nodes_of
-from jaxrlhf.objectives import Objective
-from jaxrlhf.types import Key, Params
+from jaxrlhf.preferences.objectives import Objective
 
 
 class Decision(NamedTuple):
@@ -98,23 +98,23 @@ def episode_problem(
 
         policies = (policy, reference if against_reference else policy)
         if pairs is None:
-            responses, behaviour, measure, draws = _list_pairs(policies, lower, frozen)
+            responses, behaviour, measure, num_draws = _list_pairs(policies, lower, frozen)
         else:
             slots = [
                 _roll_out(key, policy, lower, pairs, frozen)
                 for key, policy in zip(jax.random.split(key), policies, strict=True)
             ]
             responses, behaviour = jax.tree.map(lambda *parts: jnp.stack(parts, axis=2), *slots)
-            measure, draws = drawn(len(frozen.starts), pairs, dtype=behaviour.dtype)
+            measure, num_draws = uniform_measure(len(frozen.starts), pairs, dtype=behaviour.dtype)
         return Sample(
             prompts=jnp.arange(len(frozen.starts)),
             responses=responses,
             behaviour_log_prob=behaviour,
             reference_log_prob=at_steps(frozen.reference, responses),
-            discount=jnp.broadcast_to(frozen.discount, behaviour.shape),
+            cumulative_discount=jnp.broadcast_to(frozen.discount, behaviour.shape),
             measure=measure,
-            by_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
-            draws=draws,
+            from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
+            num_draws=num_draws,
         )
 
     def log_prob(lower: Params, sample: Sample, frozen: Episodes) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.types import Key
+from jaxrlhf.base.types import Key
 
 
 class TabularMDP(NamedTuple):

@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel.problem import BilevelProblem, Labelled, PairCost, Sample, drawn
+from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost, Sample, uniform_measure
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.mdp.environments import Actor, Environment, roll_out
-from jaxrlhf.objectives import Objective
-from jaxrlhf.types import Key, Params
+from jaxrlhf.preferences.objectives import Objective
 
 
-class Held(NamedTuple):
+class FrozenPolicies(NamedTuple):
     """The `frozen` argument: parameters of the policies that stand still.
 
     Attributes:
@@ -62,7 +62,7 @@ def trajectory_problem(
     segment: int | None = None,
     against: Literal["reference", "opponent", "policy"] = "reference",
 ) -> BilevelProblem:
-    """Returns the problem; its `frozen` is a `Held`, its `data` is ignored.
+    """Returns the problem; its `frozen` is a `FrozenPolicies`, its `data` is ignored.
 
     Args:
         environment: what episodes are drawn from.
@@ -74,7 +74,7 @@ def trajectory_problem(
         steps: of an episode at most.
         gamma: the discount.
         segment: steps compared, at a random place within each episode; None compares whole episodes.
-        against: who gives response 1: the reference, the actor with `Held.opponent`, or the policy again. Only the last is
+        against: who gives response 1: the reference, the actor with `FrozenPolicies.opponent`, or the policy again. Only the last is
             counted as the policy's response; an opponent's log-probabilities are kept like the policy's own.
 
     Raises:
@@ -89,7 +89,7 @@ def trajectory_problem(
         raise ValueError(f"A segment has 1 to {steps} steps, those of an episode; got {segment}.")
     powers = gamma ** jnp.arange(steps)
 
-    def sample(key: Key, lower: Params, data, frozen: Held) -> Sample:
+    def sample(key: Key, lower: Params, data, frozen: FrozenPolicies) -> Sample:
         del data
         roll_key, window_key = jax.random.split(key)
         others = {
@@ -106,27 +106,27 @@ def trajectory_problem(
         discount = episodes.alive * powers[None, None, None, :]
         window = discount if segment is None else _windows(window_key, episodes.alive, segment, gamma)
         held_to = reference.log_prob(frozen.reference, episodes.observations, episodes.actions)
-        measure, draws = drawn(1, pairs, dtype=discount.dtype)
+        measure, num_draws = uniform_measure(1, pairs, dtype=discount.dtype)
         return Sample(
             prompts=jnp.zeros((1, 0)),
             responses=Segments(episodes.observations, episodes.actions, episodes.reward, window),
             behaviour_log_prob=episodes.log_prob,
             reference_log_prob=held_to * episodes.alive,
-            discount=discount,
+            cumulative_discount=discount,
             measure=measure,
-            by_policy=jnp.array([1.0, float(against == "policy")], discount.dtype),
-            draws=draws,
+            from_policy=jnp.array([1.0, float(against == "policy")], discount.dtype),
+            num_draws=num_draws,
         )
 
     def log_prob(lower: Params, sample: Sample, frozen: Params) -> jax.Array:
         del frozen
         taken = actor.log_prob(lower, sample.responses.observations, sample.responses.actions)
-        return jnp.where(sample.discount > 0, taken, 0.0)
+        return jnp.where(sample.cumulative_discount > 0, taken, 0.0)
 
     def step_reward(upper: Params, sample: Sample, frozen: Params) -> jax.Array:
         del frozen
         given = reward(upper, sample.responses.observations, sample.responses.actions)
-        return jnp.where(sample.discount > 0, given, 0.0)
+        return jnp.where(sample.cumulative_discount > 0, given, 0.0)
 
     def cost(upper: Params, reward: jax.Array, labelled: Labelled, frozen: Params) -> PairCost:
         del upper, frozen

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxrlhf.types import Params
+from jaxrlhf.base.types import Params
 
 VERSION = 1
 """Of what a checkpoint holds besides its arrays."""

@@ -21,12 +21,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxrlhf.base.types import Params
 from jaxrlhf.training.checkpoint import Checkpoints, Restored
 from jaxrlhf.training.preemption import Stop, stopping
 from jaxrlhf.training.processes import SharedError, agreed
 from jaxrlhf.training.run_folder import RunFolder, plain
 from jaxrlhf.training.step import create
-from jaxrlhf.types import Params
 
 METRICS = "metrics"
 """The note that says how much of metrics.jsonl had been written."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrlhf.types import Batch, Key, Params
+from jaxrlhf.base.types import Batch, Key, Params
 
 
 class Progress(NamedTuple):

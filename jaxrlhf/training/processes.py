@@ -26,7 +26,7 @@ TEXT = 4096
 """Bytes of a text that one process tells the others."""
 
 
-class Place(NamedTuple):
+class ProcessAddress(NamedTuple):
     """The first process's address, the number of processes, and this one's, from 0."""
 
     address: str
@@ -38,7 +38,7 @@ class SharedError(ValueError):
     """Raised in all processes alike, which are still together."""
 
 
-def parse_place(text: str) -> Place | None:
+def parse_process_address(text: str) -> ProcessAddress | None:
     """Returns the place that a line such as `10.0.0.1:1234,4,0` says; None for `auto`, which asks the environment.
 
     Raises:
@@ -51,10 +51,10 @@ def parse_place(text: str) -> Place | None:
         raise ValueError(
             f"Processes are told as auto or HOST:PORT,COUNT,INDEX with an index below the count, not {text!r}."
         )
-    return Place(found[1], int(found[2]), int(found[3]))
+    return ProcessAddress(found[1], int(found[2]), int(found[3]))
 
 
-def connect(place: Place | None, *, seconds: int = 300) -> None:
+def connect(place: ProcessAddress | None, *, seconds: int = 300) -> None:
     """Joins this process to the others. To be called before anything is computed.
 
     A process that dies takes the others with it within `LOST` seconds, with a message of JAX's coordination service; where

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxrlhf.base.problem import Labelled, Sample
+from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.bilevel.descent import BilevelAlgorithm, BilevelInfo, BilevelState
-from jaxrlhf.bilevel.problem import Labelled, Sample
 from jaxrlhf.training.processes import gathered
 from jaxrlhf.training.sharding import RULES, make_mesh
-from jaxrlhf.types import Batch, Key, Params
 
 
 class CompiledAlgorithm(NamedTuple):
@@ -141,7 +141,7 @@ def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 def where_labelled(mesh: Mesh) -> Labelled:
     """Returns the shardings of a labelled sample: responses stay with the prompts that they answer."""
     split: Any = split_by_batch(mesh)
-    whole: Any = dict.fromkeys(("by_policy", "draws"), NamedSharding(mesh, PartitionSpec()))
+    whole: Any = dict.fromkeys(("from_policy", "draws"), NamedSharding(mesh, PartitionSpec()))
     return Labelled(Sample(**{name: whole.get(name, split) for name in Sample._fields}), split)
 
 

@@ -75,7 +75,7 @@ def test_a_question_that_is_repeated_in_a_call_is_another_draw(tmp_path):
     assert first(["p"] * 2, ["a"] * 2, ["b"] * 2) == [1.0, 0.0]
     assert first(["p"] * 3, ["a"] * 3, ["b"] * 3) == [1.0, 0.0, 0.5]
     assert first(["p"], ["a"], ["b"]) == [1.0]
-    alike = journaled(annotate, path, "a judge that answers alike", draws=False)
+    alike = journaled(annotate, path, "a judge that answers alike", num_draws=False)
     # No answer is an answer: it was paid for too.
     assert alike(["p"] * 3, ["a"] * 3, ["b"] * 3) == [None] * 3
     assert alike(["p"], ["a"], ["b"]) == [None]

@@ -20,7 +20,7 @@ import tokenizers
 
 from jaxrlhf.annotation import BudgetError, JudgeError, http_judge, load_judge, read_verdict, waiting
 from jaxrlhf.annotation.judge import fill_template
-from jaxrlhf.bilevel.problem import Sample
+from jaxrlhf.base.problem import Sample
 from jaxrlhf.commands.comparison import open_judge
 from jaxrlhf.lm.problem import Prompts, Responses
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.annotation.functions import bounded
 from jaxrlhf.annotation.once import once
-from jaxrlhf.bilevel.problem import Sample
+from jaxrlhf.base.problem import Sample
 from jaxrlhf.lm.problem import Prompts, Responses
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxrlhf import bandit, bilevel, exact, objectives, preferences
-from jaxrlhf.bilevel import importance
+from jaxrlhf.base import importance
 
 BETA = 0.5
 
@@ -51,8 +51,8 @@ def run(algorithm, frozen, steps, seed=0):
 
 
 def missing(state, frozen):
-    policy = jax.nn.log_softmax(bilevel.deployed(state), axis=-1)
-    return float(exact.judge(policy, frozen.reference, frozen.gold, BETA).gap)
+    policy = jax.nn.log_softmax(state.policy, axis=-1)
+    return float(exact.evaluate_policy(policy, frozen.reference, frozen.gold, BETA).gap)
 
 
 @pytest.mark.parametrize("inner_steps, steps", [(1, 1500), (8, 400)])
@@ -60,7 +60,7 @@ def missing(state, frozen):
 def test_single_and_double_loop_reach_the_optimum(make_rule, inner_steps, steps):
     """From the reference, with a policy trained by gradients only, warm-started across outer steps."""
     frozen = make(0)
-    nothing_done = float(exact.judge(frozen.reference, frozen.reference, frozen.gold, BETA).gap)
+    nothing_done = float(exact.evaluate_policy(frozen.reference, frozen.reference, frozen.gold, BETA).gap)
     state, _ = run(assemble(make_rule(), inner_steps=inner_steps, rate=0.01), frozen, steps)
     # The optimum of this objective itself misses 2.4% of the gain: the utility asks for a little more than gold.
     assert missing(state, frozen) < 0.03 * nothing_done
@@ -97,7 +97,7 @@ def test_shared_adam_on_one_tilt_is_adam():
 
 def test_drawn_pairs_reach_the_optimum():
     frozen = make(1)
-    nothing_done = float(exact.judge(frozen.reference, frozen.reference, frozen.gold, BETA).gap)
+    nothing_done = float(exact.evaluate_policy(frozen.reference, frozen.reference, frozen.gold, BETA).gap)
     solver = bilevel.gradient(bilevel.shared_adam(0.02))
     state, infos = run(assemble(pairs=32, solver=solver, rate=0.003), frozen, 3000)
     assert missing(state, frozen) < 0.1 * nothing_done
@@ -108,8 +108,8 @@ def test_information_means_what_it_says():
     frozen = make(2)
     solver = bandit.best_response(linear, DEFAULT, beta=BETA)
     state, infos = run(assemble(solver=solver, rate=0.05), frozen, 50)
-    policy = jax.nn.log_softmax(bilevel.deployed(state), axis=-1)
-    verdict = exact.judge(policy, frozen.reference, frozen.gold, BETA)
+    policy = jax.nn.log_softmax(state.policy, axis=-1)
+    verdict = exact.evaluate_policy(policy, frozen.reference, frozen.gold, BETA)
     last = jax.tree.map(lambda leaf: leaf[-1], infos)
     np.testing.assert_allclose(last.kl, verdict.kl, rtol=1e-4)
     np.testing.assert_allclose(last.entropy, verdict.entropy, rtol=1e-4)
@@ -118,14 +118,14 @@ def test_information_means_what_it_says():
     cost = exact.expected_cost(DEFAULT, policy, frozen.reference, reward, frozen.gold, against_reference=True)
     # The uncoupled part is taken on the pairs as they came: those of the policy one step back.
     older = exact.soft_policy(linear(before.upper, frozen.features), frozen.reference, BETA)
-    sampled = jax.nn.log_softmax(bilevel.deployed(before), axis=-1)
+    sampled = jax.nn.log_softmax(before.policy, axis=-1)
     fit = exact.expected_cost(DEFAULT, sampled, frozen.reference, reward, frozen.gold, against_reference=True)
     expected = cost.coupled + fit.uncoupled + DEFAULT.kl_price * verdict.kl
     np.testing.assert_allclose(last.upper_loss, expected, rtol=1e-4)
     np.testing.assert_allclose(policy, older, atol=1e-5)
     assert last.value_gap > 0
     assert last.residual_over_sigma < 1e-4
-    assert 0.5 < last.effective_sample_size <= 1
+    assert 0.5 < last.ess_fraction <= 1
     assert 0 < last.coupling_share < 1
     coincide = jnp.mean(jnp.sum(jnp.exp(sampled + frozen.reference), axis=-1))
     np.testing.assert_allclose(last.collision_rate, coincide, rtol=1e-4)
@@ -307,8 +307,8 @@ TANGENT = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1), steps=2)
 def test_iterates_in_turn_are_those_taken_at_once(make_rule, solver, x64):
     frozen = make(8)
 
-    def ends(in_turn):
-        algorithm = assemble(make_rule(), pairs=16, inner_steps=2, solver=solver, in_turn=in_turn)
+    def ends(sequential):
+        algorithm = assemble(make_rule(), pairs=16, inner_steps=2, solver=solver, sequential=sequential)
         return run(algorithm, frozen, 3)
 
     chex.assert_trees_all_close(ends(True), ends(False), rtol=1e-9, atol=1e-11)

@@ -275,7 +275,13 @@ def test_a_bound_of_the_weights_is_off_by_default_and_acts_when_set():
 
     def change(bound):
         algorithm = bilevel.bilevel_descent(
-            problem, bilevel.central(0.2), solver, optax.sgd(1.0), beta=BETA, annotate=annotate, largest_weight=bound
+            problem,
+            bilevel.central(0.2),
+            solver,
+            optax.sgd(1.0),
+            beta=BETA,
+            annotate=annotate,
+            max_importance_weight=bound,
         )
         # The sample comes from the reference, far from the solved policies: weights above 1.5 exist.
         state = algorithm.init(jax.random.key(0), upper, frozen.reference)

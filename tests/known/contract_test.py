@@ -57,7 +57,7 @@ REST = [pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair no
 
 def make(problem, rule, *, solver=None, pairs=None):
     given = PROBLEMS[problem]()
-    solver = solver or (given.answer if given.exact_answer else bilevel.gradient(bilevel.shared_adam(0.02), steps=2))
+    solver = solver or (given.solver if given.exact_solver else bilevel.gradient(bilevel.shared_adam(0.02), steps=2))
     # At its small beta larger rewards commit the hard bandit's policy to one arm: a plateau, where no draw says more.
     rate, scale = (0.01, 0.05) if problem == "hard bandit" else (1.0, 0.5)
     algorithm = given.algorithm(RULES[rule](), solver, optax.sgd(rate), pairs=pairs)
@@ -120,7 +120,7 @@ def test_float32_stands_a_sigma_of_1e_4():
     truth = jax.jit(jax.grad(given.phi))(upper)
     # Sigma is read from the step number: one compilation serves all.
     rule = bilevel.central(lambda step: jnp.array([1e-2, 1e-3, 1e-4])[step])
-    algorithm = given.algorithm(rule, given.answer, optax.sgd(1.0))
+    algorithm = given.algorithm(rule, given.solver, optax.sgd(1.0))
     step = jax.jit(algorithm.step)
     for index in range(3):
         state = algorithm.init(jax.random.key(0), upper, lower)._replace(step=jnp.asarray(index, jnp.int32))
@@ -184,7 +184,7 @@ def test_sigma_follows_the_inner_error():
         return float(rule.relative_sigma.best(state.inner_error))
 
     rough, better = (final(bilevel.gradient(optax.sgd(1.0), steps=steps)) for steps in (1, 400))
-    assert final(given.answer) < better < rough <= 0.5
+    assert final(given.solver) < better < rough <= 0.5
     with pytest.raises(ValueError, match="smallest"):
         bilevel.central(bilevel.Balanced(smallest=0.0))
 
@@ -203,7 +203,7 @@ def test_the_theorem_says_how_many():
 def test_annotators_who_err_reach_the_algorithm():
     given = known.random_bandit()
     algorithm = given.algorithm(
-        bilevel.central(0.1), given.answer, optax.sgd(1.0), pairs=64, choice=preferences.Choice(skip_below=0.5)
+        bilevel.central(0.1), given.solver, optax.sgd(1.0), pairs=64, choice=preferences.Choice(skip_below=0.5)
     )
     state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
     _, info = jax.jit(algorithm.step)(jax.random.key(2), state, None, given.frozen)
@@ -220,7 +220,7 @@ def test_a_best_response_from_labels_is_the_exact_one_on_an_enumerated_sample(x6
         state = algorithm.init(jax.random.key(0), upper, lower)
         return upper - jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)[0].upper
 
-    np.testing.assert_allclose(estimate(given.answer_from_labels), estimate(given.answer), rtol=1e-10)
+    np.testing.assert_allclose(estimate(given.solver_from_labels), estimate(given.solver), rtol=1e-10)
     with pytest.raises(ValueError, match="policy-reference pairs"):
         bandit.best_response(
             known.linear_reward, objectives.likelihood(), beta=0.5, against_reference=False, from_labels=True
@@ -232,7 +232,7 @@ def test_a_central_step_from_labels_is_boltzmanns_in_the_mean(x64):
     given = known.random_bandit(objective=COUPLED)
     upper, lower = given.start(jax.random.key(1), 0.5)
     truth = jax.jit(jax.grad(given.phi))(upper)
-    algorithm = given.algorithm(bilevel.central(1e-2), given.answer_from_labels, optax.sgd(1.0), pairs=64)
+    algorithm = given.algorithm(bilevel.central(1e-2), given.solver_from_labels, optax.sgd(1.0), pairs=64)
     state = algorithm.init(jax.random.key(0), upper, lower)
     state = state._replace(lowers=jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)[0].lowers)
 
@@ -248,7 +248,7 @@ def test_an_arm_alone_leaves_every_rule_finite():
     """Nothing to choose and nothing to answer: zero gradients, no division by them."""
     given = known.random_bandit(contexts=1, arms=1)
     for rule in (bilevel.central(bilevel.Balanced()), bilevel.implicit(), bilevel.zero_order()):
-        algorithm = given.algorithm(rule, given.answer, optax.sgd(1.0))
+        algorithm = given.algorithm(rule, given.solver, optax.sgd(1.0))
         state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
         for _ in range(2):
             state, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)
@@ -258,9 +258,9 @@ def test_an_arm_alone_leaves_every_rule_finite():
 def test_a_pair_that_cannot_be_drawn_does_not_poison_a_listed_sample():
     """Far from the policy that sampled, weights of pairs of measure 0 overflow; they count for nothing."""
     given = known.hard_bandit()
-    algorithm = given.algorithm(bilevel.central(0.1), given.answer, optax.sgd(1.0))
+    algorithm = given.algorithm(bilevel.central(0.1), given.solver, optax.sgd(1.0))
     state = algorithm.init(
-        jax.random.key(0), jnp.array([3.0, -3.0, 0.0, 3.0]), given.answer_at(jnp.array([0.0, 9.0, 0.0, -9.0]))
+        jax.random.key(0), jnp.array([3.0, -3.0, 0.0, 3.0]), given.best_response_at(jnp.array([0.0, 9.0, 0.0, -9.0]))
     )
     after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, given.frozen)
     chex.assert_tree_all_finite(after.upper)
@@ -272,7 +272,7 @@ def test_double_precision_with_parameters_in_single(x64):
     upper, lower = (leaf.astype(jnp.float32) for leaf in given.start(jax.random.key(1), 0.5))
     frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), given.frozen)
     for rule in (bilevel.central(bilevel.Balanced()), bilevel.forward(0.1)):
-        for solver in (given.answer, bilevel.gradient(optax.sgd(0.1)), bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1))):
+        for solver in (given.solver, bilevel.gradient(optax.sgd(0.1)), bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1))):
             algorithm = given.algorithm(rule, solver, optax.sgd(1.0))
             state = algorithm.init(jax.random.key(0), upper, lower)
             after, _ = jax.jit(algorithm.step)(jax.random.key(0), state, None, frozen)
@@ -281,7 +281,7 @@ def test_double_precision_with_parameters_in_single(x64):
 
 def test_counted_draws_are_counted_as_labels_and_one_draw_says_nothing_to_boltzmann():
     given = known.random_bandit(objective=COUPLED)
-    algorithm = given.algorithm(bilevel.boltzmann(), given.answer_from_labels, optax.sgd(1.0), counts=True)
+    algorithm = given.algorithm(bilevel.boltzmann(), given.solver_from_labels, optax.sgd(1.0), counts=True)
     state = algorithm.init(jax.random.key(0), *given.start(jax.random.key(1), 0.5))
     _, info = jax.jit(algorithm.step)(jax.random.key(2), state, 1000, given.frozen)
     assert int(info.labels) == 2000

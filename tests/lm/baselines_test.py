@@ -13,16 +13,16 @@ import scipy.optimize
 import scipy.special
 
 from jaxrlhf import bilevel, exact, objectives, preferences
-from jaxrlhf.actor_critic import actor_critic
-from jaxrlhf.bilevel import importance
-from jaxrlhf.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
-from jaxrlhf.group_relative import group_relative
+from jaxrlhf.algorithms.actor_critic import actor_critic
+from jaxrlhf.algorithms.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
+from jaxrlhf.algorithms.group_relative import group_relative
+from jaxrlhf.algorithms.policy_gradient import label_policy_gradient
+from jaxrlhf.base import importance
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs, policy_table, table_of
-from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.policy_gradient import label_policy_gradient
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
 LETTERS, LENGTH, BETA = 2, 2, 1.0
 # Prompts begin with a token of their own: without one, attention cannot tell "a" from "aa", nor the policy learn to.
@@ -209,7 +209,7 @@ def test_lower_levels_under_the_gold_reward(world, case):
     problem = problem_of(objectives.likelihood(coupled=False), per_token=per_token, gold_reward=True)
     critic = REWARD.from_trunk(frozen.reference)
     slope = {
-        "rloo": lambda: bilevel.of_loss(),
+        "rloo": lambda: bilevel.loss_gradient(),
         "ppo": lambda: actor_critic(problem, token_critic(POLICY), critic, adam(), beta=BETA, trace=1.0),
         "dr. grpo": lambda: group_relative(problem, beta=BETA, scaled=False),
         "grpo": lambda: group_relative(problem, beta=BETA),

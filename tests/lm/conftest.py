@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.model import DecoderConfig, decoder
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
 

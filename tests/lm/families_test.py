@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.config import DecoderConfig, RopeScaling
 from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import decoder, without_cache
-from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import (
+from jaxrlhf.lm.hugging_face.weights import (
     SpecialIds,
     WeightsError,
     load_decoder,
@@ -20,6 +16,10 @@ from jaxrlhf.lm.weights import (
     save_decoder,
     save_reward_model,
 )
+from jaxrlhf.lm.log_probs import completion_log_probs
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.config import DecoderConfig, RopeScaling
+from jaxrlhf.lm.transformer.model import decoder, without_cache
 
 LLAMA3 = {
     "rope_type": "llama3",

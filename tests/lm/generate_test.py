@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.generate import LOOK, PART, generate, inverse_cdf, nucleus, parts_of
-from jaxrlhf.lm.model import DecoderConfig, LanguageModel, decoder
-from jaxrlhf.lm.weights import load_decoder, load_tokenizer
+from jaxrlhf.lm.generate import LOOK, PART, generate, inverse_cdf, microbatches_of, nucleus
+from jaxrlhf.lm.hugging_face.weights import load_decoder, load_tokenizer
+from jaxrlhf.lm.transformer.model import DecoderConfig, LanguageModel, decoder
 
 GREEDY_TEXT = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. \
 One day, she saw a big, red ball. She wanted to play with it, but it was too high.
@@ -154,30 +154,30 @@ def test_a_stop_token_ends_its_row_and_is_counted_once(tiny, prompts):
     assert len(set(lengths.tolist())) > 1, "the rows should end at different times"
 
 
-@pytest.mark.parametrize("parts", [2, 3, 6])
-def test_rows_in_parts_are_those_written_at_once(tiny, prompts, parts):
+@pytest.mark.parametrize("microbatches", [2, 3, 6])
+def test_rows_in_parts_are_those_written_at_once(tiny, prompts, microbatches):
     model, params = tiny
     write = functools.partial(generate, model, params, jax.random.key(3), *prompts, max_new_tokens=7, stop_ids=(3,))
-    whole, pieces = (jax.jit(functools.partial(write, parts=each))() for each in (1, parts))
+    whole, pieces = (jax.jit(functools.partial(write, microbatches=each))() for each in (1, microbatches))
     np.testing.assert_array_equal(pieces.tokens, whole.tokens)
     np.testing.assert_array_equal(pieces.mask, whole.mask)
     np.testing.assert_allclose(pieces.log_prob, whole.log_prob, atol=1e-5)
-    with pytest.raises(ValueError, match="6 rows do not divide into 4 parts"):
-        write(parts=4)
+    with pytest.raises(ValueError, match="6 rows do not divide into 4 microbatches"):
+        write(microbatches=4)
 
 
 def test_on_a_cpu_a_part_holds_what_its_caches_do():
-    def parts(rows, columns=64, width=128):
+    def microbatches(rows, columns=64, width=128):
         model = decoder(DecoderConfig(64, 64, 2, 4, 4, 16, width, context_length=512))
         params = jax.eval_shape(model.init, jax.random.key(0))
-        return parts_of(model, params, jnp.ones((rows, columns), jnp.int32), 64)
+        return microbatches_of(model, params, jnp.ones((rows, columns), jnp.int32), 64)
 
     # 2 layers x keys and values x 64 numbers x 128 columns x 4 bytes: 128 KiB a row and a little beside it, 31 in 4 MiB.
     assert PART == 2**22
-    assert [parts(rows) for rows in (8, 31, 32, 64, 60, 248, 37, 62)] == [1, 1, 2, 4, 2, 8, 1, 2]
-    assert parts(32, columns=16) == 1
+    assert [microbatches(rows) for rows in (8, 31, 32, 64, 60, 248, 37, 62)] == [1, 1, 2, 4, 2, 8, 1, 2]
+    assert microbatches(32, columns=16) == 1
     # Weights of 50 MB: a token reads those, for as many rows as there are.
-    assert parts(256, width=2**15) == 1
+    assert microbatches(256, width=2**15) == 1
 
 
 def counting_model(calls):

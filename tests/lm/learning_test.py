@@ -71,8 +71,8 @@ def rewarded(tiny):
 
 def test_the_supervised_loss_is_that_of_transformers(make_llama, tmp_path):
     torch = pytest.importorskip("torch")
-    from jaxrlhf.lm.model import decoder
-    from jaxrlhf.lm.weights import load_decoder
+    from jaxrlhf.lm.hugging_face.weights import load_decoder
+    from jaxrlhf.lm.transformer.model import decoder
 
     llama = make_llama()
     llama.save_pretrained(tmp_path)
@@ -117,7 +117,7 @@ def whole_and_cut(tiny, rewarded):
         (preference_loss(reward), reward_params, lambda seed: pairs(seed, 6)),
     )
     return [
-        (start, batch, [jitted(learning(loss, optax.sgd(1.0), parts=parts)) for parts in (1, 3)])
+        (start, batch, [jitted(learning(loss, optax.sgd(1.0), microbatches=microbatches)) for microbatches in (1, 3)])
         for loss, start, batch in cases
     ]
 
@@ -231,9 +231,9 @@ def test_a_batch_in_which_nothing_counts_moves_nothing(tiny):
 def test_what_cannot_be_is_refused(tiny, rewarded):
     model, params = tiny
     with pytest.raises(ValueError, match="at least 1 part, got 0"):
-        learning(supervised_loss(model), optax.sgd(1.0), parts=0)
-    algorithm = learning(supervised_loss(model), optax.sgd(1.0), parts=4)
-    with pytest.raises(ValueError, match="6 rows do not divide into 4 parts"):
+        learning(supervised_loss(model), optax.sgd(1.0), microbatches=0)
+    algorithm = learning(supervised_loss(model), optax.sgd(1.0), microbatches=4)
+    with pytest.raises(ValueError, match="6 rows do not divide into 4 microbatches"):
         algorithm.update(algorithm.init(params), jnp_batch(padded_demonstrations(texts(0, 6), 9)))
     with pytest.raises(ValueError, match=r"smoothing must lie in \[0, 1/2\), got 0.5"):
         preference_loss(rewarded[0], smoothing=0.5)

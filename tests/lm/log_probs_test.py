@@ -9,9 +9,9 @@ import pytest
 
 from jaxrlhf.lm import log_probs
 from jaxrlhf.lm.generate import generate
+from jaxrlhf.lm.hugging_face.weights import load_decoder
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import decoder
-from jaxrlhf.lm.weights import load_decoder
+from jaxrlhf.lm.transformer.model import decoder
 
 
 def jitted(model, **settings):

@@ -8,15 +8,22 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.bilevel import bilevel_descent, central, deployed, tangent
+from jaxrlhf.bilevel import bilevel_descent, central, tangent
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.config import DecoderConfig
-from jaxrlhf.lm.language import alphabet_gold, alphabet_language, judge_language, policy_table, reward_table, table_of
+from jaxrlhf.lm.hugging_face.weights import load_decoder, save_decoder
+from jaxrlhf.lm.language import (
+    alphabet_gold,
+    alphabet_language,
+    evaluate_language,
+    policy_table,
+    reward_table,
+    table_of,
+)
 from jaxrlhf.lm.memory import bytes_of, plan_bilevel, plan_of
-from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import load_decoder, save_decoder
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.objectives import add, likelihood, utility
 from jaxrlhf.preferences import gold_annotator
 
@@ -193,10 +200,10 @@ def test_bilevel_descent_on_adapters_improves_the_exact_value():
     state, _ = jax.jit(many)(jax.random.key(1), state)
     truth = table_of(lambda prompts, responses: alphabet_gold(prompts, responses, letters=4), language)
     reference = policy_table(policy, base, language)
-    tuned = policy_table(policy, lora.attach(base, deployed(state)), language)
+    tuned = policy_table(policy, lora.attach(base, state.policy), language)
     learned = reward_table(reward_model(policy), lora.reward_on_reference(state.upper, frozen), language)
     objective = add(likelihood(coupled=False), utility(kl_price=0.05))
-    verdict = judge_language(tuned, reference, learned, truth, objective, beta=0.3)
-    start_value = judge_language(reference, reference, learned, truth, objective, beta=0.3)
+    verdict = evaluate_language(tuned, reference, learned, truth, objective, beta=0.3)
+    start_value = evaluate_language(reference, reference, learned, truth, objective, beta=0.3)
     assert float(verdict.policy.true_return) > float(start_value.policy.true_return) + 0.5
-    np.testing.assert_allclose(policy_table(policy, lora.merge(base, deployed(state)), language), tuned, atol=1e-4)
+    np.testing.assert_allclose(policy_table(policy, lora.merge(base, state.policy), language), tuned, atol=1e-4)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm import layers, trunk
-from jaxrlhf.lm.model import DecoderConfig, decoder, pad_left
-from jaxrlhf.lm.weights import load_decoder
+from jaxrlhf.lm.hugging_face.weights import load_decoder
+from jaxrlhf.lm.transformer import layers, trunk
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder, pad_left
 
 
 def padded(tokens, left, right):

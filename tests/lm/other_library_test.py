@@ -10,14 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxrlhf.bilevel import bilevel_descent, central, deployed, tangent
+from jaxrlhf.bilevel import bilevel_descent, central, tangent
 from jaxrlhf.lm.generate import generate
 from jaxrlhf.lm.language import alphabet_gold, alphabet_language
-from jaxrlhf.lm.layers import positions_of
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import LanguageModel, without_cache
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.layers import positions_of
+from jaxrlhf.lm.transformer.model import LanguageModel, without_cache
 from jaxrlhf.objectives import add, likelihood, utility
 from jaxrlhf.preferences import gold_annotator
 
@@ -113,5 +113,5 @@ def test_it_is_aligned_like_any_other(config):
         state, info = step(jax.random.key(number), state, language.prompts, LanguageFrozen(base))
     assert float(info.labels) == 8
     assert float(info.coupling_share) > 0
-    moved = jax.tree.map(lambda one, other: jnp.max(jnp.abs(one - other)), deployed(state), base)
+    moved = jax.tree.map(lambda one, other: jnp.max(jnp.abs(one - other)), state.policy, base)
     assert max(float(leaf) for leaf in jax.tree.leaves(moved)) > 1e-3

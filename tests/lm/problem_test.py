@@ -9,10 +9,10 @@ import pytest
 
 from jaxrlhf import bilevel, exact, objectives, preferences
 from jaxrlhf.lm import language as words
-from jaxrlhf.lm import parts as lm_parts
-from jaxrlhf.lm.model import DecoderConfig, decoder
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, Writer, language_problem, reward_of
+from jaxrlhf.lm import microbatch
+from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, RolloutModel, language_problem, reward_of
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
 BETA = 0.5
 OBJECTIVE = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=BETA / 4))
@@ -72,7 +72,7 @@ def test_the_sampler_and_the_trainer_agree(against_reference, temperature):
     theirs = make(objective=objectives.likelihood(), against_reference=False, temperature=temperature)
     reference_log_prob = theirs.log_prob(reference, sample, frozen)
     np.testing.assert_allclose(sample.reference_log_prob, reference_log_prob, atol=1e-5)
-    assert sample.by_policy.tolist() == [1.0, 0.0 if against_reference else 1.0]
+    assert sample.from_policy.tolist() == [1.0, 0.0 if against_reference else 1.0]
     assert problem.reward(reward, sample, frozen).shape == (2, 4, 2, 1)
 
 
@@ -80,8 +80,8 @@ def test_the_sampler_and_the_trainer_agree(against_reference, temperature):
 def test_parts_change_nothing_but_memory(self_play):
     policy, reference, reward = parameters()
     solver, frozen, results = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1)), LanguageFrozen(reference), []
-    for parts in (1, 4):
-        problem = make(parts=parts, self_play=self_play, against_reference=not self_play)
+    for microbatches in (1, 4):
+        problem = make(microbatches=microbatches, self_play=self_play, against_reference=not self_play)
         algorithm = bilevel.bilevel_descent(
             problem, bilevel.central(0.2), solver, optax.sgd(0.1), beta=BETA, annotate=preferences.gold_annotator(gold)
         )
@@ -90,18 +90,18 @@ def test_parts_change_nothing_but_memory(self_play):
             state, info = jax.jit(algorithm.step)(jax.random.key(number), state, LANGUAGE.prompts, frozen)
         results.append((state, info))
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="8 rows do not divide into 3 parts"):
-        make(parts=3).sample(jax.random.key(0), policy, LANGUAGE.prompts, frozen)
+    with pytest.raises(ValueError, match="8 rows do not divide into 3 microbatches"):
+        make(microbatches=3).sample(jax.random.key(0), policy, LANGUAGE.prompts, frozen)
 
 
 def test_parts_hold_the_activations_of_one_at_a_time(monkeypatch):
     # As on a machine that reads all rows at once, if not told otherwise.
-    monkeypatch.setattr(lm_parts, "TOKENS", 2**20)
+    monkeypatch.setattr(microbatch, "TOKENS", 2**20)
     policy, reference, _ = parameters()
     frozen, rows = LanguageFrozen(reference), jax.tree.map(lambda leaf: jnp.repeat(leaf, 64, axis=0), LANGUAGE.prompts)
     sizes = []
-    for parts in (1, 16):
-        problem = make(pairs=8, parts=parts)
+    for microbatches in (1, 16):
+        problem = make(pairs=8, microbatches=microbatches)
         sample = jax.eval_shape(problem.sample, jax.random.key(0), policy, rows, frozen)
         slope = jax.jit(jax.grad(lambda lower, sample, problem=problem: problem.log_prob(lower, sample, frozen).sum()))
         sizes.append(slope.lower(policy, sample).compile().memory_analysis().temp_size_in_bytes)
@@ -113,7 +113,7 @@ def test_a_writer_in_half_precision_leaves_the_ratios_exact():
     frozen = LanguageFrozen(reference)
     drawn = {}
     for dtype in (jnp.float32, jnp.bfloat16):
-        writer = Writer(decoder(SHAPE, dtype=dtype), lambda params, dtype=dtype: optax.tree.cast(params, dtype))
+        writer = RolloutModel(decoder(SHAPE, dtype=dtype), lambda params, dtype=dtype: optax.tree.cast(params, dtype))
         problem = make(pairs=64, writer=writer)
         drawn[dtype] = jax.jit(problem.sample)(jax.random.key(1), policy, LANGUAGE.prompts, frozen)
         own = problem.log_prob(policy, drawn[dtype], frozen)
@@ -159,10 +159,10 @@ def enumerated(policy, reference):
         responses=responses,
         behaviour_log_prob=behaviour,
         reference_log_prob=other[:, pick][..., None],
-        discount=jnp.ones_like(behaviour),
+        cumulative_discount=jnp.ones_like(behaviour),
         measure=jnp.exp(jnp.sum(behaviour, axis=(-2, -1))) / 2,
-        by_policy=jnp.array([1.0, 0.0]),
-        draws=jnp.asarray(jnp.inf),
+        from_policy=jnp.array([1.0, 0.0]),
+        num_draws=jnp.asarray(jnp.inf),
     )
 
 
@@ -220,7 +220,9 @@ def test_exact_judgement_agrees_with_samples():
     own, other = (words.policy_table(POLICY, params, LANGUAGE) for params in (policy, reference))
     golds = words.table_of(lambda *pair: words.alphabet_gold(*pair, letters=3), LANGUAGE)
     learned = words.reward_table(REWARD, reward, LANGUAGE)
-    verdict = jax.jit(lambda *tables: words.judge_language(*tables, OBJECTIVE, beta=BETA))(own, other, learned, golds)
+    verdict = jax.jit(lambda *tables: words.evaluate_language(*tables, OBJECTIVE, beta=BETA))(
+        own, other, learned, golds
+    )
     problem = make(pairs=20_000)
     frozen = LanguageFrozen(reference)
     sample = jax.jit(problem.sample)(jax.random.key(3), policy, LANGUAGE.prompts, frozen)
@@ -239,7 +241,7 @@ def test_exact_judgement_agrees_with_samples():
     best = exact.soft_value(golds, other, BETA)
     value = verdict.policy.true_return - BETA * verdict.policy.kl
     np.testing.assert_allclose(verdict.policy.gap, best - value, rtol=1e-4)
-    assert exact.judge(exact.soft_policy(golds, other, BETA), other, golds, BETA).gap < 1e-5
+    assert exact.evaluate_policy(exact.soft_policy(golds, other, BETA), other, golds, BETA).gap < 1e-5
 
 
 def test_one_trace_and_the_same_bits():

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.model import decoder
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import decoder
 
 
 @pytest.fixture(scope="module")

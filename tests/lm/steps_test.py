@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from jaxrlhf import objectives, preferences
-from jaxrlhf.bilevel import Labelled, importance
-from jaxrlhf.direct_preference import dpo
+from jaxrlhf.algorithms.direct_preference import dpo
+from jaxrlhf.base import Labelled, importance
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.offline import offline_pairs
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
 LETTERS, LENGTH = 2, 3
 LANGUAGE = alphabet_language(letters=LETTERS, length=LENGTH, prompts=2, prompt_length=2)

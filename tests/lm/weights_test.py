@@ -11,9 +11,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.lm.model import decoder
-from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import (
+from jaxrlhf.lm.hugging_face.weights import (
     SpecialIds,
     WeightsError,
     load_decoder,
@@ -23,6 +21,8 @@ from jaxrlhf.lm.weights import (
     save_reward_model,
     special_ids,
 )
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import decoder
 
 TOKENS = np.random.default_rng(0).integers(1, 23, (3, 7))
 
@@ -359,7 +359,7 @@ def test_a_save_that_fails_leaves_the_old_model(saved, tiny, tiny_config, monkey
     def full_disk(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("jaxrlhf.lm.weight_files.save_file", full_disk)
+    monkeypatch.setattr("jaxrlhf.lm.hugging_face.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_decoder(saved, tiny_config, jax.tree.map(lambda leaf: 2 * leaf, params))
     jax.tree.map(np.testing.assert_array_equal, load_decoder(saved)[1], params)

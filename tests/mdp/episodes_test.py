@@ -249,7 +249,7 @@ def test_the_judge_agrees_with_the_core_and_knows_the_best():
     def verdicts(learned):
         best, _ = mdp.soft_policy(frozen.gold, frozen, BETA)
         policies = jnp.stack([learned, best, mdp.reference_logits(frozen)])
-        return jax.vmap(lambda lower: mdp.judge(lower, frozen, beta=BETA))(policies)
+        return jax.vmap(lambda lower: mdp.evaluate_policy(lower, frozen, beta=BETA))(policies)
 
     verdict = verdicts(outcome.lowers[0])
     np.testing.assert_allclose(verdict.kl[0], outcome.info.kl, rtol=1e-10)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxrlhf import bilevel, objectives, preferences
 from jaxrlhf.mdp import environments, tabular
-from jaxrlhf.mdp.trajectories import Held, gold_score, trajectory_problem
+from jaxrlhf.mdp.trajectories import FrozenPolicies, gold_score, trajectory_problem
 
 
 def process():
@@ -163,37 +163,41 @@ def problem_of(objective, **settings):
 def test_whole_episodes_are_compared_by_their_returns():
     problem, *_ = problem_of(objectives.likelihood())
     lower = jax.random.normal(jax.random.key(4), (4, 3))
-    sample = jax.jit(problem.sample)(jax.random.key(0), lower, None, Held())
+    sample = jax.jit(problem.sample)(jax.random.key(0), lower, None, FrozenPolicies())
     assert sample.behaviour_log_prob.shape == (1, 64, 2, 40)
-    expected = np.sum(sample.discount * sample.responses.gold, axis=-1)
-    np.testing.assert_allclose(gold_score(sample, Held()), expected, rtol=1e-5)
-    alive = np.asarray(sample.discount > 0)
+    expected = np.sum(sample.cumulative_discount * sample.responses.gold, axis=-1)
+    np.testing.assert_allclose(gold_score(sample, FrozenPolicies()), expected, rtol=1e-5)
+    alive = np.asarray(sample.cumulative_discount > 0)
     np.testing.assert_allclose(sample.reference_log_prob, np.where(alive, -np.log(3), 0.0), rtol=1e-5)
     np.testing.assert_allclose(
-        problem.log_prob(lower, sample, Held())[:, :, 0], sample.behaviour_log_prob[:, :, 0], atol=1e-5
+        problem.log_prob(lower, sample, FrozenPolicies())[:, :, 0], sample.behaviour_log_prob[:, :, 0], atol=1e-5
     )
 
 
 def test_an_opponent_plays_by_its_own_parameters():
     problem, *_ = problem_of(objectives.utility(kl_price=0.1), against="opponent")
     lower, opponent = jax.random.normal(jax.random.key(4), (2, 4, 3))
-    sample = jax.jit(problem.sample)(jax.random.key(0), lower, None, Held(opponent=opponent))
-    np.testing.assert_array_equal(sample.by_policy, [1.0, 0.0])
+    sample = jax.jit(problem.sample)(jax.random.key(0), lower, None, FrozenPolicies(opponent=opponent))
+    np.testing.assert_array_equal(sample.from_policy, [1.0, 0.0])
     for slot, parameters in enumerate((lower, opponent)):
         np.testing.assert_allclose(
-            problem.log_prob(parameters, sample, Held())[:, :, slot], sample.behaviour_log_prob[:, :, slot], atol=1e-5
+            problem.log_prob(parameters, sample, FrozenPolicies())[:, :, slot],
+            sample.behaviour_log_prob[:, :, slot],
+            atol=1e-5,
         )
-    assert jnp.any(jnp.abs(problem.log_prob(lower, sample, Held()) - sample.behaviour_log_prob)[:, :, 1] > 0.1)
+    assert jnp.any(
+        jnp.abs(problem.log_prob(lower, sample, FrozenPolicies()) - sample.behaviour_log_prob)[:, :, 1] > 0.1
+    )
 
 
 @pytest.mark.parametrize("segment", [1, 5, 40])
 def test_segments_lie_within_their_episodes(segment):
     problem, *_ = problem_of(objectives.likelihood(), segment=segment, against="policy")
-    sample = jax.jit(problem.sample)(jax.random.key(0), jnp.zeros((4, 3)), None, Held())
-    lengths = np.sum(sample.discount > 0, axis=-1)
+    sample = jax.jit(problem.sample)(jax.random.key(0), jnp.zeros((4, 3)), None, FrozenPolicies())
+    lengths = np.sum(sample.cumulative_discount > 0, axis=-1)
     inside = np.asarray(sample.responses.window > 0)
     np.testing.assert_array_equal(inside.sum(axis=-1), np.minimum(lengths, segment))
-    assert not np.any(inside & (np.asarray(sample.discount) == 0))
+    assert not np.any(inside & (np.asarray(sample.cumulative_discount) == 0))
     for window in np.asarray(sample.responses.window).reshape(-1, 40)[:50]:
         weights = window[window > 0]
         np.testing.assert_allclose(weights, 0.9 ** np.arange(len(weights)), rtol=1e-5)
@@ -221,7 +225,7 @@ def test_the_stencils_gradient_is_that_of_two_exact_tilts(x64):
     state = algorithm.init(jax.random.key(0), upper, lower)._replace(lowers=lowers)
 
     def one(key):
-        return upper - algorithm.step(key, state, None, Held())[0].upper
+        return upper - algorithm.step(key, state, None, FrozenPolicies())[0].upper
 
     drawn = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(8), 150))
     # The utility does not read the reward: grad_phi h = -grad_phi J, the visits of each step.

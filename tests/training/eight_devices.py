@@ -2,11 +2,11 @@
 
     python tests/training/eight_devices.py enumerable|four_rooms
     python tests/training/eight_devices.py stories260K MODEL_DIRECTORY
-    python tests/training/eight_devices.py parts
+    python tests/training/eight_devices.py microbatches
 
 The same tokens and labels must give the same gradients (the first moments of Adam after a step) to 1e-5 and the same state
 after 5 steps to 1e-4, relative; the same keys the same tokens. The hypergradient is told apart: a stencil divides the
-rounding of its iterates by sigma. `parts` is about rows that two devices of a CPU write and read some at a time. Prints
+rounding of its iterates by sigma. `microbatches` is about rows that two devices of a CPU write and read some at a time. Prints
 what it found, as JSON.
 """
 
@@ -25,14 +25,14 @@ import optax
 
 from benchmarks.programs import collectives_of, largest_collective
 from jaxrlhf import bilevel, objectives, preferences
-from jaxrlhf.lm import parts
-from jaxrlhf.lm.axes import decoder_names
+from jaxrlhf.lm import microbatch
+from jaxrlhf.lm.hugging_face.weights import load_decoder
 from jaxrlhf.lm.language import alphabet_gold
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.model import DecoderConfig, decoder
 from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.weights import load_decoder
+from jaxrlhf.lm.transformer.axes import decoder_names
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives
 from jaxrlhf.training.sharding import by_size, make_mesh, shardings
@@ -149,7 +149,7 @@ def follow(case: Case, sizes: dict[str, int], given: list[bilevel.Labelled] | No
     return Followed(gradients, jax.tree.map(np.asarray, state), tokens, share, text), used
 
 
-def largest_weight(case: Case) -> int:
+def max_importance_weight(case: Case) -> int:
     """Returns the bytes of the largest array of one layer."""
     return max(
         leaf.nbytes // (len(leaf) if "layers" in str(path) else 1)
@@ -157,32 +157,34 @@ def largest_weight(case: Case) -> int:
     )
 
 
-def in_parts() -> dict[str, Any]:
+def in_microbatches() -> dict[str, Any]:
     """Returns how completions and gradients of two devices, in four parts of eight rows, differ from all rows at once."""
     writing = importlib.import_module("jaxrlhf.lm.generate")
-    writing.PART, parts.TOKENS = 1, 144
+    writing.PART, microbatch.TOKENS = 1, 144
     model = decoder(DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=16))
     params, key = model.init(jax.random.key(0)), jax.random.key(1)
     rows = jnp.arange(128).reshape(64, 2) % 7 + 1, jnp.ones((64, 2), bool)
     write = functools.partial(writing.generate, model, max_new_tokens=7, stop_ids=(0,))
 
     def negative(params, count, *rows):
-        log_prob = completion_log_probs(model, params, *rows, parts=count)
+        log_prob = completion_log_probs(model, params, *rows, microbatches=count)
         return -jnp.sum(log_prob * jnp.cos(jnp.arange(log_prob.size).reshape(log_prob.shape)))
 
     def read(params, *rows):
         return jax.grad(negative)(params, None, *rows)
 
     mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
-    split, seen, divided = split_by_batch(mesh), [], parts.divided
-    parts.divided = writing.divided = lambda *given, **settings: seen.append(divided(*given, **settings)) or seen[-1]
+    split, seen, divided = split_by_batch(mesh), [], microbatch.divided
+    microbatch.divided = writing.divided = lambda *given, **settings: (
+        seen.append(divided(*given, **settings)) or seen[-1]
+    )
     two = within(mesh, write), within(mesh, read)
     here = jax.jit(two[0])(params, key, *place(rows, split))
     text = jax.jit(two[0]).lower(params, key, *place(rows, split)).compile().as_text()
     moved = jax.jit(two[1])(params, *place((*rows, here.tokens, here.mask), split))
-    whole = jax.jit(functools.partial(write, parts=1))(params, key, *rows)
+    whole = jax.jit(functools.partial(write, microbatches=1))(params, key, *rows)
     return {
-        "parts": seen,
+        "microbatches": seen,
         "same_tokens": all(map(np.array_equal, here[:2], whole[:2])),
         "gradients": relative(moved, jax.grad(negative)(params, 1, *rows, whole.tokens, whole.mask)),
         "bytes": sum(collectives_of(text).values()),
@@ -192,8 +194,8 @@ def in_parts() -> dict[str, Any]:
 def main(name: str, *arguments: str) -> None:
     """Follows every arrangement and prints how far it is from one device."""
     assert jax.device_count() == 8
-    if name == "parts":
-        print(json.dumps(in_parts()))
+    if name == "microbatches":
+        print(json.dumps(in_microbatches()))
         return
     case = {"enumerable": enumerable, "stories260K": stories, "four_rooms": in_rooms}[name](*arguments)
     one, given = follow(case, {"data": 1}, None)
@@ -207,7 +209,7 @@ def main(name: str, *arguments: str) -> None:
             "states": relative(here.state, one.state),
             "same_tokens": all(map(np.array_equal, jax.tree.leaves(here.tokens), jax.tree.leaves(one.tokens))),
             "share": here.share,
-            "largest_collective": largest_collective(here.text) / max(largest_weight(case), rows),
+            "largest_collective": largest_collective(here.text) / max(max_importance_weight(case), rows),
             "host": any(word in here.text for word in ("infeed", "outfeed", "callback", " send(", " recv(")),
         }
     print(json.dumps(found, indent=1))

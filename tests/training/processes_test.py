@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrlhf.training.processes import Place, connect, gathered, lost, parse_place, shared
+from jaxrlhf.training.processes import ProcessAddress, connect, gathered, lost, parse_process_address, shared
 
 JUDGE = """
 import os, pathlib
@@ -131,7 +131,7 @@ def test_a_run_goes_on_on_another_number_of_devices(world):
     for name, stages in {
         "one-device": [(6, 1, ())],
         "fewer": [(3, 4, ("--mesh", "fsdp=4")), (6, 1, ())],
-        "more": [(3, 1, ()), (6, 4, ("--mesh", "fsdp=2,tensor=2", "--parts", "2"))],
+        "more": [(3, 1, ()), (6, 4, ("--mesh", "fsdp=2,tensor=2", "--microbatches", "2"))],
     }.items():
         for steps, devices, options in stages:
             started = begin(world, name, 1, *options, steps=steps, devices=devices)
@@ -145,11 +145,11 @@ def test_a_run_goes_on_on_another_number_of_devices(world):
 
 
 def test_places_are_told():
-    assert parse_place("auto") is None
-    assert parse_place("10.0.0.1:1234,4,3") == Place("10.0.0.1:1234", 4, 3)
+    assert parse_process_address("auto") is None
+    assert parse_process_address("10.0.0.1:1234,4,3") == ProcessAddress("10.0.0.1:1234", 4, 3)
     for text in ("10.0.0.1,4,0", "host:1,2", "host:1,2,2", "host:x,2,1", ""):
         with pytest.raises(ValueError, match="auto or HOST:PORT,COUNT,INDEX"):
-            parse_place(text)
+            parse_process_address(text)
 
 
 def test_one_process_needs_nothing_of_it():
@@ -160,4 +160,4 @@ def test_one_process_needs_nothing_of_it():
 
 def test_a_first_process_that_does_not_come_is_waited_for_a_while():
     with pytest.raises(ValueError, match=r"The first process does not answer at 127\.0\.0\.1"):
-        connect(Place(f"127.0.0.1:{free_port()}", 2, 1), seconds=0)
+        connect(ProcessAddress(f"127.0.0.1:{free_port()}", 2, 1), seconds=0)

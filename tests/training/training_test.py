@@ -57,8 +57,8 @@ def test_eight_devices_do_what_one_does(problem):
 
 def test_devices_of_a_cpu_write_and_read_their_rows_in_parts():
     """Nothing but "has every row ended" goes from one to the other while they write."""
-    found = on_eight_devices("parts")
-    assert set(found["parts"]) == {4}
+    found = on_eight_devices("microbatches")
+    assert set(found["microbatches"]) == {4}
     assert found["same_tokens"] and found["gradients"] < 1e-5
     assert 0 < found["bytes"] < 64
 
@@ -146,7 +146,7 @@ def test_a_mesh_of_named_axes():
 def test_arrays_are_split_by_the_names_of_their_dimensions():
     from jax.sharding import PartitionSpec
 
-    from jaxrlhf.lm.axes import decoder_names
+    from jaxrlhf.lm.transformer.axes import decoder_names
     from jaxrlhf.training.sharding import by_size, specification
 
     class Mesh:

@@ -1,0 +1,19 @@
+"""What every room builds on: types, the bilevel problem, importance weights, and the shape of an algorithm.
+
+Depends on jax and optax alone.
+"""
+
+from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, PairCost, Sample, uniform_measure
+from jaxrlhf.base.types import Batch, Key, Params
+
+__all__ = [
+    "SKIPPED",
+    "Batch",
+    "BilevelProblem",
+    "Key",
+    "Labelled",
+    "PairCost",
+    "Params",
+    "Sample",
+    "uniform_measure",
+]

@@ -1,0 +1,210 @@
+"""Importance weights: the one primitive through which policies enter every estimate.
+
+A response y drawn from a behaviour policy mu stands for the policy lambda through its density ratio
+`w = exp(log lambda(y) - log mu(y))`. As a function of lambda this form has the right first and mixed second
+derivatives; a surrogate `stop_gradient(reward) * log_prob` has a cross derivative of zero and would make the coupling
+between the levels silently inert.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.base.problem import Labelled, PairCost, Sample
+
+
+def expectation(values: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `sum_bm measure[b, m] values[b, m]` for `values` `[B, M]`."""
+    return jnp.sum(sample.measure * values)
+
+
+def policy_share(sample: Sample) -> jax.Array:
+    """Returns `[1, 1, 2, 1]`: how the slots average over the policy's responses, 1/2 each or (1, 0)."""
+    return (sample.from_policy / jnp.sum(sample.from_policy))[None, None, :, None]
+
+
+def step_log_weights(log_prob: jax.Array, sample: Sample, *, largest: float | None = None) -> jax.Array:
+    """Returns `log w_t = sum_{t' <= t} (log_prob - behaviour_log_prob)`, `[B, M, 2, T]`.
+
+    The ratio of the response up to and including step t. It is 0 in slots that the reference filled: those do not
+    depend on the policy, and where a listed pair was not drawn, whose weight might overflow. With `largest`, a
+    response's weights are truncated to `min(w, largest)` and carry no gradient beyond it: less variance, and a bias.
+    """
+    counts = (sample.from_policy[None, None, :, None] > 0) & (sample.measure[:, :, None, None] > 0)
+    difference = jnp.where(counts, log_prob - sample.behaviour_log_prob, 0.0)
+    log_weights = jnp.cumsum(difference, axis=-1)
+    if largest is None:
+        return log_weights
+    bound = jnp.log(jnp.asarray(largest, log_weights.dtype))
+    return jnp.where(log_weights > bound, bound, log_weights)
+
+
+def pair_log_weights(step_log_weights: jax.Array) -> jax.Array:
+    """Returns `log w(y0) + log w(y1)`, `[..., M]`, from step weights `[..., M, 2, T]`."""
+    return jnp.sum(step_log_weights[..., -1], axis=-1)
+
+
+def others_mean(values: jax.Array, sample: Sample) -> jax.Array:
+    """Returns for each value `[B, M]` the mean of the *other* values of the same prompt: an independent baseline.
+
+    Computed as `value - (value - mean) / (1 - 1 / draws)`; with an enumerated measure the mean itself is exact and is
+    returned. A prompt with a single drawn pair has no others; its baseline is 0.
+    """
+    mean = jnp.sum(_within_prompt(sample) * values, axis=-1, keepdims=True)
+    return _leave_one_out(values, mean, sample.num_draws)
+
+
+def others_mean_responses(values: jax.Array, sample: Sample) -> jax.Array:
+    """As `others_mean`, for `values` `[B, M, 2, T]` over the policy's responses to the same prompt, step by step."""
+    weights = _within_prompt(sample)[:, :, None, None] * policy_share(sample)
+    mean = jnp.sum(weights * values, axis=(1, 2), keepdims=True)
+    return _leave_one_out(values, mean, sample.num_draws * jnp.sum(sample.from_policy))
+
+
+def _leave_one_out(values: jax.Array, mean: jax.Array, num_draws: jax.Array) -> jax.Array:
+    without = values - (values - mean) / (1.0 - 1.0 / jnp.maximum(num_draws, 2.0))
+    return jnp.where(num_draws > 1, without, 0.0)
+
+
+def _within_prompt(sample: Sample) -> jax.Array:
+    return sample.measure / jnp.sum(sample.measure, axis=-1, keepdims=True)
+
+
+class Values(NamedTuple):
+    """The two levels at one policy, estimated from one sample; scalars.
+
+    Attributes:
+        upper: G = E[coupled cost] + kappa KL.
+        lower: J = E[discounted reward] - beta KL.
+        kl: KL(policy || reference) in nats, discounted over steps.
+    """
+
+    upper: jax.Array
+    lower: jax.Array
+    kl: jax.Array
+
+
+def evaluate(
+    log_prob: jax.Array,
+    reward: jax.Array,
+    cost: PairCost,
+    sample: Sample,
+    *,
+    beta: float | jax.Array,
+    kl_price: float | jax.Array = 0.0,
+    largest: float | None = None,
+) -> Values:
+    """Estimates G and J at the policy behind `log_prob`, differentiable in it.
+
+    With w the density ratio to the behaviour policy, the values are plain importance-weighted means and their
+    gradients are score-function gradients with leave-one-out baselines: each mean carries a control variate
+    `-(w - 1) b` whose expectation is 0. The KL is `kl`'s k1; loss and report use this one estimator.
+
+    Args:
+        log_prob: `[B, M, 2, T]`, of the policy to evaluate.
+        reward: `[B, M, 2, T]`.
+        cost: costs `[B, M]`; only the coupled part depends on the policy.
+        sample: the pairs.
+        beta: weight of the lower level's KL.
+        kl_price: weight of the upper level's KL.
+        largest: bound of the weights, see `step_log_weights`.
+
+    Returns:
+        The values. `tilted_loss` combines them.
+    """
+    log_weights = step_log_weights(log_prob, sample, largest=largest)
+    weights = jnp.exp(log_weights)
+    joint = jnp.exp(pair_log_weights(log_weights))
+    # The discount belongs to the values: E[w_t - 1] = 0 over all trajectories, not over those still alive at t.
+    discounted = sample.cumulative_discount * reward
+    controlled = _controlled(weights, discounted, others_mean_responses(discounted, sample))
+    returned = expectation(jnp.sum(policy_share(sample) * controlled, axis=(-2, -1)), sample)
+    divergence = kl(log_prob, sample, largest=largest)
+    coupled = expectation(_controlled(joint, cost.coupled, others_mean(cost.coupled, sample)), sample)
+    return Values(upper=coupled + kl_price * divergence, lower=returned - beta * divergence, kl=divergence)
+
+
+def kl(
+    log_prob: jax.Array,
+    sample: Sample,
+    *,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+    largest: float | None = None,
+) -> jax.Array:
+    """Estimates KL(policy || reference) in nats, discounted over steps, with its gradient; `[]`.
+
+    With `l = log(policy / reference)` of a step and w the density ratio to whoever gave the response, a step counts
+
+        k1 = w l - (w_t - w_{t-1})        k2 = w l^2 / 2        k3 = w (l + exp(-l) - 1).
+
+    k1 and k3 are unbiased, k2 is right to second order in l; k3 is never negative and has the least variance near the
+    reference (J. Schulman, "Approximating KL divergence", 2020). The gradient is that of k1 for all three, which is the
+    KL's own. Departure: systems that differentiate an estimate as it stands, without w, get 0 in expectation from k1
+    and the gradient of KL(reference || policy) from k3; only k2's is right that way, and for one step only.
+
+    Args:
+        log_prob: `[B, M, 2, T]`, of the policy; slots that the reference filled may hold anything.
+        sample: the pairs.
+        estimator: which value.
+        largest: bound of the weights, see `step_log_weights`.
+
+    Raises:
+        ValueError: the estimator is unknown.
+    """
+    if estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"A KL is estimated by k1, k2 or k3, got {estimator!r}.")
+    weights = jnp.exp(step_log_weights(log_prob, sample, largest=largest))
+    before = jnp.concatenate([jnp.ones_like(weights[..., :1]), weights[..., :-1]], axis=-1)
+    log_ratio = jnp.where(sample.from_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0)
+    divergence = sample.cumulative_discount * log_ratio
+    # E[w_t - w_{t-1}] = 0 given the past: taking it off leaves the KL's value and removes its gradient's noise.
+    steps = _controlled(weights, divergence, others_mean_responses(divergence, sample)) - sample.cumulative_discount * (
+        weights - before
+    )
+    first = expectation(jnp.sum(policy_share(sample) * steps, axis=(-2, -1)), sample)
+    if estimator == "k1":
+        return first
+    size = 0.5 * jnp.square(log_ratio) if estimator == "k2" else log_ratio + jnp.expm1(-log_ratio)
+    other = expectation(
+        jnp.sum(policy_share(sample) * sample.cumulative_discount * weights * size, axis=(-2, -1)), sample
+    )
+    return first + jax.lax.stop_gradient(other - first)
+
+
+def _controlled(ratio: jax.Array, values: jax.Array, baseline: jax.Array) -> jax.Array:
+    return ratio * values - (ratio - 1.0) * jax.lax.stop_gradient(baseline)
+
+
+def tilted_loss(values: Values, tilt: jax.Array) -> jax.Array:
+    """Returns h = tilt G - J, what the lower iterate at this tilt minimises."""
+    return tilt * values.upper - values.lower
+
+
+def ess_fraction(log_weights: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `(sum m w)^2 / sum m w^2` in (0, 1], the share of the sample that pair weights `[B, M]` leave in use."""
+    weights = jnp.exp(log_weights - jnp.max(log_weights))
+    return jnp.square(expectation(weights, sample)) / expectation(jnp.square(weights), sample)
+
+
+def count_labels(labelled: Labelled) -> jax.Array:
+    """Returns how many labels were given: a skipped one is none, an enumerated expectation has none.
+
+    A listed pair that stands for n draws has n labels. Samples of a tilt's own (leaves `[S, ...]`) add up.
+    """
+    measure, num_draws = labelled.sample.measure, labelled.sample.num_draws[..., None, None]
+    behind = jnp.where(
+        jnp.isfinite(num_draws),
+        jnp.round(measure * measure.shape[-2] * jnp.where(jnp.isfinite(num_draws), num_draws, 0)),
+        0,
+    )
+    return jnp.sum(behind[..., None] * (labelled.labels >= 0)).astype(jnp.int32)
+
+
+def entropy(log_prob: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `- E sum_t discount_t log pi(step t)` in nats, from `log_prob` `[B, M, 2, T]` of the policy."""
+    weights = jnp.exp(step_log_weights(log_prob, sample))
+    masked = jnp.where(sample.from_policy[None, None, :, None] > 0, log_prob, 0.0)
+    return -expectation(
+        jnp.sum(policy_share(sample) * sample.cumulative_discount * weights * masked, axis=(-2, -1)), sample
+    )

@@ -1,0 +1,287 @@
+"""What the `config.json` of each model family says of a decoder; `lm.settings` says a decoder in it.
+
+Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that transformers names. What a
+file leaves out has the meaning that transformers gives it; what a decoder lacks is refused, since ignoring it would change
+the model's output in silence.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from jaxrlhf.lm.hugging_face.files import WeightsError
+from jaxrlhf.lm.transformer.config import DecoderConfig, RopeScaling
+
+Kind = Literal["policy", "reward"]
+
+
+class Family(NamedTuple):
+    """A family's `model_type`, its architectures, and the defaults that transformers gives its settings."""
+
+    model_type: str
+    policy: str
+    reward: str
+    defaults: dict[str, Any]
+
+
+_LLAMA = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False}
+_GEMMA = _LLAMA | {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+FAMILIES = {
+    "llama": Family(
+        "llama", "LlamaForCausalLM", "LlamaForSequenceClassification", _LLAMA | {"max_position_embeddings": 2048}
+    ),
+    "mistral": Family(
+        "mistral",
+        "MistralForCausalLM",
+        "MistralForSequenceClassification",
+        _LLAMA | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "Qwen2ForSequenceClassification",
+        _LLAMA | {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "Qwen3ForSequenceClassification",
+        _LLAMA | {"max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "gemma2": Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        "Gemma2ForSequenceClassification",
+        _GEMMA
+        | {
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 4,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        "Gemma3TextForSequenceClassification",
+        _GEMMA
+        | {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 4,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10000.0,
+        },
+    ),
+    "gpt2": Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "GPT2ForSequenceClassification",
+        {
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+WINDOWED, FULL = "sliding_attention", "full_attention"
+
+
+def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
+    """The name in `FAMILIES` of the model that a `config.json` describes.
+
+    Raises:
+        WeightsError: it is none of them, or of the other kind.
+    """
+    found = settings.get("architectures") or ["no architecture"]
+    if not isinstance(found, list):
+        raise WeightsError(f"{source} has no list of architectures but {found!r}: save the model again.")
+    for name, family in FAMILIES.items():
+        if getattr(family, kind) in found:
+            return name
+    others = {getattr(family, "reward" if kind == "policy" else "policy") for family in FAMILIES.values()}
+    what = ", ".join(map(str, found))
+    if others & set(found):
+        asked = "a language model is wanted here" if kind == "policy" else "a reward model is wanted here"
+        raise WeightsError(f"{source} describes {what}: {asked}.")
+    known = ", ".join(getattr(family, kind) for family in FAMILIES.values())
+    raise WeightsError(f"{source} describes {what}: only {known} can be read here.")
+
+
+def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderConfig:
+    """The decoder's shape that a `config.json` describes.
+
+    Args:
+        settings: the file's contents.
+        kind: whether a policy or a reward model is wanted.
+        source: the file's name, for messages.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        WeightsError: another architecture, a feature the decoder lacks, or a missing or impossible size.
+    """
+    name = family_of(settings, kind, source)
+    if settings.get("quantization_config"):
+        _refuse(source, "quantization_config", settings["quantization_config"], "use the unquantised model")
+    given = FAMILIES[name].defaults | {key: value for key, value in settings.items() if value is not None}
+    nulls = {key: None for key, value in settings.items() if value is None and key in _MEANINGFUL_NULLS}
+    try:
+        read = _gpt2 if name == "gpt2" else _llama_like
+        return read(name, given | nulls, source)
+    except KeyError as error:
+        raise WeightsError(
+            f"{source} has no {error.args[0]}: save the model again with its full configuration."
+        ) from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{source} describes no decoder ({error}): correct the value.") from error
+
+
+# Settings where null is a choice and not an omission.
+_MEANINGFUL_NULLS = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
+
+
+def _llama_like(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
+    heads, gemma = given["num_attention_heads"], name.startswith("gemma")
+    bias = bool(given.get("attention_bias"))
+    activation = given["hidden_activation"] if gemma else given["hidden_act"]
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        _refuse(source, "hidden_activation" if gemma else "hidden_act", activation, f"use a model with {known}")
+    windowed = _windowed_layers(name, given, source)
+    base, scaling, local = _rope(name, given, source)
+    if gemma and given.get("use_bidirectional_attention"):
+        _refuse(source, "use_bidirectional_attention", True, "use a causal model")
+    if name == "gemma3" and given.get("attn_logit_softcapping"):
+        _refuse(source, "attn_logit_softcapping", given["attn_logit_softcapping"], "use a model without it")
+    if name != "llama" and given.get("mlp_bias"):
+        _refuse(source, "mlp_bias", True, "use a model without biases")
+    if name in ("mistral", "qwen2") and bias:
+        _refuse(source, "attention_bias", True, "use a model without that setting")
+    width = given["hidden_size"]
+    gemma_settings: dict[str, Any] = {
+        "norm": "rms_from_one",
+        "norm_after": True,
+        "query_scale": given.get("query_pre_attn_scalar", 0) ** -0.5 if gemma else None,
+        "embedding_scale": width**0.5,
+        "score_cap": given.get("attn_logit_softcapping"),
+        "logit_cap": given.get("final_logit_softcapping"),
+    }
+    return DecoderConfig(
+        vocabulary_size=given["vocab_size"],
+        width=width,
+        layers=given["num_hidden_layers"],
+        query_heads=heads,
+        key_value_heads=given.get("num_key_value_heads") or heads,
+        head_size=given.get("head_dim") or width // heads,
+        mlp_width=given["intermediate_size"],
+        norm_epsilon=given["rms_norm_eps"],
+        rope_base=base,
+        tied_embeddings=bool(given["tie_word_embeddings"]),
+        context_length=given["max_position_embeddings"],
+        family=name,
+        query_key_norm=name in ("qwen3", "gemma3"),
+        activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
+        query_key_value_bias=bias or name == "qwen2",
+        output_bias=bias,
+        mlp_bias=bool(given.get("mlp_bias")),
+        window=given["sliding_window"] if windowed else None,
+        windowed_layers=windowed,
+        rope_scaling=scaling,
+        window_rope_base=local if windowed else None,
+        **(gemma_settings if gemma else {}),
+    )
+
+
+def _gpt2(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
+    if given["activation_function"] not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        _refuse(source, "activation_function", given["activation_function"], f"use a model with {known}")
+    for setting in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if given.get(setting):
+            _refuse(source, setting, True, "use a plain GPT-2")
+    if not given.get("scale_attn_weights", True):
+        _refuse(source, "scale_attn_weights", False, "use a plain GPT-2")
+    width, heads = given["n_embd"], given["n_head"]
+    if width % heads:
+        raise ValueError(f"{width} features do not divide into {heads} heads")
+    return DecoderConfig(
+        vocabulary_size=given["vocab_size"],
+        width=width,
+        layers=given["n_layer"],
+        query_heads=heads,
+        key_value_heads=heads,
+        head_size=width // heads,
+        mlp_width=given.get("n_inner") or 4 * width,
+        norm_epsilon=given["layer_norm_epsilon"],
+        rope_base=None,
+        tied_embeddings=bool(given["tie_word_embeddings"]),
+        context_length=given["n_positions"],
+        family=name,
+        norm="layer",
+        activation=ACTIVATIONS[given["activation_function"]],  # pyright: ignore[reportArgumentType]
+        gated=False,
+        query_key_value_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+    )
+
+
+def _windowed_layers(name: str, given: dict[str, Any], source: str) -> tuple[int, ...]:
+    layers = range(given["num_hidden_layers"])
+    if not given.get("sliding_window") or name == "llama":
+        return ()
+    if name.startswith("qwen") and not given.get("use_sliding_window"):
+        return ()
+    kinds = given.get("layer_types")
+    if kinds and name != "mistral":
+        if len(kinds) != len(layers) or not set(kinds) <= {WINDOWED, FULL}:
+            _refuse(source, "layer_types", kinds, f"give every layer {WINDOWED} or {FULL}")
+        return tuple(index for index, kind in enumerate(kinds) if kind == WINDOWED)
+    if name == "mistral":
+        return tuple(layers)
+    if name.startswith("qwen"):
+        return tuple(index for index in layers if index >= given["max_window_layers"])
+    period = 2 if name == "gemma2" else given.get("sliding_window_pattern", 6)
+    return tuple(index for index in layers if (index + 1) % period)
+
+
+def _rope(name: str, given: dict[str, Any], source: str) -> tuple[float, RopeScaling | None, float | None]:
+    """Base and scaling of the rotary positions, and the base of windowed layers."""
+    rope = given.get("rope_parameters") or {}
+    local = None
+    if name == "gemma3":
+        near = rope.get(WINDOWED) or {}
+        local = near.get("rope_theta") or given["rope_local_base_freq"]
+        if near.get("rope_type", "default") != "default":
+            _refuse(source, "rope_parameters", near, "use a model with plain rotary positions in its windows")
+        rope = rope.get(FULL) or {}
+    base = rope.get("rope_theta") or given["rope_theta"]
+    for setting, value in (("rope_parameters", rope), ("rope_scaling", given.get("rope_scaling") or {})):
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind not in ("default", "linear", "llama3") or value.get("partial_rotary_factor", 1.0) != 1.0:
+            _refuse(source, setting, value, "use a model with plain, linear or llama3 rotary positions")
+        if kind == "linear":
+            return base, RopeScaling(value["factor"]), local
+        if kind == "llama3":
+            low, high = value["low_freq_factor"], value["high_freq_factor"]
+            return base, RopeScaling(value["factor"], low, high, value["original_max_position_embeddings"]), local
+    return base, None, local
+
+
+def _refuse(source: str, name: str, value: Any, remedy: str):
+    raise WeightsError(f"{source} sets {name} to {value!r}, which is not supported: {remedy}.")

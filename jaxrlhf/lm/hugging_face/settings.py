@@ -1,0 +1,113 @@
+"""The `config.json` of a decoder in its family's words; the inverse of `lm.families`."""
+
+import dataclasses
+from typing import Any
+
+from jaxrlhf.lm.hugging_face.families import FAMILIES, FULL, WINDOWED, Kind, config_from
+from jaxrlhf.lm.hugging_face.files import WeightsError
+from jaxrlhf.lm.transformer.config import DecoderConfig
+
+
+def settings_from(config: DecoderConfig, kind: Kind, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a decoder or reward model, less its special token ids.
+
+    Args:
+        config: the decoder's shape.
+        kind: whether it is a policy or a reward model.
+        dtype: name of the dtype that the tensors are stored in.
+
+    Returns:
+        Settings that transformers reads, before and after it moved the rotary base into `rope_parameters`.
+
+    Raises:
+        WeightsError: the family is unknown, or cannot hold such a decoder.
+    """
+    if config.family not in FAMILIES:
+        raise WeightsError(f"The family {config.family!r} is none of {', '.join(FAMILIES)}: name one of them.")
+    family = FAMILIES[config.family]
+    settings: dict[str, Any] = {
+        "architectures": [getattr(family, kind)],
+        "model_type": family.model_type,
+        "vocab_size": config.vocabulary_size,
+        "tie_word_embeddings": config.tied_embeddings,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    settings |= _gpt2_settings(config) if config.family == "gpt2" else _llama_like_settings(config)
+    if kind == "reward":
+        settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    said = config_from(settings, kind, "the configuration")
+    if said != config:
+        fields = dataclasses.fields(config)
+        unlike = [field.name for field in fields if getattr(said, field.name) != getattr(config, field.name)]
+        raise WeightsError(
+            f"A {config.family} checkpoint cannot say {', '.join(unlike)} of this decoder: choose the family that has it."
+        )
+    return settings
+
+
+def _llama_like_settings(config: DecoderConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    if scaling is not None:
+        rope |= {"rope_type": "linear", "factor": scaling.factor}
+        if scaling.low is not None:
+            rope |= {
+                "rope_type": "llama3",
+                "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+    settings: dict[str, Any] = {
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.query_heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.head_size,
+        "rms_norm_eps": config.norm_epsilon,
+        "max_position_embeddings": config.context_length,
+        "rope_theta": config.rope_base,
+        "rope_parameters": rope,
+        "attention_bias": config.output_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": _named(config.activation),
+    }
+    if scaling is not None:
+        settings["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kinds = [WINDOWED if index in config.windowed_layers else FULL for index in range(config.layers)]
+    if config.family == "mistral":
+        settings["sliding_window"] = config.window
+    elif config.family != "llama":
+        settings |= {"sliding_window": config.window, "layer_types": kinds}
+        settings["use_sliding_window"] = bool(config.windowed_layers)
+    if config.family.startswith("gemma"):
+        settings |= {
+            "hidden_activation": _named(config.activation),
+            "query_pre_attn_scalar": round((config.query_scale or config.head_size**-0.5) ** -2),
+            "final_logit_softcapping": config.logit_cap,
+            "attn_logit_softcapping": config.score_cap,
+        }
+    if config.family == "gemma3":
+        local = config.window_rope_base or config.rope_base
+        settings |= {
+            "rope_parameters": {FULL: rope, WINDOWED: {"rope_type": "default", "rope_theta": local}},
+            "rope_local_base_freq": local,
+        }
+    return settings
+
+
+def _gpt2_settings(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.width,
+        "n_inner": config.mlp_width,
+        "n_layer": config.layers,
+        "n_head": config.query_heads,
+        "n_positions": config.context_length,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else config.activation,
+    }
+
+
+def _named(activation: str) -> str:
+    return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation

@@ -1,0 +1,188 @@
+"""How a checkpoint's tensors correspond to a decoder's parameters: names and layouts, in both directions.
+
+Theirs are separate and mostly `[out, in]`; ours are `[in, out]` and fused (queries, key and value by key/value head; gate
+and up). Every `Entry` says both directions of one parameter, and everything else follows from the list of entries.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrlhf.lm.hugging_face.families import Kind
+from jaxrlhf.lm.transformer.config import DecoderConfig
+
+
+class Entry(NamedTuple):
+    """One of our parameters.
+
+    Attributes:
+        path: where it is in our nested dict, the layers by their numbers; in `params_from` they are stacked.
+        theirs: the tensors it is made of, names and shapes, in order.
+        join: from those tensors to ours.
+        split: the inverse.
+    """
+
+    path: tuple[str, ...]
+    theirs: dict[str, tuple[int, ...]]
+    join: Callable[..., np.ndarray]
+    split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+def entries(config: DecoderConfig, kind: Kind) -> list[Entry]:
+    """The correspondence for a policy, or for the trunk and head of a reward model."""
+    width, gpt2 = config.width, config.family == "gpt2"
+    shape = (config.vocabulary_size, width)
+    names = ("transformer.wte", "transformer.ln_f") if gpt2 else ("model.embed_tokens", "model.norm")
+    found = [_same(("embedding",), f"{names[0]}.weight", shape)]
+    if config.rope_base is None:
+        found.append(_same(("positions",), "transformer.wpe.weight", (config.context_length, width)))
+    of_layer = _gpt2_layer if gpt2 else _llama_like_layer
+    for index in range(config.layers):
+        found += of_layer(config, ("layers", str(index)), f"{'transformer.h' if gpt2 else 'model.layers'}.{index}")
+    found += _norm(config, ("final_norm",), names[1], width)
+    if kind == "reward":
+        found.append(Entry(("head",), {"score.weight": (1, width)}, lambda row: row[0], lambda ours: (ours[None],)))
+    elif not config.tied_embeddings:
+        found.append(_transposed(("output_head",), "lm_head.weight", shape))
+    return found
+
+
+def tensor_shapes(config: DecoderConfig, kind: Kind) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint."""
+    return {name: shape for entry in entries(config, kind) for name, shape in entry.theirs.items()}
+
+
+def params_from(tensors: dict[str, np.ndarray], config: DecoderConfig, kind: Kind) -> dict:
+    """Our parameters from a checkpoint's tensors; a reward model's `head` beside the trunk's."""
+    params: dict[str, Any] = {}
+    for entry in entries(config, kind):
+        *above, name = entry.path
+        place = params
+        for part in above:
+            place = place.setdefault(part, {})
+        place[name] = entry.join(*(tensors[name] for name in entry.theirs))
+    layers = [params["layers"][str(index)] for index in range(config.layers)]
+    return params | {"layers": jax.tree.map(lambda *rows: np.stack(rows), *layers)}
+
+
+def tensors_from(params: dict, config: DecoderConfig, kind: Kind) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors from our parameters; the inverse of `params_from`."""
+    tensors, stacked = {}, jax.tree.map(np.asarray, params["layers"])
+    layers = {
+        str(index): jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(config.layers)
+    }
+    for entry in entries(config, kind):
+        leaf: Any = params | {"layers": layers}
+        for part in entry.path:
+            leaf = leaf[part]
+        tensors |= dict(zip(entry.theirs, entry.split(np.asarray(leaf)), strict=True))
+    return tensors
+
+
+def _llama_like_layer(config: DecoderConfig, path: tuple[str, ...], theirs: str) -> list[Entry]:
+    width, mlp_width, size = config.width, config.mlp_width, config.head_size
+    attended = config.query_heads * size
+    # Gemma's norm before the MLP has a name of its own: the one that others give it is the norm behind the attention.
+    before_mlp = "pre_feedforward_layernorm" if config.norm_after else "post_attention_layernorm"
+    found = _norm(config, (*path, "attention_norm"), f"{theirs}.input_layernorm", width)
+    found += _norm(config, (*path, "mlp_norm"), f"{theirs}.{before_mlp}", width)
+    if config.norm_after:
+        found += _norm(config, (*path, "attention_norm_after"), f"{theirs}.post_attention_layernorm", width)
+        found += _norm(config, (*path, "mlp_norm_after"), f"{theirs}.post_feedforward_layernorm", width)
+    if config.query_key_norm:
+        found += _norm(config, (*path, "query_norm"), f"{theirs}.self_attn.q_norm", size)
+        found += _norm(config, (*path, "key_norm"), f"{theirs}.self_attn.k_norm", size)
+    found += _heads(config, (*path, "query_key_value"), [f"{theirs}.self_attn.{kind}_proj" for kind in "qkv"])
+    found += _product((*path, "attention_output"), f"{theirs}.self_attn.o_proj", attended, width, config.output_bias)
+    found += _gate_up(config, (*path, "gate_up"), f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
+    found += _product((*path, "mlp_output"), f"{theirs}.mlp.down_proj", mlp_width, width, config.mlp_bias)
+    return found
+
+
+def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], theirs: str) -> list[Entry]:
+    """GPT-2's products are `[in, out]`, as ours, and its queries, keys and values lie in three blocks."""
+    width, mlp_width, heads, size = config.width, config.mlp_width, config.query_heads, config.head_size
+
+    def by_head(blocks):
+        grouped = blocks.reshape(-1, 3, heads, size).swapaxes(1, 2)
+        return grouped.reshape(*blocks.shape[:-1], -1)
+
+    def by_kind(grouped):
+        blocks = grouped.reshape(-1, heads, 3, size).swapaxes(1, 2)
+        return (blocks.reshape(*grouped.shape[:-1], -1),)
+
+    def fused(leaf, shape):
+        name = f"{theirs}.attn.c_attn.{leaf}"
+        return Entry((*path, "query_key_value", leaf), {name: shape}, by_head, by_kind)
+
+    def first(leaf, shape):
+        ours = (lambda tensor: tensor.reshape(*tensor.shape[:-1], 1, -1), lambda ours: (ours.reshape(shape),))
+        return Entry((*path, "gate_up", leaf), {f"{theirs}.mlp.c_fc.{leaf}": shape}, *ours)
+
+    found = _norm(config, (*path, "attention_norm"), f"{theirs}.ln_1", width)
+    found += _norm(config, (*path, "mlp_norm"), f"{theirs}.ln_2", width)
+    found += [fused("weight", (width, 3 * width)), fused("bias", (3 * width,))]
+    found += [first("weight", (width, mlp_width)), first("bias", (mlp_width,))]
+    for ours, name, inner in (("attention_output", "attn.c_proj", width), ("mlp_output", "mlp.c_proj", mlp_width)):
+        found.append(_same((*path, ours, "weight"), f"{theirs}.{name}.weight", (inner, width)))
+        found.append(_same((*path, ours, "bias"), f"{theirs}.{name}.bias", (width,)))
+    return found
+
+
+def _same(path: tuple[str, ...], name: str, shape: tuple[int, ...]) -> Entry:
+    return Entry(path, {name: shape}, lambda tensor: tensor, lambda ours: (ours,))
+
+
+def _transposed(path: tuple[str, ...], name: str, shape: tuple[int, int]) -> Entry:
+    return Entry(path, {name: shape}, lambda tensor: tensor.T, lambda ours: (ours.T,))
+
+
+def _norm(config: DecoderConfig, path: tuple[str, ...], name: str, size: int) -> list[Entry]:
+    found = [_same((*path, "scale"), f"{name}.weight", (size,))]
+    return [*found, _same((*path, "bias"), f"{name}.bias", (size,))] if config.norm == "layer" else found
+
+
+def _product(path: tuple[str, ...], name: str, inner: int, outer: int, bias: bool) -> list[Entry]:
+    found = [_transposed((*path, "weight"), f"{name}.weight", (outer, inner))]
+    return [*found, _same((*path, "bias"), f"{name}.bias", (outer,))] if bias else found
+
+
+def _heads(config: DecoderConfig, path: tuple[str, ...], names: list[str]) -> list[Entry]:
+    """Queries, keys and values, side by side for each key/value head."""
+    width, heads, size = config.width, config.key_value_heads, config.head_size
+    group = config.query_heads // heads
+    outer = (config.query_heads * size, heads * size, heads * size)
+
+    def join(*rows):
+        # `[out, in]` or `[out]`, out being heads by head size.
+        parts = [row.T.reshape(-1, heads, len(row) // heads // size, size) for row in rows]
+        return np.concatenate(parts, axis=2).reshape(*rows[0].T.shape[:-1], -1)
+
+    def split(ours):
+        parts = np.split(ours.reshape(-1, heads, group + 2, size), [group, group + 1], axis=2)
+        return tuple(part.reshape(*ours.shape[:-1], -1).T for part in parts)
+
+    shapes = {f"{name}.weight": (rows, width) for name, rows in zip(names, outer, strict=True)}
+    found = [Entry((*path, "weight"), shapes, join, split)]
+    if config.query_key_value_bias:
+        shapes = {f"{name}.bias": (rows,) for name, rows in zip(names, outer, strict=True)}
+        found.append(Entry((*path, "bias"), shapes, join, split))
+    return found
+
+
+def _gate_up(config: DecoderConfig, path: tuple[str, ...], gate: str, up: str) -> list[Entry]:
+    width, mlp_width = config.width, config.mlp_width
+
+    def join(gate, up):
+        return np.stack([gate.T, up.T], axis=-2)
+
+    def split(ours):
+        return ours[..., 0, :].T, ours[..., 1, :].T
+
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (mlp_width, width) for name in (gate, up)}
+    found = [Entry((*path, "weight"), shapes, join, split)]
+    if config.mlp_bias:
+        found.append(Entry((*path, "bias"), {f"{name}.bias": (mlp_width,) for name in (gate, up)}, join, split))
+    return found

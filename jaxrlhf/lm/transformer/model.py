@@ -1,0 +1,170 @@
+"""The boundary between language models and this library, and a compact decoder that meets it.
+
+A `LanguageModel` is a few pure functions over a pytree of parameters: whoever brings another architecture
+writes those functions and nothing else. `decoder` builds them from a Flax NNX module, split once; `without_cache` builds
+the sampler's two from `hidden` alone.
+
+Shapes: N rows, T columns, P prompt columns, C cache columns, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.layers import capped, wide
+from jaxrlhf.lm.transformer.trunk import REMAT, Trunk
+
+__all__ = ["DecoderConfig", "LanguageModel", "decoder", "pad_left", "without_cache"]
+
+
+class LanguageModel(NamedTuple):
+    """Pure functions that are all this library knows of a language model.
+
+    `mask` is True on real tokens. Rows may be padded on either side, or in between: a token's position is the
+    number of real tokens before it, and it attends to the real tokens at or before its own column. Where several texts
+    share a row, `hidden`'s mask is their numbers in place of True: int32, 0 on padding, growing along the row; texts do
+    not see each other and each begins at position 0. Only packed supervised training asks for that.
+
+    Attributes:
+        init: `(key) -> params`, random, float32; the key is consumed.
+        hidden: `(params, tokens [N, T], mask [N, T]) -> [N, T, D]`, states after the final norm.
+        logits: `(params, hidden [..., D]) -> [..., V]`, float32, nats.
+        prefill: `(params, tokens [N, P], mask [N, P], cache_length) -> (last hidden [N, D], cache)`; rows are
+            padded on the left, so that the last column is real; `cache_length` (static) counts the prompt's
+            columns too.
+        decode: `(params, tokens [N], cache) -> (hidden [N, D], cache)`, one more real token in every row.
+        vocabulary_size: V.
+        context_length: the largest number of columns that `hidden` and the cache may have.
+    """
+
+    init: Callable[[jax.Array], Any]
+    hidden: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    logits: Callable[[Any, jax.Array], jax.Array]
+    prefill: Callable[[Any, jax.Array, jax.Array, int], tuple[jax.Array, Any]]
+    decode: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+    vocabulary_size: int
+    context_length: int
+
+
+def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves the real tokens of every row to its end, in order.
+
+    Args:
+        tokens: `[N, P]` int32.
+        mask: `[N, P]`, True on real tokens.
+
+    Returns:
+        `(tokens [N, P], mask [N, P])` with the padding on the left.
+    """
+    mask = mask.astype(bool)
+    order = jnp.argsort(mask, axis=1, stable=True)
+    return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
+
+
+def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = None) -> LanguageModel:
+    """Pure functions of a decoder.
+
+    The parameters are a nested dict: `embedding [V, D]`, `layers` (each array with the layers as its first axis),
+    `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which
+    `logits` alone reads: the other functions do without it. Parameters with adapters, of `lora.attach`, are taken too.
+    Norms, attention weights and logits are float32 at least. Up to `trunk.UNROLLED` layers are written out; more are one
+    loop, so that compile times do not grow in proportion.
+
+    Args:
+        config: the decoder's shape.
+        dtype: of the residual stream and the products; None is the widest of the parameters', so that adapters in float32
+            on weights in bfloat16 give states in float32.
+        remat: what a backward pass computes again, to save memory: "layer", everything but each layer's input, or
+            "products", everything but products with weights; by default attention's scores, where they are many.
+
+    Returns:
+        The `LanguageModel`. Its functions raise ValueError for parameters of another structure.
+
+    Raises:
+        ValueError: there is no such remat.
+    """
+    if remat is not None and remat not in REMAT:
+        raise ValueError(f"A decoder's remat is one of {', '.join(REMAT)}, or None, not {remat!r}.")
+
+    def structure_of(rank):
+        structure, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), rank)))
+        return jax.tree.structure(nnx.to_pure_dict(state)), structure
+
+    structures = dict(structure_of(rank) for rank in (0, 1))
+    plain = next(iter(structures))
+
+    def trunk(params) -> tuple[Trunk, Any]:
+        params = {name: leaf for name, leaf in params.items() if name != "output_head"}
+        # Merging goes by order alone: parameters of other names would be taken silently.
+        structure = structures.get(jax.tree.structure(params))
+        if structure is None or {len(leaf) for leaf in jax.tree.leaves(params["layers"])} != {config.layers}:
+            raise ValueError(
+                f"These are not the parameters of a decoder of {config.layers} layers: they have "
+                f"{len(jax.tree.leaves(params))} arrays instead of {plain.num_leaves}, other names, or other layers."
+            )
+        stream = jnp.result_type(*jax.tree.leaves(params)) if dtype is None else jnp.dtype(dtype)
+        return nnx.merge(structure, params), stream
+
+    def init(key):
+        trunk_key, head_key = jax.random.split(key)
+        params = nnx.to_pure_dict(nnx.state(Trunk(config, nnx.Rngs(trunk_key))))
+        if not config.tied_embeddings:
+            shape = (config.width, config.vocabulary_size)
+            params["output_head"] = config.width**-0.5 * jax.random.normal(head_key, shape)
+        return params
+
+    def segments(mask):
+        return mask if jnp.issubdtype(mask.dtype, jnp.integer) else mask.astype(bool)
+
+    def hidden(params, tokens, mask):
+        module, stream = trunk(params)
+        return module.forward(tokens, segments(mask), stream, remat=remat)[0]
+
+    def logits(params, hidden):
+        weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
+        product = jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=wide(hidden.dtype))
+        return capped(product, config.logit_cap)
+
+    def prefill(params, tokens, mask, cache_length):
+        module, stream = trunk(params)
+        return module.prefill(tokens, mask.astype(bool), cache_length, stream)
+
+    def decode(params, tokens, cache):
+        module, stream = trunk(params)
+        return module.decode(tokens, cache, stream)
+
+    return LanguageModel(init, hidden, logits, prefill, decode, config.vocabulary_size, config.context_length)
+
+
+def without_cache(
+    init: Callable[[jax.Array], Any],
+    hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    logits: Callable[[Any, jax.Array], jax.Array],
+    *,
+    vocabulary_size: int,
+    context_length: int,
+) -> LanguageModel:
+    """A language model from its forward pass alone: the sampler reads the whole row again at every token.
+
+    For models whose cache cannot be brought into `prefill` and `decode`, or not yet: slower by about the length of a
+    completion, and equal otherwise. Arguments as `LanguageModel`'s.
+    """
+
+    def prefill(params, tokens, mask, cache_length):
+        room = ((0, 0), (0, cache_length - tokens.shape[1]))
+        cache = (jnp.pad(tokens, room), jnp.pad(mask.astype(bool), room), jnp.int32(tokens.shape[1]))
+        return hidden(params, tokens, mask.astype(bool))[:, -1], cache
+
+    def decode(params, tokens, cache):
+        written, mask, column = cache
+        write = jax.lax.dynamic_update_slice_in_dim
+        written = write(written, tokens[:, None].astype(written.dtype), column, axis=1)
+        mask = write(mask, jnp.ones((len(tokens), 1), bool), column, axis=1)
+        states = hidden(params, written, mask)
+        return jax.lax.dynamic_index_in_dim(states, column, axis=1, keepdims=False), (written, mask, column + 1)
+
+    return LanguageModel(init, hidden, logits, prefill, decode, vocabulary_size, context_length)
