@@ -1,1 +1,1 @@
-"""What a run costs: planned here without the machine that it is for."""
+"""Timings beside other libraries, and plans for machines that are not at hand."""

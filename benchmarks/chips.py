@@ -1,4 +1,4 @@
-"""Published figures of accelerators, dense bfloat16 and one direction of the links."""
+"""Published peak figures of accelerators: dense bfloat16, and links in one direction."""
 
 import re
 from typing import NamedTuple
@@ -8,10 +8,10 @@ class Chip(NamedTuple):
     """One chip.
 
     Attributes:
-        flops: a second, of dense products in bfloat16.
+        flops: peak FLOP/s of dense bfloat16 matrix products.
         memory: bytes.
-        bandwidth: of the memory, bytes a second.
-        link: to other chips, bytes a second and direction, all links together.
+        bandwidth: of the memory, bytes/s.
+        link: bytes/s to other chips in one direction, all links together.
         source: of the figures.
     """
 
@@ -31,12 +31,12 @@ CHIPS = {
 }
 
 
-def chip_of(kind: str) -> Chip | None:
-    """Returns the figures of a graphics card by the name that it gives itself; None where they are not known.
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the figures of a GPU by the name that it reports; None where they are unknown.
 
-    Those here are of SXM modules: the same chip on another board, or a part of one, has others.
+    The figures are those of SXM modules. The same chip on another board, or a partition of one, has others.
     """
-    words = set(re.split(r"[\s-]+", kind.lower()))
-    if words & {"pcie", "nvl", "mig"}:
+    parts = set(re.split(r"[\s-]+", device_kind.lower()))
+    if parts & {"pcie", "nvl", "mig"}:
         return None
-    return next((CHIPS[name] for name in ("h100", "h200") if name in words), None)
+    return next((CHIPS[name] for name in ("h100", "h200") if name in parts), None)

@@ -1,17 +1,17 @@
-"""Learning from given texts: log-probabilities, and steps of DPO, of a reward model and of supervised fine-tuning.
+"""Times learning from given texts: log-probabilities, and steps of DPO, reward modelling and supervised fine-tuning.
 
     python -m benchmarks.learning --policy DIR
 
-The same weights, texts, rates and AdamW everywhere, float32; rows have no padding. Beside ours: transformers, the steps
-of TRL's and Tunix's trainers, and a plain torch loop. What is checked first: log-probabilities, and the losses of the
-first steps, which agree only if gradients and optimiser do.
+All start from the same weights and use the same texts, learning rates and AdamW, in float32; rows have no padding. Ours is
+compared with transformers, the steps of TRL's and Tunix's trainers, and a plain torch loop. Checked first:
+log-probabilities, and the losses of the first steps, which agree only if gradients and optimisers do.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,50 +20,40 @@ import optax
 import tyro
 
 from benchmarks import trainers
-from benchmarks.peers import (
-    Opened,
+from benchmarks.batches import as_demonstrations, as_pairs, as_prompts
+from benchmarks.devices import batch_mesh, data_parallel, use_all_cores
+from benchmarks.libraries import (
+    LoadedPolicy,
+    generate_texts,
     open_policy,
-    texts_of,
     torch_log_probs,
     torch_policy,
     torch_reward,
     tunix_log_probs,
     tunix_policy,
-    without_padding,
 )
-from benchmarks.sides import (
-    Compared,
-    Side,
-    agree,
-    alternate,
-    by_rows,
-    checks,
-    devices_of,
-    machine,
-    report,
-    side,
-    stepping,
-    table_of,
-    use_all_cores,
-    warm_up,
-)
+from benchmarks.reporting import check_notes, comparison_table, machine_info, write_results
+from benchmarks.timing import Comparison, Implementation, check_close, if_installed, interleave, stateful, warm_up
 from jaxrlhf.algorithms.direct_preference import direct_preference, dpo
 from jaxrlhf.base.types import Batch, Params
-from jaxrlhf.data.batches import Demonstrations, Pairs
-from jaxrlhf.lm.learning import LearningInfo, Loss, learning, preference_loss, supervised_loss
+from jaxrlhf.lm.generate import Generation
+from jaxrlhf.lm.learning import Loss, learning, preference_loss, supervised_loss
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.offline import offline_pairs
-from jaxrlhf.lm.problem import LanguageFrozen, Responses, language_problem
+from jaxrlhf.lm.pairing import Responses
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.objectives import likelihood
 from jaxrlhf.training.step import (
+    batch_sharding,
     compile_algorithm,
     compile_update,
-    place,
+    labelled_shardings,
+    put_on_devices,
     replicate,
-    split_by_batch,
-    where_labelled,
 )
+
+TaskName = Literal["log_probs", "dpo", "reward", "supervised"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,30 +63,25 @@ class Config:
     policy: pathlib.Path
     """A Llama in a Hugging Face directory."""
     rows: int = 64
-    """Texts a batch; of preferences, half as many pairs."""
+    """Texts per batch; for preferences, half as many pairs."""
     length: int = 128
-    """Tokens of a text."""
+    """Tokens per text."""
     prompt_length: int = 16
-    """Tokens of it that are its prompt."""
-    rate: float = 1e-4
+    """Tokens of the prompt, which each text begins with."""
+    learning_rate: float = 1e-4
     beta: float = 0.1
     rounds: int = 15
-    only: tuple[Literal["log_probs", "dpo", "reward", "supervised"], ...] = (
-        "log_probs",
-        "dpo",
-        "reward",
-        "supervised",
-    )
+    only: tuple[TaskName, ...] = ("log_probs", "dpo", "reward", "supervised")
     output: pathlib.Path = pathlib.Path("runs")
 
 
 class Texts(NamedTuple):
-    """The batch: the same rows, and as pairs with one prompt, the chosen texts first.
+    """The batch.
 
     Attributes:
         rows: `[N, T]`.
-        pairs: `[2, N / 2, T]`.
-        prompt_length: of each.
+        pairs: `[2, N / 2, T]`, the same rows as pairs with a common prompt, chosen texts first.
+        prompt_length: tokens of each prompt.
     """
 
     rows: np.ndarray
@@ -104,156 +89,173 @@ class Texts(NamedTuple):
     prompt_length: int
 
 
-Task = tuple[str, float, Callable[[], object], Mapping[str, Callable[[], Callable[[], object]]]]
-"""What is timed, its goal, our call, and what makes the others', by name."""
+class Task(NamedTuple):
+    """What to time.
+
+    Attributes:
+        name: for the table.
+        goal: how many times faster ours should be.
+        ours: our call.
+        others: by name, a function that returns the other library's call.
+        result: what the calls return.
+    """
+
+    name: str
+    goal: float
+    ours: Callable[[], Any]
+    others: Mapping[str, Callable[[], Callable[[], Any]]]
+    result: str = "losses of the first 4 steps"
 
 
-def texts(config: Config, opened: Opened) -> Texts:
-    """Returns a batch that the model wrote."""
-    rows = texts_of(opened, config.rows, config.length)
+def make_texts(config: Config, loaded: LoadedPolicy) -> Texts:
+    """Returns a batch that the model generated."""
+    rows = generate_texts(loaded, config.rows, config.length)
     pairs = np.stack(np.split(rows, 2))
     pairs[1, :, : config.prompt_length] = pairs[0, :, : config.prompt_length]
     return Texts(rows, pairs, config.prompt_length)
 
 
-def log_probs(config: Config, opened: Opened, given: Texts) -> Task:
-    """The log-probabilities of everything behind the prompts, forward only."""
-    split = given.prompt_length
-    prompts, completions = (without_padding(part) for part in (given.rows[:, :split], given.rows[:, split:]))
-    ours = by_rows(partial(completion_log_probs, opened.policy), opened.params, *prompts, *completions)
+def log_probs(config: Config, loaded: LoadedPolicy, texts: Texts) -> Task:
+    """The log-probabilities of the tokens after the prompts, forward pass only."""
+    rows, prompt_length = texts.rows, texts.prompt_length
+    prompts, completions = as_prompts(rows[:, :prompt_length]), as_prompts(rows[:, prompt_length:])
+    ours = data_parallel(partial(completion_log_probs, loaded.policy), loaded.params, *prompts, *completions)
 
     def transformers():
         import torch
 
-        model, rows = torch_policy(config.policy), torch.from_numpy(given.rows).long()
+        model, tokens = torch_policy(config.policy), torch.from_numpy(rows).long()
 
         def call():
             with torch.inference_mode():
-                return torch_log_probs(model, rows, split).numpy()
+                return torch_log_probs(model, tokens, prompt_length).numpy()
 
         return call
 
     def tunix():
-        return tunix_log_probs(tunix_policy(config.policy, opened.model.config), given.rows, split)
+        return tunix_log_probs(tunix_policy(config.policy, loaded.model.config), rows, prompt_length)
 
-    return "log-probabilities, forward", 2.0, ours, {"transformers": transformers, "Tunix": tunix}
+    others = {"transformers": transformers, "Tunix": tunix}
+    return Task("log-probabilities, forward", 2.0, ours, others, result="log-probabilities")
 
 
-def dpo_step(config: Config, opened: Opened, given: Texts) -> Task:
-    """A step of DPO, the reference's log-probabilities known."""
-    policy, split, pairs = opened.policy, given.prompt_length, given.pairs.shape[1]
-    problem = language_problem(
-        policy, reward_model(policy), likelihood(), pairs=1, max_new_tokens=1, stop_ids=(), against_reference=False
-    )
-    algorithm = direct_preference(problem, dpo(beta=config.beta), adamw(config.rate))
-    mesh, key = devices_of(pairs), jax.random.key(0)
-    frozen = replicate(LanguageFrozen(opened.params), mesh)
-    completions = jnp.asarray(np.swapaxes(given.pairs[:, :, split:], 0, 1)[:, None])
-    responses = Responses(completions, jnp.ones(completions.shape, bool))
-    known = jax.jit(partial(offline_pairs, policy))(
-        without_padding(given.pairs[0, :, :split]), responses, jnp.ones((pairs, 1)), frozen
-    )
-    reference = np.asarray(known.sample.reference_log_prob[:, 0, :, 0]).T.copy()
-    update = compile_algorithm(algorithm, mesh).update  # pyright: ignore[reportArgumentType]: two of its functions
-    first = replicate(algorithm.init(key, (), opened.params), mesh)
-    placed = jax.device_put(known, where_labelled(mesh))
-    ours = stepping(lambda state: update(key, state, placed, frozen), first)
-    rate, beta, directory = config.rate, config.beta, config.policy
+def dpo_step(config: Config, loaded: LoadedPolicy, texts: Texts) -> Task:
+    """A DPO step with precomputed reference log-probabilities."""
+    pairs, prompt_length, directory = texts.pairs, texts.prompt_length, config.policy
+    call, reference = our_dpo(config, loaded, texts)
+    settings = {"beta": config.beta, "learning_rate": config.learning_rate}
 
     def trl():
-        model = torch_policy(directory)
-        return trainers.trl_dpo(model, directory, given.pairs, split, reference, beta=beta, rate=rate)
+        return trainers.trl_dpo(torch_policy(directory), directory, pairs, prompt_length, reference, **settings)
 
     def tunix():
-        return trainers.tunix_dpo(directory, opened.model.config, given.pairs, split, beta=beta, rate=rate)
+        return trainers.tunix_dpo(directory, loaded.model.config, pairs, prompt_length, **settings)
 
     def loop():
-        model = torch_policy(directory)
-        return trainers.torch_loop(model, trainers.dpo_in_torch(given.pairs, split, reference, beta), rate)
+        loss = trainers.dpo_in_torch(pairs, prompt_length, reference, config.beta)
+        return trainers.torch_loop(torch_policy(directory), loss, config.learning_rate)
 
     others = {"TRL DPOTrainer": trl, "Tunix DPOTrainer": tunix, "torch loop": loop}
-    return f"DPO step, {pairs} pairs", 1.5, lambda: float(ours().loss), others
+    return Task(f"DPO step, {pairs.shape[1]} pairs", 1.5, call, others)
 
 
-def reward_step(config: Config, opened: Opened, given: Texts) -> Task:
-    """A step of a reward model; Tunix has no trainer of one."""
-    reward, pairs = reward_model(opened.policy), given.pairs.shape[1]
-    head = 0.02 * np.random.default_rng(0).standard_normal(opened.model.config.width).astype(np.float32)
-    params = reward.from_trunk(opened.params) | {"head": jnp.asarray(head)}
-    tokens = np.swapaxes(given.pairs, 0, 1)
-    mask, one = np.ones(tokens.shape, bool), np.ones(pairs, np.float32)
-    ours = learned_from(preference_loss(reward), params, Pairs(tokens, mask, mask, one, 0 * one, one), config.rate)
-    directory, rate = config.policy, config.rate
+def our_dpo(config: Config, loaded: LoadedPolicy, texts: Texts) -> tuple[Callable[[], float], np.ndarray]:
+    """Returns the call of our DPO step, and the reference's log-probabilities of the completions, `[2, B]`."""
+    policy, prompt_length, count = loaded.policy, texts.prompt_length, texts.pairs.shape[1]
+    generation = Generation(max_new_tokens=1, stop_ids=())  # unused: the pairs are given
+    problem = language_problem(
+        policy, reward_model(policy), likelihood(), pairs=1, generation=generation, against="policy"
+    )
+    algorithm = direct_preference(problem, dpo(beta=config.beta), adamw(config.learning_rate))
+    mesh, key = batch_mesh(count), jax.random.key(0)
+    frozen = replicate(LanguageFrozen(loaded.params), mesh)
+    completions = jnp.asarray(np.swapaxes(texts.pairs[:, :, prompt_length:], 0, 1)[:, None])
+    responses = Responses(completions, jnp.ones(completions.shape, bool))
+    prompts = as_prompts(texts.pairs[0, :, :prompt_length])
+    labelled = jax.jit(partial(offline_pairs, policy))(prompts, responses, jnp.ones((count, 1)), frozen)
+    reference = np.asarray(labelled.sample.reference_log_prob[:, 0, :, 0]).T.copy()
+    update = compile_algorithm(algorithm, mesh).update  # pyright: ignore[reportArgumentType]: two of its functions
+    state = replicate(algorithm.init(key, (), loaded.params), mesh)
+    batch = jax.device_put(labelled, labelled_shardings(mesh))
+    step = stateful(lambda state: update(key, state, batch, frozen), state)
+    return lambda: float(step().loss), reference
+
+
+def reward_step(config: Config, loaded: LoadedPolicy, texts: Texts) -> Task:
+    """A step of a reward model with a random head; Tunix has no trainer for reward models."""
+    reward, pairs, directory = reward_model(loaded.policy), texts.pairs, config.policy
+    head = 0.02 * np.random.default_rng(0).standard_normal(loaded.model.config.width).astype(np.float32)
+    params = reward.from_trunk(loaded.params) | {"head": jnp.asarray(head)}
+    call = our_step(preference_loss(reward), params, as_pairs(np.swapaxes(pairs, 0, 1)), config.learning_rate)
 
     def trl():
-        return trainers.trl_reward(torch_reward(directory, head), directory, given.pairs, rate)
+        return trainers.trl_reward(torch_reward(directory, head), directory, pairs, config.learning_rate)
 
     def loop():
-        return trainers.torch_loop(torch_reward(directory, head), trainers.reward_in_torch(given.pairs), rate)
+        loss = trainers.reward_in_torch(pairs)
+        return trainers.torch_loop(torch_reward(directory, head), loss, config.learning_rate)
 
-    others = {"TRL RewardTrainer": trl, "torch loop": loop}
-    return f"reward step, {pairs} pairs", 1.5, lambda: float(ours().loss), others
+    return Task(f"reward step, {pairs.shape[1]} pairs", 1.5, call, {"TRL RewardTrainer": trl, "torch loop": loop})
 
 
-def supervised_step(config: Config, opened: Opened, given: Texts) -> Task:
-    """A step of supervised fine-tuning on all tokens but the first."""
-    learned = np.ones(given.rows.shape, bool)
-    learned[:, 0] = False
-    batch = Demonstrations(given.rows, np.ones(given.rows.shape, np.int32), learned)
-    ours = learned_from(supervised_loss(opened.policy), opened.params, batch, config.rate)
-    directory, rate = config.policy, config.rate
+def supervised_step(config: Config, loaded: LoadedPolicy, texts: Texts) -> Task:
+    """A supervised fine-tuning step on every token but the first."""
+    rows, directory = texts.rows, config.policy
+    call = our_step(supervised_loss(loaded.policy), loaded.params, as_demonstrations(rows), config.learning_rate)
 
     def trl():
-        return trainers.trl_supervised(torch_policy(directory), directory, given.rows, rate)
+        return trainers.trl_supervised(torch_policy(directory), directory, rows, config.learning_rate)
 
     def tunix():
-        return trainers.tunix_supervised(tunix_policy(directory, opened.model.config), given.rows, rate)
+        return trainers.tunix_supervised(tunix_policy(directory, loaded.model.config), rows, config.learning_rate)
 
     def loop():
-        return trainers.torch_loop(torch_policy(directory), trainers.supervised_in_torch(given.rows), rate)
+        return trainers.torch_loop(torch_policy(directory), trainers.supervised_in_torch(rows), config.learning_rate)
 
     others = {"TRL SFTTrainer": trl, "Tunix PeftTrainer": tunix, "torch loop": loop}
-    return "supervised step", 1.5, lambda: float(ours().loss), others
+    return Task("supervised step", 1.5, call, others)
 
 
-def learned_from(loss: Loss, params: Params, batch: Batch, rate: float) -> Callable[[], LearningInfo]:
-    """Returns the call of a step on one batch, its rows split over `devices_of`."""
-    mesh = devices_of(len(batch[0]))
-    algorithm, placed = learning(loss, adamw(rate)), place(batch, split_by_batch(mesh))
+def our_step(loss: Loss, params: Params, batch: Batch, learning_rate: float) -> Callable[[], float]:
+    """Returns the call of our step on one batch, its rows split over `batch_mesh`; it returns the loss."""
+    mesh = batch_mesh(len(batch[0]))
+    algorithm, batch = learning(loss, adamw(learning_rate)), put_on_devices(batch, batch_sharding(mesh))
     update = compile_update(algorithm.update, mesh)
-    return stepping(lambda state: update(state, placed, ()), replicate(algorithm.init(params), mesh))
+    step = stateful(lambda state: update(state, batch, ()), replicate(algorithm.init(params), mesh))
+    return lambda: float(step().loss)
 
 
-def adamw(rate: float) -> optax.GradientTransformation:
-    """Returns the optimiser of all sides: AdamW without decay."""
-    return optax.adamw(rate, weight_decay=0.0)
+def adamw(learning_rate: float) -> optax.GradientTransformation:
+    """Returns the optimiser of all libraries: AdamW without weight decay."""
+    return optax.adamw(learning_rate, weight_decay=0.0)
 
 
 TASKS = {"log_probs": log_probs, "dpo": dpo_step, "reward": reward_step, "supervised": supervised_step}
 
 
-def compare(config: Config, opened: Opened, given: Texts, name: str) -> Compared:
+def compare(config: Config, loaded: LoadedPolicy, texts: Texts, name: TaskName) -> Comparison:
     """Checks and times one task."""
-    what, goal, ours, others = TASKS[name](config, opened, given)
-    sides = [Side("ours", ours), *(side(peer, make) for peer, make in others.items())]
-    warmed = warm_up(sides, calls=4)
-    same = "log-probabilities" if name == "log_probs" else "losses of the first 4 steps"
+    task = TASKS[name](config, loaded, texts)
+    others = [if_installed(library, make) for library, make in task.others.items()]
+    implementations = [Implementation("ours", task.ours), *others]
+    ours, *theirs = warm_ups = warm_up(implementations, calls=4)
     agreed = ", ".join(
-        agree(f"{same} are those of {peer.name}", warmed[0].results, seen.results, tolerance=1e-4)
-        for peer, seen in zip(sides[1:], warmed[1:], strict=True)
-        if peer.call
+        check_close(f"{task.result} are those of {other.name}", ours.results, warmed.results, tolerance=1e-4)
+        for other, warmed in zip(others, theirs, strict=True)
+        if other.call
     )
-    shape = f"{what}, {config.rows} x {config.length} tokens"
-    return Compared(shape, alternate(sides, rounds=config.rounds, warmed=warmed), agreed, goal)
+    timings = interleave(implementations, rounds=config.rounds, warm_ups=warm_ups)
+    return Comparison(f"{task.name}, {config.rows} x {config.length} tokens", timings, agreed, task.goal)
 
 
 def main(config: Config) -> pathlib.Path:
     """Prints and writes the table; returns its folder."""
-    use_all_cores(devices=True)
-    seen, opened = machine(), open_policy(config.policy)
-    given = texts(config, opened)
-    found = [compare(config, opened, given, name) for name in config.only]
-    return report(config, "learning", [table_of("Learning", found)], found, seen, notes=checks(found))
+    use_all_cores(device_per_core=True)
+    machine, loaded = machine_info(), open_policy(config.policy)
+    texts = make_texts(config, loaded)
+    comparisons = [compare(config, loaded, texts, name) for name in config.only]
+    tables = [comparison_table("Learning", comparisons)]
+    return write_results(config, "learning", tables, comparisons, machine, notes=check_notes(comparisons))
 
 
 if __name__ == "__main__":

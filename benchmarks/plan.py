@@ -1,11 +1,11 @@
-"""What a step of `jaxrlhf align` needs on machines that are not at hand, from their own compilers where those can be had.
+"""Plans a step of `jaxrlhf align` for machines that are not at hand, with their own compilers where available.
 
     python -m benchmarks.plan --model llama-8b --topology v5p:2x4x4          # needs pip install '.[plan]'
     python -m benchmarks.plan --model llama-8b --topology h100:8
 
-The update is the one that `align` runs, on arrays that are described and never made. For TPUs libtpu compiles it, which
-needs no TPU: what it says of memory and communication is the compiler's own word. For GPUs, whose compiler needs one, it
-is partitioned for as many simulated CPU devices: the communication is the partitioner's, and the memory is predicted.
+The planned program is the update that `align` runs, on abstract arrays that are never allocated. For TPUs libtpu compiles
+it, which needs no TPU: memory and communication are the compiler's own figures. The GPU compiler needs a GPU, so for GPUs
+the update is partitioned over as many simulated CPU devices: communication is the partitioner's, memory an estimate.
 """
 
 import dataclasses
@@ -36,38 +36,39 @@ class Config:
 
     model: Literal["llama-1b", "llama-8b", "llama-70b"] = "llama-8b"
     topology: str = "v5e:2x4"
-    """A TPU's, such as v5e:2x4, v5p:2x4x4, v6e:4x4; or h100:8, h200:16."""
+    """Of TPUs, such as v5e:2x4, v5p:2x4x4, v6e:4x4; of GPUs, h100:8, h200:16."""
     mesh: str = "fsdp=-1"
     batch_size: int | None = None
-    """Prompts a step; one a device by default."""
+    """Prompts per step; one per device by default."""
     pairs: int = 4
     max_prompt: int = 512
     max_new_tokens: int = 512
     lora_rank: int = 16
-    """0 trains all weights."""
+    """Rank of the adapters; 0 trains all weights."""
     remat: Literal["layer", "products"] = "layer"
     microbatches: int = 1
-    """Pieces that the responses of a step are read in."""
+    """Microbatches that the responses of a step are split into."""
     layers: int | None = None
-    """Fewer layers than the model has, to try it."""
+    """Override of the number of layers, for a quick trial."""
     output: pathlib.Path | None = None
-    """A file of JSON lines to add the row to."""
+    """A JSON Lines file to append the plan to."""
 
 
 class Row(NamedTuple):
-    """One plan; bytes and seconds are those of one device and one update.
+    """One plan; bytes and seconds are per device and update.
 
     Attributes:
         model, topology, devices, mesh, lora_rank, microbatches: what was planned.
-        tokens: in the responses and prompts of a step.
-        arguments: bytes of state, reference and batch; temporaries: bytes beside them.
-        fits: whether both fit the chip.
-        flops: of the update's products, on all devices together.
-        collectives: bytes by kind; None where the compiler cannot write its program down.
-        seconds: the longest of computing at the published peak, of moving the collectives' bytes over all links, and of
-            reading the arguments once: what no run can be faster than.
-        compile_seconds: of this machine.
-        how: "compiled" by the chip's own compiler, or "predicted".
+        tokens: in the prompts and responses of a step.
+        arguments: bytes of state, reference and batch.
+        temporaries: bytes beyond the arguments.
+        fits: whether both fit into the chip's memory.
+        flops: of the update's matrix products, all devices together.
+        collectives: bytes by kind; None where the compiler cannot print its program.
+        seconds: a lower bound: the longest of computing at peak FLOP/s, moving the collectives' bytes over all links, and
+            reading the arguments once.
+        compile_seconds: on this machine.
+        method: "compiled" by the chip's own compiler, or "predicted".
     """
 
     model: str
@@ -84,17 +85,17 @@ class Row(NamedTuple):
     collectives: dict[str, float] | None
     seconds: float
     compile_seconds: float
-    how: str
+    method: str
 
 
 def devices_of(config: Config) -> tuple[Any, Chip, str]:
-    """Returns the devices to compile for, their chip, and whether the compiler is the chip's own.
+    """Returns the devices to compile for, their chip, and the method, "compiled" or "predicted".
 
     Raises:
         ValueError: the topology is unknown, or libtpu is not installed.
     """
-    kind, _, rest = config.topology.partition(":")
-    if kind not in CHIPS or not rest:
+    kind, _, size = config.topology.partition(":")
+    if kind not in CHIPS or not size:
         known = ", ".join(CHIPS)
         raise ValueError(f"A topology is written as v5e:2x4 or h100:8, with one of {known}; not {config.topology!r}.")
     import jax
@@ -104,58 +105,90 @@ def devices_of(config: Config) -> tuple[Any, Chip, str]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=config.topology)
-    except Exception as error:  # a plug-in that is missing, or does not know the topology, has no error of its own
+        description = topologies.get_topology_desc(platform="tpu", topology_name=config.topology)
+    except Exception as error:  # a missing plug-in and an unknown topology have no exception type of their own
         raise ValueError(
             f"There is no compiler for {config.topology} here ({' '.join(str(error).split())[:150]}); "
             "pip install '.[plan]', or correct the topology."
         ) from None
-    return found.devices, CHIPS[kind], "compiled"
+    return description.devices, CHIPS[kind], "compiled"
 
 
-def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
-    """Returns the update, the shapes of its arguments, where they lie, and the shardings of its results."""
+class Update(NamedTuple):
+    """The update to compile.
+
+    Attributes:
+        function: `(key, state, labelled, frozen) -> (state, info)`.
+        arguments: abstract ones.
+        in_shardings: of the arguments.
+        out_shardings: of the results.
+    """
+
+    function: Any
+    arguments: tuple
+    in_shardings: Any
+    out_shardings: Any
+
+
+def decoder_config(name: str, context_length: int, layers: int | None = None) -> Any:
+    """Returns the configuration of one of the `SHAPES`, with another number of layers if one is given."""
+    from jaxrlhf.lm.transformer.config import DecoderConfig
+
+    shape: dict[str, Any] = dict(SHAPES[name])
+    tied = shape.pop("tied")
+    shape |= {"layers": layers} if layers else {}
+    return DecoderConfig(
+        vocabulary_size=128_256,
+        key_value_heads=8,
+        context_length=context_length,
+        tied_embeddings=tied,
+        rope_base=500_000.0,
+        **shape,
+    )
+
+
+def abstract_models(config: Config) -> tuple[Any, Any]:
+    """Returns the policy and the start of the reward model as abstract arrays, in the dtypes that `align` loads."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrlhf.commands.models import Model
+    from jaxrlhf.lm.reward import reward_model
+    from jaxrlhf.lm.transformer.model import decoder
+
+    class Bundle:
+        """In place of a tokenizer: only what ends a response and fills a row."""
+
+        stop_ids, pad_id = (0,), 0
+
+    def abstract(init):
+        shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+    dtype = jnp.bfloat16 if config.lora_rank else jnp.float32
+    shape = decoder_config(config.model, config.max_prompt + config.max_new_tokens, config.layers)
+    bundle: Any = Bundle()
+    policy = Model(shape, abstract(decoder(shape).init), bundle)
+    if config.lora_rank:
+        return policy, policy
+    return policy, policy._replace(params=abstract(reward_model(decoder(shape)).init))
+
+
+def make_update(config: Config, mesh: Any) -> Update:
+    """Returns the update of `jaxrlhf align` with abstract arguments and their shardings."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxrlhf.bilevel import Labelled
-    from jaxrlhf.commands.align import Align, assemble
-    from jaxrlhf.commands.comparison import Judge
-    from jaxrlhf.commands.models import Model
-    from jaxrlhf.lm.problem import Prompts
-    from jaxrlhf.lm.reward import reward_model
+    from jaxrlhf.commands.align_config import Align
+    from jaxrlhf.commands.align_setup import build_setup
+    from jaxrlhf.commands.comparison import ComparisonAnnotator
+    from jaxrlhf.lm.pairing import Prompts
     from jaxrlhf.lm.transformer.axes import decoder_names
-    from jaxrlhf.lm.transformer.config import DecoderConfig
-    from jaxrlhf.lm.transformer.model import decoder
     from jaxrlhf.training.sharding import shardings
-    from jaxrlhf.training.step import where_labelled, within
+    from jaxrlhf.training.step import labelled_shardings, within
 
-    shape = dict(SHAPES[config.model])
-    tied = shape.pop("tied")
-    context = config.max_prompt + config.max_new_tokens
-    shape = DecoderConfig(
-        vocabulary_size=128_256,
-        key_value_heads=8,
-        context_length=context,
-        tied_embeddings=bool(tied),
-        rope_base=500_000.0,
-        **(shape | ({"layers": config.layers} if config.layers else {})),  # pyright: ignore[reportArgumentType]
-    )
-    weights = jnp.bfloat16 if config.lora_rank else jnp.float32
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def described(init):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, weights), jax.eval_shape(init, key))
-
-    class Words:
-        """No tokenizer: what ends a response and what fills a row."""
-
-        stop_ids, pad_id = (0,), 0
-
-    words: Any = Words()
-    model = Model(shape, described(decoder(shape).init), words)
-    start = model if config.lora_rank else model._replace(params=described(reward_model(decoder(shape)).init))
     settings = Align(
         policy=pathlib.Path(config.model),
         data="",
@@ -167,49 +200,66 @@ def program_of(config: Config, mesh: Any) -> tuple[Any, tuple, tuple, Any]:
         remat=config.remat,
         microbatches=config.microbatches,
     )
-    parts = assemble(settings, model, start, Judge(None, None, ()))
-    state = jax.eval_shape(parts.algorithm.init, key, parts.upper, parts.lower)
+    setup = build_setup(settings, *abstract_models(config), ComparisonAnnotator(None, None, ()))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(setup.algorithm.init, key, setup.upper, setup.lower)
     rows = (settings.batch_size, config.max_prompt)
     prompts = Prompts(jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, bool))  # pyright: ignore
-    sample = jax.eval_shape(parts.algorithm.propose, key, state, prompts, parts.frozen)
+    sample = jax.eval_shape(setup.algorithm.propose, key, state, prompts, setup.frozen)
     labels: Any = jax.ShapeDtypeStruct((settings.batch_size, config.pairs, 1), jnp.float32)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state_where, frozen_where = (shardings(tree, mesh, decoder_names) for tree in (state, parts.frozen))
-    arguments = key, state, Labelled(sample, labels), parts.frozen
-    where: Any = (everywhere, state_where, where_labelled(mesh), frozen_where)
-    return within(mesh, parts.algorithm.update), arguments, where, (state_where, everywhere)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    of_state, of_frozen = (shardings(tree, mesh, decoder_names) for tree in (state, setup.frozen))
+    return Update(
+        function=within(mesh, setup.algorithm.update),
+        arguments=(key, state, Labelled(sample, labels), setup.frozen),
+        in_shardings=(replicated, of_state, labelled_shardings(mesh), of_frozen),
+        out_shardings=(of_state, replicated),
+    )
+
+
+def compile_update(update: Update, topology: str) -> Any:
+    """Compiles the update with its state donated.
+
+    Raises:
+        ValueError: the compiler fails, such as out of memory.
+    """
+    import jax
+
+    jitted = jax.jit(
+        update.function, in_shardings=update.in_shardings, out_shardings=update.out_shardings, donate_argnums=1
+    )
+    lowered = jitted.lower(*update.arguments)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = re.search(r"(Ran out of memory|Used [\d.]+\w of)[^\n]*", str(error))
+        reason = memory.group(0) if memory else " ".join(str(error).split())[:200]
+        raise ValueError(f"The compiler gives up on {topology}: {reason}") from None
 
 
 def plan(config: Config) -> Row:
-    """Compiles the update and reads what it needs.
+    """Compiles the update and reads its costs.
 
     Raises:
-        ValueError: as `devices_of` and `make_mesh`.
+        ValueError: as `devices_of`, `make_mesh` and `compile_update`.
     """
     import jax
 
     from benchmarks.programs import collectives_of, flops_of
     from jaxrlhf.training.sharding import make_mesh, parse_mesh
 
-    devices, chip, how = devices_of(config)
-    mesh = make_mesh(parse_mesh(config.mesh), devices=devices)
-    update, arguments, where, results = program_of(config, mesh)
-    began = time.monotonic()
-    lowered = jax.jit(update, in_shardings=where, out_shardings=results, donate_argnums=1).lower(*arguments)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        told = re.search(r"(Ran out of memory|Used [\d.]+\w of)[^\n]*", str(error))
-        reason = told.group(0) if told else " ".join(str(error).split())[:200]
-        raise ValueError(f"The compiler gives up on {config.topology}: {reason}") from None
-    seconds = time.monotonic() - began
-    flops = flops_of(jax.make_jaxpr(update)(*arguments))
+    devices, chip, method = devices_of(config)
+    update = make_update(config, make_mesh(parse_mesh(config.mesh), devices=devices))
+    start = time.monotonic()
+    compiled = compile_update(update, config.topology)
+    compile_seconds = time.monotonic() - start
+    flops = flops_of(jax.make_jaxpr(update.function)(*update.arguments))
     memory: Any = compiled.memory_analysis()
     text = text_of(compiled)
-    moved = None if text is None else collectives_of(text)
-    given, beside = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
-    least = max(flops / len(devices) / chip.flops, sum((moved or {}).values()) / chip.link, given / chip.bandwidth)
-    batch = arguments[2].sample.responses.tokens.shape
+    collectives = None if text is None else collectives_of(text)
+    arguments, temporaries = float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes)
+    communication = sum((collectives or {}).values()) / chip.link
+    responses = update.arguments[2].sample.responses.tokens.shape[:3]
     return Row(
         model=config.model,
         topology=config.topology,
@@ -217,20 +267,20 @@ def plan(config: Config) -> Row:
         mesh=config.mesh,
         lora_rank=config.lora_rank,
         microbatches=config.microbatches,
-        tokens=math.prod(batch[:3]) * (config.max_prompt + config.max_new_tokens),
-        arguments=given,
-        temporaries=beside,
-        fits=given + beside <= chip.memory,
+        tokens=math.prod(responses) * (config.max_prompt + config.max_new_tokens),
+        arguments=arguments,
+        temporaries=temporaries,
+        fits=arguments + temporaries <= chip.memory,
         flops=flops,
-        collectives=moved,
-        seconds=least,
-        compile_seconds=seconds,
-        how=how,
+        collectives=collectives,
+        seconds=max(flops / len(devices) / chip.flops, communication, arguments / chip.bandwidth),
+        compile_seconds=compile_seconds,
+        method=method,
     )
 
 
 def text_of(compiled: Any) -> str | None:
-    """Returns the compiled program's text; None where the compiler cannot write it (libtpu's, for some of v6e)."""
+    """Returns the compiled program's text; None where the compiler cannot print it (libtpu, for some programs on v6e)."""
     import jax
 
     try:
@@ -240,14 +290,14 @@ def text_of(compiled: Any) -> str | None:
 
 
 def main(config: Config) -> Row:
-    """Prints a plan, and adds it to a file where one is given."""
+    """Prints a plan, and appends it to a file if one is given."""
     kind, _, count = config.topology.partition(":")
     if kind.startswith("h") and count.isdigit():
-        # Before JAX looks for its devices.
+        # JAX reads this when it first looks for devices.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # It compiles and holds no TPU: several may do that at once.
+    # Compiling holds no TPU, so several processes may do it at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         row = plan(config)
@@ -256,14 +306,14 @@ def main(config: Config) -> Row:
         raise SystemExit(2) from None
     gigabytes = [f"{name} {size / 1e9:.2f} GB" for name, size in (row.collectives or {}).items()]
     for name, value in {
-        "model": f"{row.model}, {row.tokens:,} tokens a step",
+        "model": f"{row.model}, {row.tokens:,} tokens per step",
         "devices": f"{row.devices} ({row.topology}), mesh {row.mesh}",
-        "state, reference and batch": f"{row.arguments / 1e9:.2f} GB a device",
-        "beside them": f"{row.temporaries / 1e9:.2f} GB a device: {'fits' if row.fits else 'does not fit'}",
-        "collectives": "not told" if row.collectives is None else ", ".join(gigabytes) or "none",
-        "products": f"{row.flops / 1e12:,.1f} TFLOP",
-        "least time": f"{row.seconds:.3f} s at published peaks",
-        "compiled in": f"{row.compile_seconds:.0f} s; {row.how}",
+        "state, reference and batch": f"{row.arguments / 1e9:.2f} GB per device",
+        "temporaries": f"{row.temporaries / 1e9:.2f} GB per device: {'fits' if row.fits else 'does not fit'}",
+        "collectives": "unknown" if row.collectives is None else ", ".join(gigabytes) or "none",
+        "matrix products": f"{row.flops / 1e12:,.1f} TFLOP",
+        "lower bound on time": f"{row.seconds:.3f} s at published peaks",
+        "compile time": f"{row.compile_seconds:.0f} s; {row.method}",
     }.items():
         print(f"{name:28s}{value}")
     if config.output is not None:

@@ -1,4 +1,4 @@
-"""What a program does, read from it: products in its jaxpr, communication in its compiled text."""
+"""Reads a program's costs from it: matrix products from its jaxpr, communication from its compiled text."""
 
 import collections
 import math
@@ -9,56 +9,52 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
-def flops_of(jaxpr: Any, *, turns: int = 1) -> float:
-    """Returns the floating point operations of a program's products, all of its devices together.
+def flops_of(jaxpr: Any, *, trip_count: int = 1) -> float:
+    """Returns the FLOPs of a program's matrix products, summed over its devices.
 
-    What compilers count takes the body of a loop once; here a scan counts as often as it runs, with whatever is computed
-    again in a backward pass.
+    Compilers count the body of a loop once. Here the body of a scan counts once per iteration, and recomputation in the
+    backward pass counts too.
 
     Args:
-        jaxpr: of `jax.make_jaxpr`.
-        turns: of loops whose number of turns is not known before they run, together with those of loops inside of them.
+        jaxpr: from `jax.make_jaxpr`.
+        trip_count: iterations of each while loop, those of any while loops inside it included.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (left, _), _ = params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
-            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+            contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
+            total += 2.0 * contracted * math.prod(equation.outvars[0].aval.shape)
             continue
-        inside = [flops_of(each, turns=1 if name == "while" else turns) for each in _programs_in(params)]
-        times = params["length"] if name == "scan" else turns if name == "while" else 1
-        total += times * (max(inside, default=0.0) if name == "cond" else sum(inside))
+        inner = [flops_of(each, trip_count=1 if name == "while" else trip_count) for each in _subprograms(params)]
+        times = params["length"] if name == "scan" else trip_count if name == "while" else 1
+        total += times * (max(inner, default=0.0) if name == "cond" else sum(inner))
     return total
 
 
-def _programs_in(params: dict[str, Any]) -> list[Any]:
-    found = []
-    for value in params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(each, "eqns") or hasattr(getattr(each, "jaxpr", None), "eqns"):
-                found.append(each)
-    return found
+def _subprograms(params: dict[str, Any]) -> list[Any]:
+    values = [each for value in params.values() for each in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [each for each in values if hasattr(each, "eqns") or hasattr(getattr(each, "jaxpr", None), "eqns")]
 
 
-def collectives_of(text: str, *, turns: int = 1) -> dict[str, float]:
-    """Returns the bytes that come out of each kind of collective on one device, loops counted as often as they run.
+def collectives_of(text: str, *, trip_count: int = 1) -> dict[str, float]:
+    """Returns the output bytes of each kind of collective on one device, loop bodies counted once per iteration.
 
     Args:
         text: of a compiled program (`compiled.as_text()`).
-        turns: of loops whose number of turns the compiler does not know.
+        trip_count: of loops whose trip count the compiler does not know.
     """
-    programs, entry = _computations(text)
-    found: dict[str, float] = collections.defaultdict(float)
+    computations, entry = _computations(text)
+    totals: dict[str, float] = collections.defaultdict(float)
 
     def visit(name: str, times: float) -> None:
-        for line in programs.get(name, ()):
+        for line in computations.get(name, ()):
             for kind in COLLECTIVES:
                 if re.search(rf" {kind}(-start)?\(", line):
-                    found[kind] += times * _largest(line.split(f" {kind}", 1)[0])
+                    totals[kind] += times * _largest(line.split(f" {kind}", 1)[0])
             loop = " while(" in line
-            inner = times * (_turns(line, programs) or turns) if loop else times
+            inner = times * (_trip_count(line, computations) or trip_count) if loop else times
             called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
             for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 called += [each.strip().lstrip("%") for each in group.split(",")]
@@ -66,26 +62,26 @@ def collectives_of(text: str, *, turns: int = 1) -> dict[str, float]:
                 visit(each, inner)
 
     visit(entry, 1.0)
-    return dict(found)
+    return dict(totals)
 
 
-def _turns(loop: str, programs: dict[str, list[str]]) -> int | None:
-    """Returns how often a loop runs, where its line says so or its condition is a count below a constant."""
+def _trip_count(loop: str, computations: dict[str, list[str]]) -> int | None:
+    """Returns the trip count of a loop if its line states it or its condition compares a counter with a constant."""
     if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop)
-    lines = programs.get(condition[1], ()) if condition else ()
+    lines = computations.get(condition[1], ()) if condition else ()
     constants = dict(re.findall(r"(%[\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)", "\n".join(lines)))
     bounds = [re.search(r"ROOT .* compare\([^,]+, (%[\w.\-]+)\), direction=LT", line) for line in lines]
     return next((int(constants[bound[1]]) for bound in bounds if bound and bound[1] in constants), None)
 
 
 def largest_collective(text: str) -> float:
-    """Returns the bytes of the largest array that any collective makes."""
-    programs, _ = _computations(text)
+    """Returns the bytes of the largest array that any collective outputs."""
+    computations, _ = _computations(text)
     sizes = [
         _largest(line.split(f" {kind}", 1)[0])
-        for lines in programs.values()
+        for lines in computations.values()
         for line in lines
         for kind in COLLECTIVES
         if re.search(rf" {kind}(-start)?\(", line)
@@ -94,22 +90,22 @@ def largest_collective(text: str) -> float:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the lines of each computation by name, and the name of the one that is entered."""
-    programs: dict[str, list[str]] = {}
+    """Returns the lines of each computation by name, and the name of the entry computation."""
+    computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
         if head and not line.startswith(" "):
             name = head[2]
-            programs[name] = []
+            computations[name] = []
             entry = name if head[1] else entry
         elif name and line.startswith(" "):
-            programs[name].append(line)
-    return programs, entry
+            computations[name].append(line)
+    return computations, entry
 
 
 def _largest(result: str) -> float:
-    """Returns the bytes of the largest array among those that a line defines."""
+    """Returns the bytes of the largest array that a line defines."""
     sizes = [0.0]
     for kind, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result):
         if kind in _BYTES:

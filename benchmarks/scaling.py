@@ -1,10 +1,11 @@
-"""How a language-model step grows: its compile time with layers, its time and memory with everything else.
+"""Measures how a language-model step scales: compile time with depth, run time and memory with every other size.
 
     python -m benchmarks.scaling --policy DIR
 
-Compile times are those of a first step less a later one, tracing included, of random models of the given model's shape but
-for the layers; Tunix's supervised step stands beside ours. Time and memory are of the bilevel update alone, one size
-moved at a time. An exponent is the slope of a straight line through the logarithms: 1 is linear.
+Compile time is that of a first step minus that of a later one, tracing included, for random models of the given model's
+configuration except for the depth; Tunix's supervised step is timed beside ours. Run time and memory are those of the
+bilevel update alone, with one size varied at a time. An exponent is the slope of a straight line fitted to logarithms:
+1 is linear.
 """
 
 import dataclasses
@@ -18,13 +19,15 @@ import optax
 import tyro
 
 from benchmarks import trainers
-from benchmarks.bilevel_steps import Program, algorithm_of, begin, compiled, labelled_by
+from benchmarks.batches import as_demonstrations, as_prompts, random_tokens
+from benchmarks.bilevel_steps import Program, compile_step, initial_state, random_labels, step_algorithm, step_problem
+from benchmarks.devices import use_all_cores
 from benchmarks.learning import adamw
-from benchmarks.peers import open_policy, tunix_config, without_padding
-from benchmarks.sides import Side, Timed, alternate, machine, report, side, stepping, use_all_cores
+from benchmarks.libraries import open_policy, tunix_config
+from benchmarks.reporting import machine_info, write_results
+from benchmarks.timing import Implementation, Timing, if_installed, interleave, stateful
 from jaxrlhf import bilevel
 from jaxrlhf.bilevel import HypergradientRule
-from jaxrlhf.data.batches import Demonstrations
 from jaxrlhf.lm.learning import learning, supervised_loss
 from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.lm.transformer.config import DecoderConfig
@@ -34,15 +37,15 @@ from jaxrlhf.training.report import Table
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to move."""
+    """The sizes to measure."""
 
     policy: pathlib.Path
-    """A Llama in a Hugging Face directory; of it the shape is taken."""
+    """A Llama in a Hugging Face directory; only its configuration is used."""
     compiled_layers: tuple[int, ...] = (2, 4, 8, 16, 32)
     batches: tuple[int, ...] = (4, 8, 16, 32)
-    """Prompts."""
+    """Prompts per step."""
     lengths: tuple[int, ...] = (32, 64, 128, 256)
-    """Tokens of an answer."""
+    """Tokens per completion."""
     layers: tuple[int, ...] = (2, 4, 8, 16)
     tilts: tuple[int, ...] = (2, 3, 5)
     pairs: int = 4
@@ -52,7 +55,14 @@ class Config:
 
 
 class Size(NamedTuple):
-    """Of one update: prompts, tokens of an answer, layers, and policies that are kept."""
+    """The size of an update.
+
+    Attributes:
+        batch: prompts.
+        length: tokens per completion.
+        layers: of the model.
+        tilts: policies, one per tilt of the stencil.
+    """
 
     batch: int = 8
     length: int = 48
@@ -66,117 +76,129 @@ RULES: dict[int, Callable[[], HypergradientRule]] = {
     3: lambda: bilevel.central(0.2),
     5: lambda: bilevel.five_point(0.4),
 }
-"""By the number of policies."""
+"""By the number of tilts."""
 
 
-def texts(shape: DecoderConfig, rows: int, length: int) -> np.ndarray:
-    """Returns random tokens `[rows, length]`, none of them 0."""
-    return np.random.default_rng(0).integers(1, shape.vocabulary_size, (rows, length)).astype(np.int32)
+def tangent_solver() -> bilevel.LowerSolver:
+    """Returns the solver of all bilevel steps here."""
+    return bilevel.tangent(optax.adam(1e-5), optax.adam(1e-6))
 
 
-def supervised(shape: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
-    """Returns the call of our supervised step of a random model."""
-    policy = decoder(shape)
-    batch = jax.device_put(Demonstrations(tokens, np.ones_like(tokens), np.ones(tokens.shape, bool)))
+def supervised(config: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
+    """Returns the call of our supervised step on a random model."""
+    policy, batch = decoder(config), jax.device_put(as_demonstrations(tokens))
     algorithm = learning(supervised_loss(policy), adamw(1e-4))
     update = jax.jit(algorithm.update, donate_argnums=0)
-    return stepping(lambda state: update(state, batch), algorithm.init(policy.init(jax.random.key(0))))
+    return stateful(lambda state: update(state, batch), algorithm.init(policy.init(jax.random.key(0))))
 
 
-def supervised_of_tunix(shape: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
-    """Returns the call of Tunix's."""
+def tunix_supervised(config: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
+    """Returns the call of Tunix's supervised step on a random model."""
     from flax import nnx
     from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
 
-    return trainers.tunix_supervised(llama3.Llama3(tunix_config(shape), rngs=nnx.Rngs(0)), tokens, 1e-4)
+    return trainers.tunix_supervised(llama3.Llama3(tunix_config(config), rngs=nnx.Rngs(0)), tokens, 1e-4)
 
 
-def coupled(shape: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
-    """Returns the call of our whole bilevel step, sampler included."""
-    policy, prompts = decoder(shape), without_padding(tokens)
-    solver = bilevel.tangent(optax.adam(1e-5), optax.adam(1e-6))
-    algorithm = algorithm_of(policy, bilevel.central(), solver, pairs=2, new_tokens=16)
+def bilevel_step(config: DecoderConfig, tokens: np.ndarray) -> Callable[[], Any]:
+    """Returns the call of our whole bilevel step, sampling included."""
+    policy, prompts = decoder(config), as_prompts(tokens)
+    algorithm = step_algorithm(step_problem(policy, pairs=2, new_tokens=16), bilevel.central(), tangent_solver())
     params, key = policy.init(jax.random.key(0)), jax.random.key(1)
     step, frozen = jax.jit(algorithm.step, donate_argnums=1), LanguageFrozen(params)
-    return stepping(lambda state: step(key, state, prompts, frozen), begin(policy, params, algorithm))
+    return stateful(lambda state: step(key, state, prompts, frozen), initial_state(policy, params, algorithm))
 
 
-def compile_times(config: Config, shape: DecoderConfig) -> tuple[Table, dict[int, tuple[Timed, ...]]]:
-    """Returns the seconds that compiling takes at each depth, and all times."""
-    found, rows = {}, []
+def compile_times(config: Config, model: DecoderConfig) -> tuple[Table, dict[int, tuple[Timing, ...]]]:
+    """Returns the table of seconds to compile at each depth, and all timings."""
+    timings, rows = {}, []
     for layers in config.compiled_layers:
-        deep = dataclasses.replace(shape, layers=layers)
-        tokens = texts(deep, 4, 32)
-        sides = (
-            Side("ours, supervised step", supervised(deep, tokens)),
-            side("Tunix, supervised step", lambda deep=deep, tokens=tokens: supervised_of_tunix(deep, tokens)),
-            Side("ours, bilevel step", coupled(deep, tokens)),
+        deep = dataclasses.replace(model, layers=layers)
+        tokens = random_tokens(deep, 4, 32)
+        implementations = (
+            Implementation("ours, supervised step", supervised(deep, tokens)),
+            if_installed("Tunix, supervised step", lambda deep=deep, tokens=tokens: tunix_supervised(deep, tokens)),
+            Implementation("ours, bilevel step", bilevel_step(deep, tokens)),
         )
-        found[layers] = alternate(sides, rounds=3)
-        rows.append([layers, *(each.first - each.median if each.seconds else None for each in found[layers])])
-    first, last = rows[0], rows[-1]
-    grown = [None if begun is None else ended / begun for begun, ended in zip(first[1:], last[1:], strict=True)]
-    names = [each.name for each in found[config.compiled_layers[0]]]
-    rows.append([f"grown from {first[0]} to {last[0]} (goal < 1.5)", *grown])
-    return Table("Seconds to compile", ("layers", *names), rows), found
+        timings[layers] = interleave(implementations, rounds=3)
+        seconds = [timing.first - timing.median if timing.seconds else None for timing in timings[layers]]
+        rows.append([layers, *seconds])
+    shallowest, deepest = rows[0], rows[-1]
+    growth = [None if low is None else high / low for low, high in zip(shallowest[1:], deepest[1:], strict=True)]
+    names = [timing.name for timing in timings[config.compiled_layers[0]]]
+    rows.append([f"growth from {shallowest[0]} to {deepest[0]} (goal < 1.5)", *growth])
+    return Table("Seconds to compile", ("layers", *names), rows), timings
 
 
-def update_of(config: Config, shape: DecoderConfig, size: Size) -> Program:
-    """Returns the bilevel update of one size, of a random model."""
-    deep = dataclasses.replace(shape, layers=size.layers)
-    policy = decoder(deep)
-    solver = bilevel.tangent(optax.adam(1e-5), optax.adam(1e-6))
-    sizes = {"pairs": config.pairs, "new_tokens": size.length}
-    algorithm = algorithm_of(policy, RULES[size.tilts](), solver, **sizes)
+def compile_update(config: Config, model: DecoderConfig, size: Size) -> Program:
+    """Compiles the bilevel update of one size for a random model."""
+    model = dataclasses.replace(model, layers=size.layers)
+    policy = decoder(model)
+    problem = step_problem(policy, pairs=config.pairs, new_tokens=size.length)
+    algorithm = step_algorithm(problem, RULES[size.tilts](), tangent_solver())
     params = policy.init(jax.random.key(0))
-    frozen, state = LanguageFrozen(params), begin(policy, params, algorithm)
-    labelled = labelled_by(algorithm, state, without_padding(texts(deep, size.batch, config.prompt_length)), frozen)
-    return compiled(algorithm.update, state, labelled, frozen)
+    frozen, state = LanguageFrozen(params), initial_state(policy, params, algorithm)
+    prompts = as_prompts(random_tokens(model, size.batch, config.prompt_length))
+    return compile_step(algorithm.update, state, random_labels(algorithm, state, prompts, frozen), frozen)
 
 
-def sweep(config: Config, shape: DecoderConfig, name: str, values: Sequence[int]) -> list[tuple[Size, float, float]]:
-    """Returns each size, its seconds and its bytes of temporaries, one field of the size moved."""
-    sizes = [Size(layers=shape.layers)._replace(**{name: value}) for value in values]
-    programs = [update_of(config, shape, size) for size in sizes]
-    sides = [Side(str(value), program.call) for value, program in zip(values, programs, strict=True)]
-    timed = alternate(sides, rounds=config.rounds)
-    memory = [program.temporaries for program in programs]
-    return [(size, took.median, used) for size, took, used in zip(sizes, timed, memory, strict=True)]
+class Measurement(NamedTuple):
+    """Seconds per update, and bytes of its temporaries."""
+
+    size: Size
+    seconds: float
+    memory: float
+
+
+def sweep(config: Config, model: DecoderConfig, field: str, values: Sequence[int]) -> list[Measurement]:
+    """Measures the update with one field of its size varied."""
+    sizes = [Size(layers=model.layers)._replace(**{field: value}) for value in values]
+    programs = [compile_update(config, model, size) for size in sizes]
+    calls = [Implementation(str(value), program.call) for value, program in zip(values, programs, strict=True)]
+    timings = interleave(calls, rounds=config.rounds)
+    return [
+        Measurement(size, timing.median, program.temporaries)
+        for size, timing, program in zip(sizes, timings, programs, strict=True)
+    ]
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Returns b of the best fit `a size^b`, by least squares of logarithms."""
+    """Returns b of the least-squares fit `log(value) = a + b log(size)`."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def growth(config: Config, shape: DecoderConfig) -> tuple[list[Table], dict[str, Any]]:
-    """Returns the tables of exponents and of what they were fitted to, and all figures."""
-    moved = {"batch": config.batches, "length": config.lengths, "layers": config.layers, "tilts": config.tilts}
-    found = {name: sweep(config, shape, name, values) for name, values in moved.items() if len(values) > 1}
-    fitted, points = [], []
-    for name, rows in found.items():
-        values = [getattr(size, name) + (config.prompt_length if name == "length" else 0) for size, *_ in rows]
-        seconds, memory = zip(*(row[1:] for row in rows), strict=True)
-        fitted.append((name, f"{values[0]} to {values[-1]}", exponent(values, seconds), exponent(values, memory)))
-        points += [(name, value, 1e3 * took, used / 2**20) for value, (_, took, used) in zip(values, rows, strict=True)]
+def growth(config: Config, model: DecoderConfig) -> tuple[list[Table], dict[str, list[Measurement]]]:
+    """Returns the tables of exponents and of the fitted points, and all measurements."""
+    fields = {"batch": config.batches, "length": config.lengths, "layers": config.layers, "tilts": config.tilts}
+    found = {field: sweep(config, model, field, values) for field, values in fields.items() if len(values) > 1}
+    fits, points = [], []
+    for field, measurements in found.items():
+        prompt = config.prompt_length if field == "length" else 0
+        values = [getattr(each.size, field) + prompt for each in measurements]
+        time = exponent(values, [each.seconds for each in measurements])
+        memory = exponent(values, [each.memory for each in measurements])
+        fits.append((field, f"{values[0]} to {values[-1]}", time, memory))
+        for value, each in zip(values, measurements, strict=True):
+            points.append((field, value, 1e3 * each.seconds, each.memory / 2**20))
     return [
-        Table("Exponents of the bilevel update", ("moved", "range", "of time", "of memory"), fitted),
-        Table("Fitted to", ("moved", "size", "ms", "MiB of temporaries"), points),
+        Table("Exponents of the bilevel update", ("size", "range", "of time", "of memory"), fits),
+        Table("Fitted points", ("size", "value", "ms", "MiB of temporaries"), points),
     ], found
 
 
 def main(config: Config) -> pathlib.Path:
     """Prints and writes the tables; returns their folder."""
     use_all_cores()
-    seen, shape = machine(), open_policy(config.policy).model.config
-    table, compiling = compile_times(config, shape)
-    tables, growing = growth(config, shape)
-    size = Size(layers=shape.layers)
+    machine, model = machine_info(), open_policy(config.policy).model.config
+    table, compiling = compile_times(config, model)
+    tables, growing = growth(config, model)
+    size = Size(layers=model.layers)
     notes = [
-        f"Where not moved: {size.batch} prompts x {config.pairs} pairs, {config.prompt_length} + {size.length} tokens, "
-        f"{size.layers} layers, {size.tilts} policies. Lengths are those of prompt and answer together."
+        f"Sizes not varied: {size.batch} prompts x {config.pairs} pairs, {config.prompt_length} + {size.length} tokens, "
+        f"{size.layers} layers, {size.tilts} tilts. Lengths are of prompt and completion together."
     ]
-    return report(config, "scaling", [table, *tables], {"compiling": compiling, "growing": growing}, seen, notes=notes)
+    results = {"compiling": compiling, "growing": growing}
+    return write_results(config, "scaling", [table, *tables], results, machine, notes=notes)
 
 
 if __name__ == "__main__":

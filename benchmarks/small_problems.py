@@ -1,14 +1,15 @@
-"""Outer steps a second where networks play no part: a bandit and a tabular Markov decision process, exact losses.
+"""Times outer steps without neural networks: a bandit and a tabular Markov decision process with exact losses.
 
     python -m benchmarks.small_problems
 
-One and the same algorithm in three ways: the two-policy penalty method (arXiv 2309.01753), K gradient steps for each
-policy and one for the reward, all plain gradient descent. Ours is one compiled loop over outer steps. The JAX peer is the
-loop as it is commonly written: one jitted step a policy, called from Python. The torch peer is the same with autograd. All
-begin alike, and what is checked first is that they end alike.
+The same algorithm is implemented three times: the two-policy penalty method (arXiv 2309.01753), K gradient steps for each
+policy and one for the reward, all plain gradient descent. Ours is one compiled loop over outer steps. "JAX, a Python loop"
+is the loop as it is commonly written: one jitted step per policy, called from Python. The torch loop is the same with
+autograd. All start from the same point; checked first is that they end at the same point.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,35 +20,31 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks.sides import (
-    Compared,
-    Side,
-    agree,
-    alternate,
-    checks,
-    machine,
-    report,
-    side,
-    table_of,
-    use_all_cores,
-    warm_up,
+from benchmarks.devices import use_all_cores
+from benchmarks.reporting import check_notes, comparison_table, machine_info, write_results
+from benchmarks.small_losses import (
+    BETA,
+    Loss,
+    bandit_losses,
+    process_losses,
+    process_world,
+    torch_bandit_losses,
+    torch_process_losses,
 )
-from jaxrlhf import exact
+from benchmarks.timing import Comparison, Implementation, check_close, if_installed, interleave, warm_up
 from jaxrlhf.base.types import Params
-from jaxrlhf.bilevel import BilevelAlgorithm, bilevel_descent_on_losses, forward, gradient
+from jaxrlhf.bilevel import Algorithm, bilevel_descent_on_losses, forward, gradient
 from jaxrlhf.known.bandits import random_bandit
-from jaxrlhf.mdp.incentives import incentive_losses
-from jaxrlhf.mdp.tabular import TabularMDP
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How long."""
+    """Sizes and rates."""
 
     steps: int = 200
-    """Outer steps a call."""
+    """Outer steps per call."""
     inner: int = 10
-    """Gradient steps of each policy an outer step."""
+    """Gradient steps of each policy per outer step."""
     contexts: int = 4
     arms: int = 8
     """Of the bandit."""
@@ -55,26 +52,22 @@ class Config:
     actions: int = 4
     """Of the Markov decision process."""
     sigma: float = 0.1
-    rate: float = 0.2
+    learning_rate: float = 0.2
     upper_learning_rate: float = 0.1
     rounds: int = 7
     output: pathlib.Path = pathlib.Path("runs")
 
 
-Loss = Callable[[Any, Any], Any]
-"""`(upper, lower) -> []`."""
-
-
 class Problem(NamedTuple):
-    """Two losses, G and -J, in both libraries, and where to begin.
+    """The two losses, G and -J, in both libraries, and the starting point.
 
     Attributes:
-        name: of the problem.
-        losses: `(upper, lower, data, frozen) -> []` of JAX, both.
-        data, frozen: what they take.
+        name: for the table.
+        losses: both as `(upper, lower, data, frozen) -> []` in JAX.
+        data, frozen: their last arguments.
         plain: both as they are commonly written in JAX, `(upper, lower) -> []`.
-        in_torch: makes both for torch, likewise.
-        upper, lower: the beginning.
+        torch_losses: returns both for torch, `(upper, lower) -> []`.
+        upper, lower: the starting point.
     """
 
     name: str
@@ -82,132 +75,50 @@ class Problem(NamedTuple):
     data: Any
     frozen: Any
     plain: tuple[Loss, Loss]
-    in_torch: Callable[[], tuple[Loss, Loss]]
+    torch_losses: Callable[[], tuple[Loss, Loss]]
     upper: np.ndarray
     lower: np.ndarray
 
 
-BETA = 0.5
-PRICE = BETA / 4
-
-
 def bandit(config: Config) -> Problem:
-    """A linear bandit: J is the reward less beta KL, G a price of KL less the win rate against the reference."""
+    """A linear bandit."""
     known = random_bandit(contexts=config.contexts, arms=config.arms, beta=BETA)
-    features, gold, reference = known.frozen
-    wins = exact.row_mean(lambda first, second: jax.nn.sigmoid(first - second), reference, gold)
-    tables = {"features": features, "wins": wins, "reference": reference}
-
-    def levels(lower, tables):
-        own = jax.nn.log_softmax(lower)
-        return jnp.exp(own), jnp.mean(jnp.sum(jnp.exp(own) * (own - tables["reference"]), axis=-1))
-
-    def upper_loss(upper, lower, data, frozen):
-        own, divergence = levels(lower, frozen)
-        return PRICE * divergence - jnp.mean(jnp.sum(own * frozen["wins"], axis=-1))
-
-    def lower_loss(upper, lower, data, frozen):
-        own, divergence = levels(lower, frozen)
-        return BETA * divergence - jnp.mean(jnp.sum(own * (frozen["features"] @ upper), axis=-1))
-
-    def in_torch():
-        import torch
-
-        there = {name: torch.from_numpy(np.array(table)) for name, table in tables.items()}
-
-        def levels(lower):
-            own = torch.log_softmax(lower, dim=-1)
-            return own.exp(), (own.exp() * (own - there["reference"])).sum(dim=-1).mean()
-
-        def upper_loss(upper, lower):
-            own, divergence = levels(lower)
-            return PRICE * divergence - (own * there["wins"]).sum(dim=-1).mean()
-
-        def lower_loss(upper, lower):
-            own, divergence = levels(lower)
-            return BETA * divergence - (own * (there["features"] @ upper)).sum(dim=-1).mean()
-
-        return upper_loss, lower_loss
-
-    name = f"bandit, {config.contexts} contexts x {config.arms} arms"
-    upper, lower = (np.array(part, np.float32) for part in known.start(jax.random.key(0), 1.0))
-    plain = (
-        (lambda upper, lower: upper_loss(upper, lower, None, tables)),
-        (lambda upper, lower: lower_loss(upper, lower, None, tables)),
+    (upper_loss, lower_loss), tables = bandit_losses(known.frozen)
+    upper, lower = (np.array(array, np.float32) for array in known.start(jax.random.key(0), 1.0))
+    return Problem(
+        name=f"bandit, {config.contexts} contexts x {config.arms} arms",
+        losses=(upper_loss, lower_loss),
+        data=None,
+        frozen=tables,
+        plain=(
+            lambda upper, lower: upper_loss(upper, lower, None, tables),
+            lambda upper, lower: lower_loss(upper, lower, None, tables),
+        ),
+        torch_losses=lambda: torch_bandit_losses(tables),
+        upper=upper,
+        lower=lower,
     )
-    return Problem(name, (upper_loss, lower_loss), None, tables, plain, in_torch, upper, lower)
-
-
-class World(NamedTuple):
-    """A Markov decision process, one context, and what its two players earn, `[1, S, A]`."""
-
-    mdp: TabularMDP
-    follower: jax.Array
-    leader: jax.Array
-
-
-class Terms(NamedTuple):
-    """The `data` of `incentive_losses`, `[1]`."""
-
-    weight: jax.Array
-    entropy_weight: jax.Array
-
-
-COST = 0.5
 
 
 def process(config: Config) -> Problem:
-    """A random process: the leader pays for what it adds to the follower's rewards."""
-    random, (states, actions) = np.random.default_rng(0), (config.states, config.actions)
-    transition = random.dirichlet(np.full(states, 0.3), (states, actions)).astype(np.float32)
-    start, discount = np.full(states, 1.0 / states, np.float32), 0.9
-    earned = random.standard_normal((2, states, actions)).astype(np.float32)
-    mdp = TabularMDP(*(jnp.asarray(part)[None] for part in (transition, start, 0 * start, np.float32(discount))))
-    world = World(mdp, *(jnp.asarray(part)[None] for part in earned))
-    data = Terms(jnp.ones(1), jnp.ones(1))
-    losses = incentive_losses(
-        lambda upper, data, frozen: frozen.follower + upper,
-        lambda upper, data, frozen: frozen.leader - COST * jnp.square(upper),
+    """A random Markov decision process."""
+    world = process_world(config.states, config.actions)
+    losses, data, frozen, plain = process_losses(world)
+    zero = np.zeros((config.states, config.actions), np.float32)
+    return Problem(
+        name=f"process, {config.states} states x {config.actions} actions",
+        losses=losses,
+        data=data,
+        frozen=frozen,
+        plain=plain,
+        torch_losses=lambda: torch_process_losses(world),
+        upper=zero,
+        lower=zero[None],
     )
 
-    def worth(reward, own):
-        among = jnp.einsum("sa,sat->st", jnp.exp(own), transition)
-        visits = jnp.linalg.solve(jnp.eye(states) - discount * among.T, start)
-        return visits @ jnp.sum(jnp.exp(own) * reward, axis=-1)
 
-    def plain_upper(upper, lower):
-        return -worth(earned[1] - COST * jnp.square(upper), jax.nn.log_softmax(lower[0]))
-
-    def plain_lower(upper, lower):
-        own = jax.nn.log_softmax(lower[0])
-        return -worth(earned[0] + upper - own, own)
-
-    def in_torch():
-        import torch
-
-        moves, first, follower, leader = map(torch.from_numpy, (transition, start, *earned))
-
-        def expected(reward, own):
-            among = torch.einsum("sa,sat->st", own.exp(), moves)
-            visits = torch.linalg.solve(torch.eye(states) - discount * among.T, first)
-            return visits @ (own.exp() * reward).sum(dim=-1)
-
-        def upper_loss(upper, lower):
-            return -expected(leader - COST * upper.square(), torch.log_softmax(lower[0], dim=-1))
-
-        def lower_loss(upper, lower):
-            own = torch.log_softmax(lower[0], dim=-1)
-            return -expected(follower + upper - own, own)
-
-        return upper_loss, lower_loss
-
-    zero = np.zeros((states, actions), np.float32)
-    name, plain = f"process, {states} states x {actions} actions", (plain_upper, plain_lower)
-    return Problem(name, losses, data, world, plain, in_torch, zero, zero[None])
-
-
-def compiled_loop(algorithm: BilevelAlgorithm, problem: Problem, steps: int) -> Callable[[], Any]:
-    """Returns the call of our loop: all outer steps compiled as one; it returns the last upper parameters."""
+def compiled_loop(algorithm: Algorithm, problem: Problem, steps: int) -> Callable[[], Any]:
+    """Returns the call of our loop, all outer steps in one program; it returns the final upper parameters."""
     key = jax.random.key(0)
 
     @jax.jit
@@ -221,27 +132,47 @@ def compiled_loop(algorithm: BilevelAlgorithm, problem: Problem, steps: int) -> 
     return lambda: np.asarray(run(upper, lower, problem.frozen))
 
 
+class Penalty(NamedTuple):
+    """The three losses of the penalty method, built from G and -J.
+
+    Attributes:
+        policy: `(upper, policy) -> []`, -J.
+        tilted: `(upper, tilted) -> []`, -J + sigma G.
+        upper: `(upper, policy, tilted) -> []`, whose gradient is the hypergradient.
+    """
+
+    policy: Loss
+    tilted: Loss
+    upper: Callable[[Any, Any, Any], Any]
+
+
+def penalty_losses(losses: tuple[Loss, Loss], sigma: float) -> Penalty:
+    """Returns the losses of the penalty method, in the library of `losses`."""
+    outer, inner = losses
+    return Penalty(
+        policy=inner,
+        tilted=lambda upper, tilted: inner(upper, tilted) + sigma * outer(upper, tilted),
+        upper=lambda upper, policy, tilted: (
+            outer(upper, tilted) + (inner(upper, tilted) - inner(upper, policy)) / sigma
+        ),
+    )
+
+
 def python_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], Any]:
     """Returns the call of the loop as it is commonly written in JAX."""
-    outer, inner = problem.plain
+    losses = penalty_losses(problem.plain, sigma)
 
     @jax.jit
     def policy_step(upper, lower):
-        return lower - config.rate * jax.grad(inner, argnums=1)(upper, lower)
+        return lower - config.learning_rate * jax.grad(losses.policy, argnums=1)(upper, lower)
 
     @jax.jit
-    def penalty_step(upper, lower):
-        def penalised(lower):
-            return inner(upper, lower) + sigma * outer(upper, lower)
-
-        return lower - config.rate * jax.grad(penalised)(lower)
+    def tilted_step(upper, lower):
+        return lower - config.learning_rate * jax.grad(losses.tilted, argnums=1)(upper, lower)
 
     @jax.jit
     def upper_step(upper, policy, tilted):
-        def surrogate(upper):
-            return outer(upper, tilted) + (inner(upper, tilted) - inner(upper, policy)) / sigma
-
-        return upper - config.upper_learning_rate * jax.grad(surrogate)(upper)
+        return upper - config.upper_learning_rate * jax.grad(losses.upper)(upper, policy, tilted)
 
     def call():
         upper = jnp.asarray(problem.upper)
@@ -250,7 +181,7 @@ def python_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], 
             for _ in range(config.inner):
                 policy = policy_step(upper, policy)
             for _ in range(config.inner):
-                tilted = penalty_step(upper, tilted)
+                tilted = tilted_step(upper, tilted)
             upper = upper_step(upper, policy, tilted)
         return np.asarray(upper)
 
@@ -258,80 +189,77 @@ def python_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], 
 
 
 def torch_loop(config: Config, problem: Problem, sigma: float) -> Callable[[], Any]:
-    """Returns the call of the same in torch."""
+    """Returns the call of the same loop in torch."""
     import torch
 
-    outer, inner = problem.in_torch()
+    losses = penalty_losses(problem.torch_losses(), sigma)
 
-    def moved(value, loss, rate):
+    def updated(value, loss, learning_rate):
         value = value.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(value), value)
-        return (value - rate * slope).detach()
+        (gradient,) = torch.autograd.grad(loss(value), value)
+        return (value - learning_rate * gradient).detach()
+
+    def upper_loss(policy, tilted, upper):
+        return losses.upper(upper, policy, tilted)
 
     def call():
         upper = torch.from_numpy(problem.upper.copy())
         policy = tilted = torch.from_numpy(problem.lower.copy())
         for _ in range(config.steps):
             for _ in range(config.inner):
-                policy = moved(policy, lambda lower, upper=upper: inner(upper, lower), config.rate)
+                policy = updated(policy, functools.partial(losses.policy, upper), config.learning_rate)
             for _ in range(config.inner):
-                tilted = moved(
-                    tilted, lambda lower, upper=upper: inner(upper, lower) + sigma * outer(upper, lower), config.rate
-                )
-            upper = moved(
-                upper,
-                lambda upper, policy=policy, tilted=tilted: (
-                    outer(upper, tilted) + (inner(upper, tilted) - inner(upper, policy)) / sigma
-                ),
-                config.upper_learning_rate,
-            )
+                tilted = updated(tilted, functools.partial(losses.tilted, upper), config.learning_rate)
+            upper = updated(upper, functools.partial(upper_loss, policy, tilted), config.upper_learning_rate)
         return upper.numpy()
 
     return call
 
 
-def compare(config: Config, problem: Problem, ours: Callable[[], Any], sigma: float, *, how: str) -> Compared:
+def compare(config: Config, problem: Problem, ours: Callable[[], Any], sigma: float, *, method: str) -> Comparison:
     """Checks and times one problem."""
-    sides = (
-        Side("ours", ours),
-        Side("JAX, a Python loop", python_loop(config, problem, sigma)),
-        side("torch loop", lambda: torch_loop(config, problem, sigma)),
+    implementations = (
+        Implementation("ours", ours),
+        Implementation("JAX, a Python loop", python_loop(config, problem, sigma)),
+        if_installed("torch loop", lambda: torch_loop(config, problem, sigma)),
     )
-    warmed = warm_up(sides, calls=1)
+    warm_ups = warm_up(implementations, calls=1)
     agreed = ", ".join(
-        agree(f"the last reward is that of {peer.name}", warmed[0].results[0], seen.results[0], tolerance=1e-3)
-        for peer, seen in zip(sides[1:], warmed[1:], strict=True)
-        if seen.results
+        check_close(
+            f"the final reward is that of {other.name}", warm_ups[0].results[0], warmed.results[0], tolerance=1e-3
+        )
+        for other, warmed in zip(implementations[1:], warm_ups[1:], strict=True)
+        if warmed.results
     )
-    what = f"{problem.name}, {how}, {config.steps} outer steps of 2 x {config.inner} inner ones"
-    return Compared(what, alternate(sides, rounds=config.rounds, warmed=warmed), agreed, goal=5.0)
+    task = f"{problem.name}, {method}, {config.steps} outer steps of 2 x {config.inner} inner ones"
+    return Comparison(task, interleave(implementations, rounds=config.rounds, warm_ups=warm_ups), agreed, goal=5.0)
 
 
-def rates_of(line: Compared, steps: int) -> str:
-    """Returns every side's outer steps a second."""
-    return ", ".join(f"{each.name} {steps / each.median:,.0f}" for each in line.sides if each.seconds)
+def throughput(comparison: Comparison, steps: int) -> str:
+    """Returns the outer steps per second of every implementation."""
+    return ", ".join(f"{each.name} {steps / each.median:,.0f}" for each in comparison.timings if each.seconds)
 
 
 def main(config: Config) -> pathlib.Path:
     """Prints and writes the table; returns its folder."""
     use_all_cores()
-    seen, found = machine(), []
-    solver = gradient(optax.sgd(config.rate), steps=config.inner)
+    machine, comparisons = machine_info(), []
+    solver = gradient(optax.sgd(config.learning_rate), steps=config.inner)
     for problem in (bandit(config), process(config)):
         algorithm = bilevel_descent_on_losses(
             *problem.losses, forward(config.sigma), solver, optax.sgd(config.upper_learning_rate), beta=1.0
         )
         ours = compiled_loop(algorithm, problem, config.steps)
-        found.append(compare(config, problem, ours, config.sigma, how="two losses"))
-    # The same bandit as a problem of pairs, every pair listed: what a learner with labels runs.
+        comparisons.append(compare(config, problem, ours, config.sigma, method="two losses"))
+    # The same bandit as a problem of enumerated pairs, which is what an algorithm that learns from labels runs on.
     problem = bandit(config)
     known = random_bandit(contexts=config.contexts, arms=config.arms, beta=BETA)
     algorithm = known.algorithm(forward(config.sigma / BETA), solver, optax.sgd(config.upper_learning_rate))
     ours = compiled_loop(algorithm, problem._replace(frozen=known.frozen), config.steps)
-    found.append(compare(config, problem, ours, config.sigma, how="all pairs listed"))
-    rates = [f"Outer steps a second, {line.what}: {rates_of(line, config.steps)}." for line in found]
-    tables = [table_of("Exact problems", found)]
-    return report(config, "small_problems", tables, found, seen, notes=[*rates, *checks(found)])
+    comparisons.append(compare(config, problem, ours, config.sigma, method="all pairs enumerated"))
+    rates = [f"Outer steps per second, {each.task}: {throughput(each, config.steps)}." for each in comparisons]
+    tables, notes = [comparison_table("Exact problems", comparisons)], [*rates, *check_notes(comparisons)]
+    return write_results(config, "small_problems", tables, comparisons, machine, notes=notes)
 
 
 if __name__ == "__main__":

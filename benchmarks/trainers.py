@@ -1,7 +1,7 @@
-"""One training step of each peer: of TRL's trainers, of Tunix's, and of a plain torch loop. All return the loss.
+"""One training step of other libraries: TRL's trainers, Tunix's trainers, and a plain torch loop. Each returns the loss.
 
-TRL's and Tunix's are the steps that their `train` takes, without its data loader, schedule, logging and checkpoints; what
-the trainers compute for their logs within a step is theirs, and stays. AdamW has no weight decay and no clipping anywhere.
+For TRL and Tunix it is the step that `train` takes, without the data loader, schedule, logging and checkpoints; metrics
+that a trainer computes inside its step are included. AdamW runs without weight decay and without clipping everywhere.
 """
 
 import functools
@@ -15,38 +15,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.peers import torch_log_probs, tunix_policy
+from benchmarks.libraries import torch_log_probs, tunix_policy
 from jaxrlhf.lm.transformer.config import DecoderConfig
 
 Step = Callable[[], float]
-"""Takes a step on one and the same batch, and returns the loss before it."""
+"""Takes one step, always on the same batch, and returns the loss before it."""
 
 
-def torch_loop(model: Any, loss: Callable[[Any], Any], rate: float) -> Step:
-    """Returns the step of a plain loop: forward, backward, fused AdamW.
+def torch_loop(model: Any, loss: Callable[[Any], Any], learning_rate: float) -> Step:
+    """Returns the step of a plain torch loop: forward, backward, fused AdamW.
 
     Args:
-        model: trained.
+        model: to train.
         loss: `(model) -> []`.
-        rate: of AdamW.
+        learning_rate: of AdamW.
     """
     import torch
 
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
     def step():
-        found = loss(model)
-        found.backward()
+        value = loss(model)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return found.item()
+        return value.item()
 
     return step
 
 
 def supervised_in_torch(tokens: np.ndarray) -> Callable[[Any], Any]:
-    """Returns the loss of all tokens but the first of each row `[N, T]`."""
+    """Returns the mean cross-entropy of every token but the first of each row, for rows `[N, T]`."""
     import torch
 
     rows = torch.from_numpy(tokens).long()
@@ -54,28 +54,28 @@ def supervised_in_torch(tokens: np.ndarray) -> Callable[[Any], Any]:
 
 
 def dpo_in_torch(tokens: np.ndarray, prompt_length: int, reference: np.ndarray, beta: float) -> Callable[[Any], Any]:
-    """Returns DPO's loss.
+    """Returns the DPO loss.
 
     Args:
-        tokens: `[2, B, T]`, the chosen texts first.
-        prompt_length: of each text.
-        reference: `[2, B]`, log-probabilities of the completions.
-        beta: DPO's.
+        tokens: `[2, B, T]`, chosen texts first.
+        prompt_length: tokens of each prompt.
+        reference: `[2, B]`, the reference's log-probabilities of the completions.
+        beta: KL weight of DPO.
     """
     import torch
 
-    rows, known = torch.from_numpy(tokens).long().flatten(0, 1), torch.from_numpy(reference)
+    rows, reference_log_prob = torch.from_numpy(tokens).long().flatten(0, 1), torch.from_numpy(reference)
 
     def loss(model):
-        by_text = torch_log_probs(model, rows, prompt_length).sum(dim=-1).view(2, -1)
-        chosen, rejected = by_text - known
+        log_prob = torch_log_probs(model, rows, prompt_length).sum(dim=-1).view(2, -1)
+        chosen, rejected = log_prob - reference_log_prob
         return -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
 
     return loss
 
 
 def reward_in_torch(tokens: np.ndarray) -> Callable[[Any], Any]:
-    """Returns the preference loss of texts `[2, B, T]`, the chosen ones first."""
+    """Returns the Bradley-Terry loss of texts `[2, B, T]`, chosen texts first."""
     import torch
 
     rows = torch.from_numpy(tokens).long().flatten(0, 1)
@@ -87,38 +87,38 @@ def reward_in_torch(tokens: np.ndarray) -> Callable[[Any], Any]:
     return loss
 
 
-def trl_settings(kind: Any, rate: float, **more: Any) -> Any:
-    """Returns a configuration of TRL's with everything off that ours does not do.
+def trl_settings(config_class: Any, learning_rate: float, **settings: Any) -> Any:
+    """Returns a TRL configuration with everything turned off that our step does not do.
 
     Args:
-        kind: TRL's class of configurations.
-        rate: of AdamW, constant.
-        more: of that class.
+        config_class: of TRL, such as `DPOConfig`.
+        learning_rate: of AdamW, constant.
+        settings: further fields of that class.
     """
     import datasets  # pyright: ignore[reportMissingImports]
 
     datasets.disable_progress_bars()
-    return kind(
+    return config_class(
         tempfile.mkdtemp(prefix="trl-"),
-        learning_rate=rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         bf16=False,
         gradient_checkpointing=False,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **more,
+        **settings,
     )
 
 
 def trl_step(trainer: Any, batch: Any) -> Step:
-    """Returns a trainer's step on a batch as its collator would make it."""
+    """Returns a trainer's step on a collated batch."""
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
 
     def step():
-        given = dict(batch) if isinstance(batch, dict) else batch
-        loss = trainer.training_step(trainer.model, given, None)
+        inputs = dict(batch) if isinstance(batch, dict) else batch  # the step removes keys
+        loss = trainer.training_step(trainer.model, inputs, None)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         return float(loss)
@@ -127,7 +127,7 @@ def trl_step(trainer: Any, batch: Any) -> Step:
 
 
 def trl_tokenizer(directory: pathlib.Path) -> Any:
-    """Returns the tokenizer that TRL wants beside a model."""
+    """Loads the tokenizer that TRL requires, with a padding token."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -135,7 +135,7 @@ def trl_tokenizer(directory: pathlib.Path) -> Any:
     return tokenizer
 
 
-def trl_supervised(model: Any, directory: pathlib.Path, tokens: np.ndarray, rate: float) -> Step:
+def trl_supervised(model: Any, directory: pathlib.Path, tokens: np.ndarray, learning_rate: float) -> Step:
     """Returns the step of TRL's `SFTTrainer`."""
     import torch
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
@@ -144,7 +144,7 @@ def trl_supervised(model: Any, directory: pathlib.Path, tokens: np.ndarray, rate
     rows = torch.from_numpy(tokens).long()
     trainer = SFTTrainer(
         model,
-        args=trl_settings(SFTConfig, rate),
+        args=trl_settings(SFTConfig, learning_rate),
         train_dataset=Dataset.from_dict({"text": ["Once", "upon"]}),
         processing_class=trl_tokenizer(directory),
     )
@@ -159,9 +159,9 @@ def trl_dpo(
     reference: np.ndarray,
     *,
     beta: float,
-    rate: float,
+    learning_rate: float,
 ) -> Step:
-    """Returns the step of TRL's `DPOTrainer` with log-probabilities of the reference at hand; as `dpo_in_torch`."""
+    """Returns the step of TRL's `DPOTrainer` with precomputed reference log-probabilities; arguments as `dpo_in_torch`."""
     import torch
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
@@ -171,17 +171,17 @@ def trl_dpo(
     completion[:, :prompt_length] = 0
     trainer = DPOTrainer(
         model,
-        args=trl_settings(DPOConfig, rate, beta=beta, precompute_ref_log_probs=True),
+        args=trl_settings(DPOConfig, learning_rate, beta=beta, precompute_ref_log_probs=True),
         train_dataset=Dataset.from_dict({"prompt": ["Once"] * 2, "chosen": [" upon"] * 2, "rejected": [" a"] * 2}),
         processing_class=trl_tokenizer(directory),
     )
     chosen, rejected = torch.from_numpy(reference)
-    given = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "completion_mask": completion}
-    return trl_step(trainer, given | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
+    batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "completion_mask": completion}
+    return trl_step(trainer, batch | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
 
 
-def trl_reward(model: Any, directory: pathlib.Path, tokens: np.ndarray, rate: float) -> Step:
-    """Returns the step of TRL's `RewardTrainer`; as `reward_in_torch`."""
+def trl_reward(model: Any, directory: pathlib.Path, tokens: np.ndarray, learning_rate: float) -> Step:
+    """Returns the step of TRL's `RewardTrainer`; arguments as `reward_in_torch`."""
     import torch
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportMissingImports]
@@ -189,7 +189,7 @@ def trl_reward(model: Any, directory: pathlib.Path, tokens: np.ndarray, rate: fl
     rows = torch.from_numpy(tokens).long().flatten(0, 1)
     trainer = RewardTrainer(
         model,
-        args=trl_settings(RewardConfig, rate),
+        args=trl_settings(RewardConfig, learning_rate),
         train_dataset=Dataset.from_dict({"chosen": ["Once upon"] * 2, "rejected": ["Once a"] * 2}),
         processing_class=trl_tokenizer(directory),
     )
@@ -197,12 +197,12 @@ def trl_reward(model: Any, directory: pathlib.Path, tokens: np.ndarray, rate: fl
 
 
 def tunix_step(trainer: Any, example: Any) -> Step:
-    """Returns a trainer's compiled step on a prepared example."""
+    """Returns a Tunix trainer's compiled step on a prepared example."""
     compiled, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
     return lambda: float(jax.block_until_ready(compiled(example))[0])
 
 
-def tunix_supervised(model: Any, tokens: np.ndarray, rate: float) -> Step:
+def tunix_supervised(model: Any, tokens: np.ndarray, learning_rate: float) -> Step:
     """Returns the step of Tunix's `PeftTrainer`, all weights trained."""
     from tunix.rl import common  # pyright: ignore[reportMissingImports]
     from tunix.sft import peft_trainer  # pyright: ignore[reportMissingImports]
@@ -215,22 +215,28 @@ def tunix_supervised(model: Any, tokens: np.ndarray, rate: float) -> Step:
         "attention_mask": common.make_causal_attn_mask(mask),
     }
     settings = peft_trainer.TrainingConfig(eval_every_n_steps=1_000_000)
-    trainer = peft_trainer.PeftTrainer(model, optax.adamw(rate, weight_decay=0.0), settings)
+    trainer = peft_trainer.PeftTrainer(model, optax.adamw(learning_rate, weight_decay=0.0), settings)
     return tunix_step(trainer, example)
 
 
 def tunix_dpo(
-    directory: pathlib.Path, shape: DecoderConfig, tokens: np.ndarray, prompt_length: int, *, beta: float, rate: float
+    directory: pathlib.Path,
+    config: DecoderConfig,
+    tokens: np.ndarray,
+    prompt_length: int,
+    *,
+    beta: float,
+    learning_rate: float,
 ) -> Step:
-    """Returns the step of Tunix's `DPOTrainer`; the reference's log-probabilities are found before; as `dpo_in_torch`."""
+    """Returns the step of Tunix's `DPOTrainer`, reference log-probabilities computed beforehand; as `dpo_in_torch`."""
     from tunix.sft.dpo import dpo_trainer  # pyright: ignore[reportMissingImports]
 
-    model, reference = tunix_policy(directory, shape), tunix_policy(directory, shape)
+    model, reference = tunix_policy(directory, config), tunix_policy(directory, config)
     settings = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=1_000_000, beta=beta)
-    trainer = dpo_trainer.DPOTrainer(model, reference, optax.adamw(rate, weight_decay=0.0), settings)
+    trainer = dpo_trainer.DPOTrainer(model, reference, optax.adamw(learning_rate, weight_decay=0.0), settings)
     prompts, (chosen, rejected) = tokens[0, :, :prompt_length], tokens[:, :, prompt_length:]
     ones = functools.partial(np.ones_like, dtype=bool)
-    given = dpo_trainer.TrainingInput(
+    batch = dpo_trainer.TrainingInput(
         prompt_ids=prompts,
         prompt_mask=ones(prompts),
         chosen_ids=chosen,
@@ -238,4 +244,4 @@ def tunix_dpo(
         rejected_ids=rejected,
         rejected_mask=ones(rejected),
     )
-    return tunix_step(trainer, trainer._prepare_inputs(given))
+    return tunix_step(trainer, trainer._prepare_inputs(batch))

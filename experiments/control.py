@@ -4,8 +4,8 @@
     python experiments/control.py                                   # everything, about two hours; half in two processes
     python experiments/control.py --tasks pendulum --annotators mistaken myopic
 
-No learner sees the true reward; all buy equally many labels and draw equally many episodes. Runs of the same settings that
-are in the output folder already are not made again, so a killed study goes on where it was.
+No learner sees the true reward; all buy equally many labels and draw equally many episodes. Runs that are already in the
+output folder with the same settings are skipped, so a killed study resumes when the command is repeated.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tyro
-from control_methods import METHODS, Budget, trainer
+from control_methods import METHODS, Budget
 from control_tasks import TASKS, WIDTH, Task
+from control_training import trainer
 
 from jaxrlhf import preferences
 from jaxrlhf.mdp.trajectories import gold_score
@@ -51,32 +52,32 @@ class Config:
     methods: tuple[str, ...] = tuple(METHODS)
     """Names in METHODS of control_methods.py."""
     annotators: tuple[AnnotatorName, ...] = ("rational",)
-    """Rational is Bradley-Terry; mistaken errs in a tenth of the answers; indifferent calls ties; left-handed favours
-    what is shown first; myopic forgets what happened early."""
+    """Rational is Bradley-Terry; mistaken flips a tenth of the labels; indifferent calls ties; left-handed favours the
+    segment shown first; myopic discounts what happened early in a segment."""
     seeds: int = 5
     outer_steps: int | None = None
-    """Of a run; the task's own number by default."""
+    """Outer steps of a run; by default the task's own number."""
     budget: Budget = dataclasses.field(default_factory=Budget)
     output: pathlib.Path = pathlib.Path("runs/control")
-    """The folder of results, tables and figures."""
+    """Folder for results, tables and figures."""
 
 
 def annotator_of(name: AnnotatorName, task: Task):
-    """Returns `labels a pair -> annotator`, who sees the true reward of what is compared."""
+    """Returns `labels per pair -> annotator`; the annotator judges segments by their true reward."""
 
-    def whole(sample, frozen):
+    def gold(sample, frozen):
         return task.scale * gold_score(sample, frozen)
 
-    def remembered(sample, frozen):
-        steps = preferences.myopic(lambda sample, frozen: task.scale * sample.responses.gold, decay=MYOPIC_DECAY)
-        return steps(sample._replace(cumulative_discount=sample.responses.window), frozen)
+    def recent_gold(sample, frozen):
+        score = preferences.myopic(lambda sample, frozen: task.scale * sample.responses.gold, decay=MYOPIC_DECAY)
+        return score(sample._replace(cumulative_discount=sample.responses.window), frozen)
 
-    score = remembered if name == "myopic" else whole
+    score = recent_gold if name == "myopic" else gold
     return lambda labels: preferences.gold_annotator(score, labels=labels, choice=CHOICES[name])
 
 
 def run(task: Task, method: str, annotator: AnnotatorName, config: Config) -> dict:
-    """Runs all seeds of one method at once: curves `[seeds, outer_steps]` and seconds."""
+    """Runs all seeds of one method in one program; returns its curves `[seeds, outer_steps]` and the seconds it took."""
     train = trainer(task, METHODS[method], config.budget, annotator_of(annotator, task))
     keys = jax.random.split(jax.random.key(0), config.seeds)
     began = time.monotonic()
@@ -88,7 +89,7 @@ def run(task: Task, method: str, annotator: AnnotatorName, config: Config) -> di
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean over seeds and half of its 95% Student interval; nan where there is one seed."""
+    """Returns the mean over seeds and the half-width of its 95% Student interval; NaN for a single seed."""
     if len(values) < 2:
         return float(np.mean(values)), float("nan")
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
@@ -102,15 +103,15 @@ def final(curves: dict) -> np.ndarray:
 
 
 def task_of(name: TaskName, config: Config) -> Task:
-    """Returns a task, with the outer steps that were asked for."""
+    """Returns a task with the requested number of outer steps."""
     task = TASKS[name]()
     return task if config.outer_steps is None else task._replace(outer_steps=config.outer_steps)
 
 
 def settings_of(task: Task, method: str, annotator: AnnotatorName, config: Config) -> dict:
-    """Returns what a result depends on, as JSON has it: a change of any makes a run again."""
+    """Returns everything that a result depends on, as JSON values: a run is repeated when any of them changes."""
     rule = METHODS[method].rule
-    assert callable(rule.relative_sigma)  # a constant, here
+    assert callable(rule.relative_sigma)  # a constant schedule, here
     settings = {
         "task": {name: value for name, value in task._asdict().items() if isinstance(value, int | float | None)},
         "units": task.units,
@@ -125,82 +126,92 @@ def settings_of(task: Task, method: str, annotator: AnnotatorName, config: Confi
 
 
 def table(results: dict[str, dict]) -> list[str]:
-    """Returns the rows of one task and annotator, best first among the learners."""
+    """Returns the table of one task and annotator as Markdown lines; the learners are sorted by final return."""
     lines = [
         "| method | final return | over the whole run | minus iterated, paired | labels | environment steps | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
 
-    def shown(values):
+    def formatted(values):
         mean, half = interval(values)
         digits = max(0, 3 - len(str(int(abs(mean)))))
         return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
     for name in sorted(results, key=lambda name: (METHODS[name].reward != "gold", -np.mean(final(results[name])))):
         curves = results[name]
-        beside = None if name == "iterated" else results.get("iterated")
-        paired = shown(final(curves) - final(beside)) if beside else ""
+        baseline = None if name == "iterated" else results.get("iterated")
+        paired = formatted(final(curves) - final(baseline)) if baseline else ""
         labels, steps = (int(np.mean(np.sum(curves[field], axis=1))) for field in ("labels", "steps"))
         lines.append(
-            f"| {name} | {shown(final(curves))} | {shown(np.mean(curves['returns'], axis=1))} | {paired} | {labels:,} "
-            f"| {steps:,} | {sum(curves['seconds'].values()):.0f} |"
+            f"| {name} | {formatted(final(curves))} | {formatted(np.mean(curves['returns'], axis=1))} | {paired} "
+            f"| {labels:,} | {steps:,} | {sum(curves['seconds'].values()):.0f} |"
         )
     return lines
 
 
 def banded(curves: dict, labels: np.ndarray) -> tuple[list, ...]:
-    """Returns labels, means and the ends of the 95% band, over blocks of outer steps."""
+    """Returns labels, mean returns and both ends of the 95% band, averaged over blocks of outer steps."""
     returns = np.asarray(curves["returns"], float)
     blocks = np.array_split(np.arange(returns.shape[1]), min(24, returns.shape[1]))
-    middle, half = np.transpose([interval(returns[:, block].mean(axis=1)) for block in blocks])
+    mean, half = np.transpose([interval(returns[:, block].mean(axis=1)) for block in blocks])
     half = np.nan_to_num(half)
-    return tuple(
-        part.tolist() for part in (labels[[block[-1] for block in blocks]], middle, middle - half, middle + half)
-    )
+    return tuple(line.tolist() for line in (labels[[block[-1] for block in blocks]], mean, mean - half, mean + half))
 
 
 FAMILIES = {
     "bilevel": ("oracle", "offline", "iterated", "iterated, disagreement", "bilevel central", "bilevel, disagreement"),
     "iterated": ("iterated", *(name for name in METHODS if name.startswith("iterated,"))),
 }
-"""The lines of the two figures."""
+"""The methods drawn in each of the two figures."""
 
 
-def report(config: Config) -> str:
-    """Draws the figures and returns the tables of the folder's results that have these settings."""
-    folder = config.output
+def stored_results(config: Config) -> dict[str, dict[str, dict]]:
+    """Returns the folder's curves that have these settings, by task (and annotator) and by method."""
     found: dict[str, dict[str, dict]] = {}
-    for path in sorted(folder.glob("curves/*.json")):
+    for path in sorted(config.output.glob("curves/*.json")):
         result = json.loads(path.read_text())
         name, method, annotator = result["task"], result["method"], result["annotator"]
         known = name in TASKS and method in METHODS and annotator in CHOICES
         if not known or result["settings"] != settings_of(task_of(name, config), method, annotator, config):
             continue
-        place = name + ("" if annotator == "rational" else f", {annotator} annotator")
-        found.setdefault(place, {})[method] = result["curves"]
-    lines = []
-    for place, results in found.items():
-        lines += ["", f"## {place[0].upper()}{place[1:]}", "", *table(results)]
+        title = name + ("" if annotator == "rational" else f", {annotator} annotator")
+        found.setdefault(title, {})[method] = result["curves"]
+    return found
+
+
+def lines_of(results: dict[str, dict], names: tuple[str, ...]) -> dict[str, tuple[list, ...]]:
+    """Returns the lines of one panel by method.
+
+    A method that buys no labels, or all of them first, is drawn over the labels that iterated RLHF has bought after the
+    same number of episodes.
+    """
+    online = {name: curves for name, curves in results.items() if METHODS[name].reward == "learned"}
+    drawn = {}
+    for name in names:
+        if name in results and online:
+            buyer = online.get(name) or online.get("iterated") or next(iter(online.values()))
+            drawn[name] = banded(results[name], np.cumsum(buyer["labels"][0]))
+    return drawn
+
+
+def report(config: Config) -> str:
+    """Draws the figures and returns the tables of the folder's results that have these settings."""
+    found, text = stored_results(config), []
+    for title, results in found.items():
+        text += ["", f"## {title[0].upper()}{title[1:]}", "", *table(results)]
     for family, names in FAMILIES.items():
         panels = {}
-        for place, results in found.items():
-            # Who buys none, or all at first, is drawn by what iterated has bought after as many episodes.
-            online = {name: curves for name, curves in results.items() if METHODS[name].reward == "learned"}
-            drawn = {}
-            for name in names:
-                if name in results and online and "annotator" not in place:
-                    buyer = online.get(name) or online.get("iterated") or next(iter(online.values()))
-                    drawn[name] = banded(results[name], np.cumsum(buyer["labels"][0]))
-            if drawn:
-                panels[place] = ("labels bought online by then", "true return", drawn)
+        for title, results in found.items():
+            if "annotator" not in title and (lines := lines_of(results, names)):
+                panels[title] = ("labels bought online by then", "true return", lines)
         if panels:
-            draw_curves(folder / f"{family}.png", panels)
-            lines += ["", f"![{family}]({family}.png)"]
-    return "\n".join(lines)
+            draw_curves(config.output / f"{family}.png", panels)
+            text += ["", f"![{family}]({family}.png)"]
+    return "\n".join(text)
 
 
 def main(config: Config) -> None:
-    """Runs what is missing, and reports all of these settings that is in the folder."""
+    """Runs what is missing, then reports every result in the folder that has these settings."""
     if unknown := set(config.methods) - set(METHODS):
         sys.exit(f"There is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}.")
     try:
@@ -208,9 +219,9 @@ def main(config: Config) -> None:
         (config.output / "tables.md").touch()
     except OSError as error:
         sys.exit(f"The output folder {config.output} cannot be written ({error.strerror}); give --output another.")
-    wanted = list(itertools.product(config.tasks, config.annotators, config.methods))
-    began, made = time.monotonic(), 0
-    for number, (name, annotator, method) in enumerate(wanted):
+    runs = list(itertools.product(config.tasks, config.annotators, config.methods))
+    began, finished = time.monotonic(), 0
+    for number, (name, annotator, method) in enumerate(runs):
         path = config.output / "curves" / f"{name}-{annotator}-{method}.json".replace(" ", "_").replace(",", "")
         task = task_of(name, config)
         settings = settings_of(task, method, annotator, config)
@@ -220,13 +231,13 @@ def main(config: Config) -> None:
             curves = run(task, method, annotator, config)
         except ValueError as error:
             sys.exit(f"control: {name}, {method}: {error}")
-        made += 1
+        finished += 1
         result = {"task": name, "annotator": annotator, "method": method, "settings": settings, "curves": curves}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result))
-        os.replace(part, path)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(result))
+        os.replace(partial, path)
         steps = np.sum(curves["steps"])
-        left = (time.monotonic() - began) / made * (len(wanted) - number - 1)
+        left = (time.monotonic() - began) / finished * (len(runs) - number - 1)
         print(
             f"{name}, {annotator}, {method}: {interval(final(curves))[0]:.1f}; {steps / curves['seconds']['run']:,.0f} "
             f"environment steps a second; at most {left / 60:.0f} min left",
@@ -237,7 +248,7 @@ def main(config: Config) -> None:
     write_report(
         config.output,
         title="Preferences over trajectories",
-        summary="True return, which no learner sees, after equal labels and episodes.",
+        summary="True return, which no learner sees, at equal labels and episodes.",
         tables=tables_of(text),
         figures=sorted(path.name for path in config.output.glob("*.png")),
         config=config,

@@ -21,21 +21,22 @@ from jaxrlhf.mdp.environments import (
 
 
 class Task(NamedTuple):
-    """An environment, its networks, and the numbers that suit it.
+    """An environment, its networks and its settings.
 
     Attributes:
         environment: with the true reward.
         actor: the policy network.
-        reference: what the policy is held to: uniform, or the standard normal.
+        reference: the policy that the KL is measured to: uniform, or the standard normal.
         reward: `(parameters, observations, actions) -> [...]`, the reward network.
         value: `(parameters, observations) -> [...]`, the critic.
-        units: what observations are multiplied by.
-        first: `key -> (reward, policy, critic)` parameters.
-        steps: of an episode at most.
-        gamma: the discount, of the policy's return and of the annotator's.
-        segment: steps that the annotator compares; None compares whole episodes, where a task is about when it ends.
-        scale: what the true reward is multiplied by for the annotator and the oracle: 1 / temperature.
-        beta: the KL's weight, in those units.
+        units: factors that observations are multiplied by before the networks.
+        first: `key -> (reward, policy, critic)`, initial parameters.
+        steps: maximum length of an episode.
+        gamma: discount of the policy's and the annotator's return.
+        segment: length of the compared segments in steps; None compares whole episodes, for tasks where it matters when an
+            episode ends.
+        scale: factor on the true reward for the annotator and the oracle: 1 / temperature.
+        beta: weight of the KL, in those units.
         outer_steps: of a run.
     """
 
@@ -58,38 +59,35 @@ WIDTH = 32
 
 
 def networks(environment: Environment, units: jax.Array) -> dict:
-    """Returns the networks of a task; observations are multiplied by `units`."""
-    actions = environment.actions
+    """Returns the fields of a task that depend on its networks; observations are multiplied by `units`."""
+    num_actions = environment.actions
 
-    def seen(observations):
-        return observations * units
+    def reward(parameters, observations, actions):
+        encoded = jnp.clip(actions, -2.0, 2.0) if environment.continuous else jax.nn.one_hot(actions, num_actions)
+        return forward(parameters, jnp.concatenate([observations * units, encoded], axis=-1))[..., 0]
 
-    def of_pair(parameters, observations, taken):
-        shown = jnp.clip(taken, -2.0, 2.0) if environment.continuous else jax.nn.one_hot(taken, actions)
-        return forward(parameters, jnp.concatenate([seen(observations), shown], axis=-1))[..., 0]
-
-    def level(shape):
-        return jnp.zeros((*shape[:-1], actions))
+    def zeros(observations):
+        return jnp.zeros((*observations.shape[:-1], num_actions))
 
     if environment.continuous:
 
-        def moments(lower, observations):
-            mean = forward(lower[0], seen(observations))
+        def mean_and_log_std(lower, observations):
+            mean = forward(lower[0], observations * units)
             return mean, jnp.broadcast_to(lower[1], mean.shape)
 
-        actor = gaussian_actor(moments)
-        reference = gaussian_actor(lambda held, observations: (level(observations.shape), level(observations.shape)))
+        actor = gaussian_actor(mean_and_log_std)
+        reference = gaussian_actor(lambda frozen, observations: (zeros(observations), zeros(observations)))
     else:
-        actor = categorical_actor(lambda lower, observations: forward(lower, seen(observations)))
-        reference = categorical_actor(lambda held, observations: level(observations.shape))
+        actor = categorical_actor(lambda lower, observations: forward(lower, observations * units))
+        reference = categorical_actor(lambda frozen, observations: zeros(observations))
 
     def first(key):
         reward_key, policy_key, critic_key = jax.random.split(key, 3)
         size = environment.observation_size
-        policy = network(policy_key, size, WIDTH, actions)
+        policy = network(policy_key, size, WIDTH, num_actions)
         return (
-            network(reward_key, size + actions, WIDTH, 1),
-            (policy, jnp.zeros(actions)) if environment.continuous else policy,
+            network(reward_key, size + num_actions, WIDTH, 1),
+            (policy, jnp.zeros(num_actions)) if environment.continuous else policy,
             network(critic_key, size, WIDTH, 1),
         )
 
@@ -97,25 +95,25 @@ def networks(environment: Environment, units: jax.Array) -> dict:
         "environment": environment,
         "actor": actor,
         "reference": reference,
-        "reward": of_pair,
-        "value": lambda critic, observations: forward(critic, seen(observations))[..., 0],
+        "reward": reward,
+        "value": lambda critic, observations: forward(critic, observations * units)[..., 0],
         "units": units,
         "first": first,
     }
 
 
-def gymnax_task(name: str, *, units: tuple[float, ...] | float = 1.0, **numbers) -> Task:
-    """Returns a task of gymnax."""
-    return Task(**networks(gymnax_environment(*gymnax.make(name)), jnp.asarray(units)), **numbers)
+def gymnax_task(name: str, *, units: tuple[float, ...] | float = 1.0, **settings) -> Task:
+    """Returns a task of gymnax; `settings` are the remaining fields of `Task`."""
+    return Task(**networks(gymnax_environment(*gymnax.make(name)), jnp.asarray(units)), **settings)
 
 
 def hidden_four_rooms() -> Task:
-    """Returns the walk to a hidden place: a step is worth exp(-distance / 3), less 0.5 in the upper right room.
+    """Returns the walk to a hidden cell: a step pays exp(-distance / 3), less 0.5 in the upper right room.
 
-    Distances are walked, not flown; no cell ends the episode.
+    Distances are shortest walks; no cell ends the episode.
     """
     world = jax.tree.map(lambda leaf: leaf[1], rooms.four_rooms().mdp)
-    world = world._replace(ends=jnp.zeros_like(world.ends))
+    world = world._replace(terminal=jnp.zeros_like(world.terminal))
     place = {cell: state for state, cell in enumerate(rooms.CELLS)}
     distance = np.full(len(place), np.inf)
     distance[place[HIDDEN]] = 0.0
@@ -127,8 +125,8 @@ def hidden_four_rooms() -> Task:
                 distance[place[following]] = distance[place[row, column]] + 1.0
                 reached.append(following)
     upper_right = np.array([row < 7 and column > 6 for row, column in rooms.CELLS], float)
-    worth = np.exp(-distance / 3.0) - 0.5 * upper_right
-    reward = jnp.repeat(jnp.asarray(worth)[:, None], len(rooms.MOVES), axis=1)
+    of_cell = np.exp(-distance / 3.0) - 0.5 * upper_right
+    reward = jnp.repeat(jnp.asarray(of_cell)[:, None], len(rooms.MOVES), axis=1)
     environment = tabular_environment(world, reward, name="Four-Rooms")
     return Task(
         **networks(environment, jnp.asarray(1.0)),
@@ -154,4 +152,4 @@ TASKS: dict[str, Callable[[], Task]] = {
         "Reacher-misc", steps=100, gamma=0.97, segment=25, scale=3.0, beta=0.03, outer_steps=160
     ),
 }
-"""By the name on the command line."""
+"""Tasks by their name on the command line."""

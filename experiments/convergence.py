@@ -1,10 +1,10 @@
-"""What the theory claims, measured: bias, variance, global convergence, gradient domination, samples, objectives.
+"""Measures the theory's claims: bias, variance, global convergence, gradient domination, sample complexity, objectives.
 
     python experiments/convergence.py --quick       # a minute
     python experiments/convergence.py               # the full study, about 20 minutes on 2 cores
     python experiments/convergence.py --only bias variance
 
-Writes tables (JSON and Markdown) and figures into one folder and a report that joins them.
+Writes tables (JSON and Markdown) and figures into one folder, and a report that combines them.
 """
 
 import dataclasses
@@ -32,27 +32,27 @@ class Config:
     """What to run."""
 
     only: tuple[Study, ...] = ORDER
-    """The studies, in their own order whatever the order here."""
+    """The studies to run; they run in a fixed order."""
     quick: bool = False
-    """Small sizes: to see that everything runs. Its figures say little."""
+    """Small sizes, to check that everything runs; the numbers mean little."""
     output: pathlib.Path = pathlib.Path("runs/convergence")
-    """The folder of tables and figures; made if missing, files of the same name are replaced."""
+    """Folder for tables and figures; created if missing. Files of the same name are overwritten."""
 
 
 def commit() -> str:
-    """Returns the checkout's commit, or what stands in for it."""
-    found = subprocess.run(
+    """Returns the commit of the checkout, or a placeholder."""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return found.stdout.strip() or "unknown (not a git checkout)"
+    return described.stdout.strip() or "unknown (not a git checkout)"
 
 
 def report(config: Config, seconds: dict[str, int]) -> str:
-    """Returns the report: every study's table that is in the folder, behind what made it."""
+    """Returns the report: how it was made, and the table of every study in the folder."""
     device = jax.devices()[0]
     lines = [
-        "# What the theory claims, measured",
+        "# The theory's claims, measured",
         "",
         f"`python experiments/convergence.py{' --quick' if config.quick else ''}`, commit {commit()}, "
         f"{device.device_kind} ({jax.device_count()} device), JAX {jax.__version__}, Python {platform.python_version()}; "
@@ -68,16 +68,16 @@ def report(config: Config, seconds: dict[str, int]) -> str:
 
 
 def main(config: Config) -> None:
-    """Runs the studies and joins their tables."""
+    """Runs the studies and combines their tables."""
     if config.quick:
-        # Nearly all of a quick run is compilation; read when the first array is made.
+        # Compilation dominates a quick run. JAX reads the flag when the first array is created.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     try:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "README.md").touch()
     except OSError as error:
         sys.exit(f"The output folder {config.output} cannot be written ({error.strerror}); give --output another.")
-    # Studies that ran into this folder before keep their place in the report.
+    # Earlier studies in this folder stay in the report.
     record = config.output / "seconds.json"
     seconds = json.loads(record.read_text()) if record.exists() else {}
     for study in ORDER:
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
         (config.output / "README.md").write_text(text)
         write_report(
             config.output,
-            title="What the theory claims, measured",
+            title="The theory's claims, measured",
             summary=text.split("\n\n")[1],
             tables=tables_of(text),
             figures=sorted(path.name for path in config.output.glob("*.png")),

@@ -1,4 +1,4 @@
-"""What `frontier.py` leaves behind: tables, pictures, and all numbers in results.json."""
+"""The output of `frontier.py`: tables, figures, and all numbers in results.json."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +8,8 @@ from frontier_harness import Spent
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jaxrlhf.evaluation.frontier import at_kl, best_of_n, ideal_gain, over_optimisation, paired_gain, student_interval
+from jaxrlhf.evaluation.frontier import at_kl, best_of_n, ideal_gain, over_optimisation
+from jaxrlhf.evaluation.statistics import paired_gain, student_interval
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.report import Table, as_markdown, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
@@ -16,13 +17,13 @@ from jaxrlhf.training.run_folder import RunFolder
 OURS = "bilevel"
 
 
-class Found(NamedTuple):
-    """One method under one gold reward.
+class Runs(NamedTuple):
+    """All runs of one method under one gold reward.
 
     Attributes:
-        history: its evaluations, fields `[R]`, runs with the KL running fastest.
-        kls: that the runs were led to.
-        spent: by a run.
+        history: evaluations, fields `[R]`; the KL varies fastest over the runs.
+        kls: target KLs of the runs.
+        spent: by one run.
         seconds: for all runs.
     """
 
@@ -32,65 +33,65 @@ class Found(NamedTuple):
     seconds: float
 
     def field(self, name: str) -> np.ndarray:
-        """Returns a field by evaluation, seed and KL, `[E, S, K]`."""
+        """Returns a field of the history as `[E, S, K]`: evaluations, seeds, KLs."""
         rows = np.array([row[name] for row in self.history])
         return rows.reshape(len(rows), -1, len(self.kls))
 
 
-def joined(one: Found, other: Found) -> Found:
-    """Returns the runs of both, the KLs of the second behind those of the first; the times are added."""
+def joined(earlier: Runs, later: Runs) -> Runs:
+    """Returns both sets of runs as one, the later KLs after the earlier ones; the times are added."""
 
     def both(first, second):
-        parts = [np.reshape(each, (-1, len(found.kls))) for each, found in ((first, one), (second, other))]
-        return np.concatenate(parts, axis=1).ravel()
+        columns = [np.reshape(each, (-1, len(runs.kls))) for each, runs in ((first, earlier), (second, later))]
+        return np.concatenate(columns, axis=1).ravel()
 
     history = [
         {name: both(first[name], second[name]) for name in first}
-        for first, second in zip(one.history, other.history, strict=True)
+        for first, second in zip(earlier.history, later.history, strict=True)
     ]
-    return Found(history, one.kls + other.kls, other.spent, one.seconds + other.seconds)
+    return Runs(history, earlier.kls + later.kls, later.spent, earlier.seconds + later.seconds)
 
 
 class Setting(NamedTuple):
-    """A gold reward and a size of the learner's.
+    """The results under one gold reward and one size of the learner's reward.
 
     Attributes:
         gold, reward: their names.
-        found: by method.
+        runs: by method.
         pool_scores: gold rewards of the reference's pool `[openings, pool]`.
-        proxies: what a learner's reward says of the pool, `[seeds, openings, pool]`.
+        proxies: a learned reward's scores of the pool, `[seeds, openings, pool]`.
     """
 
     gold: str
     reward: str
-    found: dict[str, Found]
+    runs: dict[str, Runs]
     pool_scores: np.ndarray
     proxies: np.ndarray
 
     @property
     def name(self) -> str:
-        """As tables call it."""
+        """The setting's name in tables."""
         return f"{self.gold} / {self.reward}"
 
 
-def gains_at(found: Found, target: float) -> np.ndarray:
-    """Returns each seed's gain at a KL `[seeds]`, between its runs' ends; NaN where they do not reach as far.
+def gains_at(runs: Runs, target: float) -> np.ndarray:
+    """Returns each seed's gain at a KL `[seeds]`, interpolated between its runs' ends; NaN beyond them.
 
-    At the ends alone, so that every gain that is compared has cost the same labels.
+    Only the ends are used, so that all compared gains have cost the same labels.
     """
-    kl, gain = np.maximum(found.field("kl")[-1], 0.0), found.field("gain")[-1]
+    kl, gain = np.maximum(runs.field("kl")[-1], 0.0), runs.field("gain")[-1]
     return np.array([float(at_kl(*ends, target)) for ends in zip(kl, gain, strict=True)])
 
 
 def yardsticks(setting: Setting, target: float) -> dict[str, np.ndarray]:
-    """Returns gains at a KL of the best of n: by the gold reward, by a learner's (a seed each), and the ideal."""
+    """Returns gains at a KL to compare with: best-of-n by the gold reward, by a learned one (per seed), and the ideal."""
     base = setting.pool_scores.mean()
     by_gold = best_of_n(setting.pool_scores)
-    found = {"best of n, by gold": np.array([float(at_kl(by_gold.kl[1:], by_gold.gold[1:] - base, target))])}
+    gains = {"best of n, by gold": np.array([float(at_kl(by_gold.kl[1:], by_gold.gold[1:] - base, target))])}
     curves = [best_of_n(setting.pool_scores, proxy) for proxy in setting.proxies]
-    found["best of n, by reward"] = np.array([float(at_kl(c.kl[1:], c.gold[1:] - base, target)) for c in curves])
-    found["ideal, sqrt(2 KL)"] = np.array([float(ideal_gain(target, spread_of(setting)))])
-    return found
+    gains["best of n, by reward"] = np.array([float(at_kl(c.kl[1:], c.gold[1:] - base, target)) for c in curves])
+    gains["ideal, sqrt(2 KL)"] = np.array([float(ideal_gain(target, spread_of(setting)))])
+    return gains
 
 
 def spread_of(setting: Setting) -> float:
@@ -99,7 +100,7 @@ def spread_of(setting: Setting) -> float:
 
 
 def interval(values: np.ndarray) -> str:
-    """Returns mean and half interval of what was reached, and by how many if not by all."""
+    """Returns mean and half interval over the seeds that reached the KL, and their number if it is not all."""
     reached = values[np.isfinite(values)]
     if not len(reached):
         return "not reached"
@@ -109,58 +110,60 @@ def interval(values: np.ndarray) -> str:
 
 
 def frontier_table(settings: list[Setting], target: float) -> Table:
-    """Returns gold gains at a KL, a row a method and a column a setting."""
+    """Returns gold gains at a KL, one row per method and one column per setting."""
     rows = [
-        (name, *(interval(gains_at(setting.found[name], target)) for setting in settings)) for name in settings[0].found
+        (name, *(interval(gains_at(setting.runs[name], target)) for setting in settings)) for name in settings[0].runs
     ]
-    sticks = [yardsticks(setting, target) for setting in settings]
-    rows += [(name, *(interval(stick[name]) for stick in sticks)) for name in sticks[0]]
+    comparisons = [yardsticks(setting, target) for setting in settings]
+    rows += [(name, *(interval(gains[name]) for gains in comparisons)) for name in comparisons[0]]
     columns = ("method", *(setting.name for setting in settings))
     return Table(f"Gold gain at {target:g} nats, mean and 95% interval over seeds", columns, rows)
 
 
-def verdict_table(settings: list[Setting], target: float) -> Table | None:
-    """Returns how much the bilevel method gains over each other, seed by seed; None where it was not run."""
-    if OURS not in settings[0].found:
+def paired_table(settings: list[Setting], target: float) -> Table | None:
+    """Returns the paired gain of the bilevel method over each other method; None if bilevel was not run."""
+    if OURS not in settings[0].runs:
         return None
     rows = []
-    for name in settings[0].found:
+    for name in settings[0].runs:
         if name == OURS:
             continue
         cells = []
         for setting in settings:
-            both = [gains_at(setting.found[each], target) for each in (OURS, name)]
-            kept = np.isfinite(both[0]) & np.isfinite(both[1])
-            if kept.sum() < 2:
+            ours, theirs = (gains_at(setting.runs[each], target) for each in (OURS, name))
+            reached = np.isfinite(ours) & np.isfinite(theirs)
+            if reached.sum() < 2:
                 cells.append("not reached")
                 continue
-            mean, half = paired_gain(both[0][kept], both[1][kept])
+            mean, half = paired_gain(ours[reached], theirs[reached])
             sign = "+" if mean > half else "-" if mean < -half else "="
             cells.append(f"{sign} {mean:+.2f} ± {half:.2f}")
         rows.append((name, *cells))
-    columns = (f"{OURS} less", *(setting.name for setting in settings))
-    return Table(f"Paired differences of gold gain at {target:g} nats (+, -: 95% interval leaves out 0)", columns, rows)
+    columns = (f"{OURS} minus", *(setting.name for setting in settings))
+    return Table(
+        f"Paired differences of gold gain at {target:g} nats (+, -: the 95% interval excludes 0)", columns, rows
+    )
 
 
-def onsets_of(found: Found) -> np.ndarray:
-    """Returns the KL at which each seed's gold gain began to fall while its predictor rose on; NaN where none was seen.
+def onsets_of(runs: Runs) -> np.ndarray:
+    """Returns the KL at which each seed's gold gain starts to fall while its proxy still rises; NaN where it never does.
 
-    Along the runs that go farthest.
+    Taken along the runs with the largest target KL.
     """
-    kl, proxy, gold = (found.field(name)[..., -1] for name in ("kl", "proxy", "gain"))
+    kl, proxy, gold = (runs.field(name)[..., -1] for name in ("kl", "proxy", "gain"))
     if len(kl) < 3:
         return np.full(kl.shape[1], np.nan)
-    runs = zip(np.maximum(kl, 0.0).T, proxy.T, gold.T, strict=True)
-    return np.array([over_optimisation(*run).onset for run in runs])
+    seeds = zip(np.maximum(kl, 0.0).T, proxy.T, gold.T, strict=True)
+    return np.array([over_optimisation(*of_seed).onset for of_seed in seeds])
 
 
 def last_table(setting: Setting) -> Table:
-    """Returns what else is known of the policies that went farthest: length, win rates, what predicts preferences."""
+    """Returns the other measurements of the policies at the largest KL: length, win rates, preference predictor."""
     rows = []
-    for name, found in setting.found.items():
-        last = {field: found.field(field)[-1, :, -1].mean() for field in found.history[-1]}
-        onsets = onsets_of(found)
-        seen = np.isfinite(onsets)
+    for name, runs in setting.runs.items():
+        last = {field: runs.field(field)[-1, :, -1].mean() for field in runs.history[-1]}
+        onsets = onsets_of(runs)
+        found = np.isfinite(onsets)
         rows.append(
             (
                 name,
@@ -176,28 +179,28 @@ def last_table(setting: Setting) -> Table:
                         "fresh_accuracy",
                     )
                 ),
-                f"{np.mean(onsets[seen]):.1f} ({seen.sum()} of {len(seen)})" if seen.any() else "none seen",
+                f"{np.mean(onsets[found]):.1f} ({found.sum()} of {len(found)})" if found.any() else "none",
             )
         )
     columns = (
         "method", "KL", "k3", "gain", "win rate", "at equal length", "characters", "predictor ~ length",
-        "predictor ~ gold", "calibration error offline", "of its own answers", "accuracy there",
+        "predictor ~ gold", "calibration error offline", "on its own responses", "accuracy there",
         "onset of over-optimisation (nats)",
     )  # fmt: skip
-    return Table(f"{setting.name}: the policies that went farthest", columns, rows)
+    return Table(f"{setting.name}: the policies at the largest KL", columns, rows)
 
 
 def spent_table(settings: list[Setting]) -> Table:
-    """Returns what each method consumed: the same labels and responses, and its own time."""
+    """Returns what each method consumed: labels and responses, which are equal for all, and time."""
     rows = []
-    for name in settings[0].found:
-        runs = [setting.found[name] for setting in settings]
+    for name in settings[0].runs:
+        runs = [setting.runs[name] for setting in settings]
         first = runs[0].spent
         seconds = " ".join(f"{run.seconds:.0f}" for run in runs)
         rows.append((name, first.labels, first.responses, first.tokens, first.control_tokens, seconds))
     columns = (
         "method",
-        "labels a run",
+        "labels per run",
         "responses",
         "their tokens",
         "tokens to measure KL",
@@ -206,7 +209,7 @@ def spent_table(settings: list[Setting]) -> Table:
     return Table("Spent", columns, rows)
 
 
-# Ours in full lines, what learns online dashed, what learns offline dotted.
+# Ours are drawn solid, other online methods dashed, offline ones dotted.
 STYLES: dict[str, dict[str, Any]] = {
     "bilevel": {"color": "#c0392b", "linewidth": 2.4},
     "implicit bilevel": {"color": "#0b6e99", "linewidth": 2.4},
@@ -223,63 +226,65 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw_frontier(path: pathlib.Path, settings: list[Setting]) -> None:
-    """Draws gold gain against KL, a panel a setting; the bands are the 95% intervals of our methods."""
+    """Draws gold gain against KL, one panel per setting; the bands are the 95% intervals of our methods."""
     columns = min(2, len(settings))
-    figure = Figure(figsize=(4.2 * columns + 2.2, 3.3 * -(-len(settings) // columns)), layout="constrained")
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(4.2 * columns + 2.2, 3.3 * rows), layout="constrained")
     lines: dict[str, Any] = {}
     for number, setting in enumerate(settings):
-        axes = figure.add_subplot(-(-len(settings) // columns), columns, number + 1)
-        farthest, highest = 0.0, 0.0
-        for name, found in setting.found.items():
-            ends, gain = np.maximum(found.field("kl")[-1].mean(axis=0), 0.0), found.field("gain")[-1]
-            order = np.argsort(ends)
-            kl, mean = np.array([0, *ends[order]]), np.array([0, *gain.mean(axis=0)[order]])
-            half = np.array([0, *np.nan_to_num([student_interval(each)[1] for each in gain.T])[order]])
-            style: dict[str, Any] = {"linewidth": 1.2} | STYLES.get(name, {})
-            lines[name] = axes.plot(kl, mean, marker="o", markersize=3, **style)[0]
-            if name.endswith(OURS):
-                axes.fill_between(kl, mean - half, mean + half, color=style.get("color"), alpha=0.12, linewidth=0)
-            farthest, highest = max(farthest, kl.max()), max(highest, mean.max())
-        best, grid = best_of_n(setting.pool_scores), np.linspace(0, farthest, 40)
-        kept = best.kl <= farthest
-        gold = best.gold[kept] - setting.pool_scores.mean()
-        lines["best of n, by gold"] = axes.plot(best.kl[kept], gold, color="0.45", linewidth=1)[0]
-        ideal = ideal_gain(grid, spread_of(setting))
-        lines["sqrt(2 KL) x spread"] = axes.plot(grid, ideal, color="0.7", linewidth=1)[0]
-        axes.set(
-            title=setting.name, xlabel="KL to the reference (nats)", ylabel="gold gain", ylim=(-0.1, 1.35 * highest)
-        )
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        lines |= draw_setting(figure.add_subplot(rows, columns, number + 1), setting)
     figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def draw_setting(axes: Any, setting: Setting) -> dict[str, Any]:
+    """Draws one panel of the frontier; returns its lines by name."""
+    lines: dict[str, Any] = {}
+    farthest, highest = 0.0, 0.0
+    for name, runs in setting.runs.items():
+        ends, gain = np.maximum(runs.field("kl")[-1].mean(axis=0), 0.0), runs.field("gain")[-1]
+        order = np.argsort(ends)
+        kl, mean = np.array([0, *ends[order]]), np.array([0, *gain.mean(axis=0)[order]])
+        half = np.array([0, *np.nan_to_num([student_interval(each)[1] for each in gain.T])[order]])
+        style: dict[str, Any] = {"linewidth": 1.2} | STYLES.get(name, {})
+        lines[name] = axes.plot(kl, mean, marker="o", markersize=3, **style)[0]
+        if name.endswith(OURS):
+            axes.fill_between(kl, mean - half, mean + half, color=style.get("color"), alpha=0.12, linewidth=0)
+        farthest, highest = max(farthest, kl.max()), max(highest, mean.max())
+    best, grid = best_of_n(setting.pool_scores), np.linspace(0, farthest, 40)
+    kept = best.kl <= farthest
+    gold = best.gold[kept] - setting.pool_scores.mean()
+    lines["best of n, by gold"] = axes.plot(best.kl[kept], gold, color="0.45", linewidth=1)[0]
+    ideal = ideal_gain(grid, spread_of(setting))
+    lines["sqrt(2 KL) x spread"] = axes.plot(grid, ideal, color="0.7", linewidth=1)[0]
+    axes.set(title=setting.name, xlabel="KL to the reference (nats)", ylabel="gold gain", ylim=(-0.1, 1.35 * highest))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return lines
 
 
 def draw(folder: pathlib.Path, settings: list[Setting]) -> list[str]:
     """Draws gain against KL, and calibration over labels; returns the files' names."""
     calibration = {}
     for setting in settings:
-        calibration[setting.name] = (
-            "labels",
-            "calibration error on its own answers",
-            {
-                name: (
-                    list(found.field("labels")[:, 0, -1]),
-                    list(found.field("fresh_calibration")[..., -1].mean(axis=1)),
-                )
-                for name, found in setting.found.items()
-            },
-        )
+        lines = {
+            name: (
+                list(runs.field("labels")[:, 0, -1]),
+                list(runs.field("fresh_calibration")[..., -1].mean(axis=1)),
+            )
+            for name, runs in setting.runs.items()
+        }
+        calibration[setting.name] = ("labels", "calibration error on its own responses", lines)
     draw_frontier(folder / "frontier.png", settings)
     draw_curves(folder / "calibration.png", calibration)
     return ["frontier.png", "calibration.png"]
 
 
 def report(folder: RunFolder, config: Any, settings: list[Setting], seconds: float, console: Console) -> None:
-    """Writes tables, figures, numbers and report.html, and prints the tables that compare."""
+    """Writes tables, figures, numbers and report.html, and prints the tables that compare the methods."""
     tables = []
     for target in config.at:
-        tables += [table for table in (frontier_table(settings, target), verdict_table(settings, target)) if table]
+        tables += [table for table in (frontier_table(settings, target), paired_table(settings, target)) if table]
     tables += [spent_table(settings)] + [last_table(setting) for setting in settings]
     figures = draw(folder.path, settings)
     folder.write_json(
@@ -292,9 +297,9 @@ def report(folder: RunFolder, config: Any, settings: list[Setting], seconds: flo
                     "spread": spread_of(setting),
                     "yardsticks": {f"{target:g}": yardsticks(setting, target) for target in config.at},
                     "methods": {
-                        name: {"history": found.history, "spent": found.spent, "seconds": found.seconds}
-                        | {"gain_at": {f"{target:g}": gains_at(found, target) for target in config.at}}
-                        for name, found in setting.found.items()
+                        name: {"history": runs.history, "spent": runs.spent, "seconds": runs.seconds}
+                        | {"gain_at": {f"{target:g}": gains_at(runs, target) for target in config.at}}
+                        for name, runs in setting.runs.items()
                     },
                 }
                 for setting in settings

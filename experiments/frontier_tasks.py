@@ -1,106 +1,66 @@
 """The tasks of `frontier.py`: short stories by a pretrained model, under two hidden gold rewards.
 
-- `words` is a function of the text: glad words less sorry ones (`online_rlhf_tasks.story_score`).
+- `words` is a function of the text: glad words less sorry ones (`stories.story_score`).
 - `model` is a reward model larger than any learner's: the mean of three trunks of the policy's size, fitted to
-  preferences for stories with speech in them and without repetition, then taken for the truth with whatever it has
-  learned beside that.
+  preferences for stories with speech and without repetition. Its scores are the gold reward, including whatever else the
+  fit has learned.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from online_rlhf_tasks import OPENINGS, encode, left_padded, story_score
+from stories import StoryModel
 
 from jaxrlhf import bilevel, objectives, preferences
 from jaxrlhf.algorithms.reward_learning import fit, reward_learning
 from jaxrlhf.bilevel import Labelled, Sample
-from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.hugging_face.weights import load_decoder, load_tokenizer, special_ids
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem, reward_of
-from jaxrlhf.lm.reward import RewardModel, reward_model
-from jaxrlhf.lm.transformer.model import DecoderConfig, LanguageModel, decoder
+from jaxrlhf.lm.generate import Generation
+from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
+from jaxrlhf.lm.reward import RewardModel, reward_model, score_responses
 from jaxrlhf.preferences import buffer as preference_buffer
 
-LEARNERS_RATE = {"whole": 1e-3, "small": 2e-2}
-"""Rate of Adam for a learner's reward."""
+REWARD_LEARNING_RATES = {"whole": 1e-3, "small": 2e-2}
+"""Adam's learning rate for the learner's reward, by the reward's size."""
 
 CLASSES = 24
-"""Of tokens, by their number modulo this: all that the small reward can tell apart."""
+"""Number of token classes (token id modulo this) that the small reward distinguishes."""
 
 Gold = Callable[[Prompts, Responses], np.ndarray]
-"""`(prompts [B, P], responses [B, M, K, L]) -> ` scores `[B, M, K]`, on the host."""
+"""`(prompts [B, P], responses [B, M, K, L]) -> ` gold rewards `[B, M, K]`, on the host."""
 
 
-class World(NamedTuple):
-    """A pretrained model and its openings, whoever judges it.
+def response_lengths(stories: StoryModel, prompts: Prompts, responses: Responses) -> np.ndarray:
+    """Returns the length of responses `[B, M, K, L]` in characters, `[B, M, K]`.
 
-    Attributes:
-        shape, policy, start: the decoder, and the parameters of the reference.
-        stop_ids: tokens that end a story.
-        openings: all prompts.
-        max_new_tokens: of a continuation.
-        texts: `(prompts, responses [B, M, K, L]) -> ` B M K texts.
+    Token counts would not do: most responses here reach the maximum number of tokens.
     """
-
-    shape: DecoderConfig
-    policy: LanguageModel
-    start: Any
-    stop_ids: tuple[int, ...]
-    openings: Prompts
-    max_new_tokens: int
-    texts: Callable[[Prompts, Responses], list[str]]
+    texts = stories.texts(prompts, responses)
+    prompt_texts = stories.texts(prompts, Responses(*(leaf[..., :0] for leaf in responses)))
+    lengths = np.array([len(text) for text in texts]) - np.array([len(text) for text in prompt_texts])
+    return lengths.reshape(responses.tokens.shape[:3])
 
 
-def open_world(directory: Path, *, max_new_tokens: int) -> World:
-    """Returns the world of a Hugging Face directory.
-
-    Raises:
-        ValueError: the directory cannot be read as a decoder with a tokenizer.
-    """
-    shape, start = load_decoder(directory)
-    tokenizer, special = load_tokenizer(directory), special_ids(directory)
-    # A text that starts anew has ended: some models were trained with BOS alone between texts.
-    ends = {*special.eos, *(() if special.bos is None else (special.bos,))}
-
-    def texts(prompts, responses):
-        tokens, mask = (np.asarray(part) for part in responses)
-        count = tokens.shape[1] * tokens.shape[2]
-        before = np.repeat(np.where(prompts.mask, prompts.tokens, -1), count, axis=0)
-        rows = np.concatenate([before, np.where(mask, tokens, -1).reshape(len(before), -1)], axis=1)
-        return tokenizer.decode_batch([row[row >= 0].tolist() for row in rows])
-
-    openings = left_padded([encode(tokenizer, special.bos, text) for text in OPENINGS])
-    return World(shape, decoder(shape), start, tuple(sorted(ends)), openings, max_new_tokens, texts)
-
-
-def characters(world: World, prompts: Prompts, responses: Responses) -> np.ndarray:
-    """Returns the characters of responses `[B, M, K, L]`, `[B, M, K]`: most texts here have as many tokens as they may."""
-    shape = responses.tokens.shape[:3]
-    whole = [len(text) for text in world.texts(prompts, responses)]
-    given = [len(text) for text in world.texts(prompts, Responses(*(part[..., :0] for part in responses)))]
-    return (np.array(whole) - np.array(given)).reshape(shape)
-
-
-def learners_reward(world: World, size: str) -> tuple[RewardModel, Callable[[jax.Array], Any]]:
-    """Returns a learner's reward model and `key -> ` its first parameters.
+def learners_reward(stories: StoryModel, size: str) -> tuple[RewardModel, Callable[[jax.Array], Any]]:
+    """Returns a learner's reward model and `key -> ` its initial parameters.
 
     Args:
-        world: whose policy gives the trunk.
-        size: "whole", the policy's own trunk, pretrained; or "small", one number for each of `CLASSES` classes of tokens.
+        stories: whose policy gives the trunk.
+        size: "whole", the policy's own pretrained trunk; or "small", one parameter for each of `CLASSES` token classes.
 
     Raises:
         ValueError: there is no such size.
     """
     if size == "whole":
-        whole = reward_model(world.policy, pooling="mean")
-        return whole, lambda key: whole.from_trunk(world.start)
+        whole = reward_model(stories.policy, pooling="mean")
+        return whole, lambda key: whole.from_trunk(stories.start)
     if size != "small":
         raise ValueError(f"A learner's reward is whole or small, got {size!r}.")
 
@@ -111,116 +71,128 @@ def learners_reward(world: World, size: str) -> tuple[RewardModel, Callable[[jax
     return small, small.init
 
 
-def words_gold(world: World) -> Gold:
-    """Returns the gold reward that counts words."""
-
-    def score(prompts, responses):
-        scores = np.array([story_score(text) for text in world.texts(prompts, responses)], np.float32)
-        return scores.reshape(responses.tokens.shape[:3])
-
-    return score
-
-
 SPEECH = re.compile(r'"[^"]+"?')
 
 
 def craft_score(text: str) -> float:
-    """What the gold model is fitted to: points for speech, and for every word that the text has not used yet."""
+    """The score that the gold model is fitted to: points for speech and new words, less points for repeated words."""
     words = re.findall(r"[a-z']+", text.lower())
     return 1.5 * bool(SPEECH.search(text)) + 0.4 * len(set(words)) - 0.4 * (len(words) - len(set(words)))
 
 
 class GoldModel(NamedTuple):
-    """Parameters of the gold reward model, stacked, and what its scores are shifted and scaled by."""
+    """The gold reward model: scores are `scale * (mean score of the members - offset)`; `params` stacks the members."""
 
     params: Any
-    middle: float
+    offset: float
     scale: float
 
 
+def reference_problem(stories: StoryModel, reward: RewardModel, *, pairs: int) -> bilevel.BilevelProblem:
+    """Returns the problem of a reward's fit to pairs of one policy, drawn for the reference."""
+    return language_problem(
+        stories.policy,
+        reward,
+        objectives.likelihood(coupled=False),
+        pairs=pairs,
+        generation=Generation(stories.max_new_tokens, stories.stop_ids),
+        against="policy",
+    )
+
+
+def labelled_pairs(
+    stories: StoryModel,
+    problem: bilevel.BilevelProblem,
+    annotate: Callable[[jax.Array, Sample], jax.Array],
+    keys: Iterator[tuple[jax.Array, jax.Array]],
+    *,
+    prompts: int,
+    batch: int,
+) -> preference_buffer.PreferenceBuffer:
+    """Returns labelled pairs of the reference.
+
+    Args:
+        stories, problem: model and problem.
+        annotate: `(key, sample) -> labels`.
+        keys: of a batch's sample and of its labels.
+        prompts: prompts in all; the openings are used in turn.
+        batch: prompts per batch.
+    """
+    frozen, sample = LanguageFrozen(stories.start), jax.jit(problem.sample)
+    buffer = preference_buffer.empty(proposed_shapes(stories, problem, batch), labels=1, capacity=prompts)
+    for begin in range(0, prompts, batch):
+        rows = (begin + np.arange(batch)) % len(stories.openings.tokens)
+        sample_key, label_key = next(keys)
+        drawn = sample(sample_key, stories.start, Prompts(*(leaf[rows] for leaf in stories.openings)), frozen)
+        buffer = preference_buffer.add(buffer, Labelled(drawn, annotate(label_key, drawn)))
+    return buffer
+
+
 def fit_gold_model(
-    world: World, *, seed: int = 0, prompts: int = 1024, steps: int = 150, members: int = 3
+    stories: StoryModel, *, seed: int = 0, prompts: int = 1024, steps: int = 150, members: int = 3
 ) -> GoldModel:
     """Fits the gold reward model; its scores are scaled to a standard deviation of 2 at the reference.
 
     Args:
-        world: whose stories it judges.
+        stories: whose completions it scores.
         seed: of its data and fit.
-        prompts: of the preferences that it is fitted to, two pairs each.
+        prompts: number of prompts in its preference data, two pairs each.
         steps: of the fit, on 32 prompts each.
-        members: trunks.
+        members: number of trunks.
     """
-    model = reward_model(world.policy, pooling="mean")
-    problem = language_problem(
-        world.policy,
-        model,
-        objectives.likelihood(coupled=False),
-        pairs=2,
-        max_new_tokens=world.max_new_tokens,
-        stop_ids=world.stop_ids,
-        against_reference=False,
+    model = reward_model(stories.policy, pooling="mean")
+    problem = reference_problem(stories, model, pairs=2)
+    sample_key, label_key, fit_key = jax.random.split(jax.random.key(seed), 3)
+
+    def annotate(key, sample):
+        craft = [craft_score(text) for text in stories.texts(sample.prompts, sample.responses)]
+        scores = jnp.asarray(np.array(craft, np.float32).reshape(sample.responses.tokens.shape[:3]))
+        return preferences.draw_labels(key, scores)
+
+    keys = ((jax.random.fold_in(sample_key, turn), jax.random.fold_in(label_key, turn)) for turn in itertools.count())
+    buffer = labelled_pairs(stories, problem, annotate, keys, prompts=prompts, batch=128)
+    learning = reward_learning(problem, optax.adam(optax.cosine_decay_schedule(1e-3, steps)))
+    first, frozen = learning.init(model.from_trunk(stories.start)), LanguageFrozen(stories.start)
+    fit_members = jax.jit(
+        jax.vmap(lambda key: fit(key, learning, first, buffer, frozen, size=32, steps=steps)[0].upper)
     )
-    frozen, key = LanguageFrozen(world.start), jax.random.key(seed)
-    sample_key, label_key, fit_key = jax.random.split(key, 3)
-    some = np.arange(128) % len(world.openings.tokens)
-    sample = jax.jit(problem.sample)
-    buffer = None
-    for turn in range(-(-prompts // len(some))):
-        asked = Prompts(*(part[some] for part in world.openings))
-        drawn = sample(jax.random.fold_in(sample_key, turn), world.start, asked, frozen)
-        craft = [craft_score(text) for text in world.texts(drawn.prompts, drawn.responses)]
-        scores = jnp.asarray(np.array(craft, np.float32).reshape(drawn.responses.tokens.shape[:3]))
-        labels = preferences.draw_labels(jax.random.fold_in(label_key, turn), scores)
-        if buffer is None:
-            buffer = preference_buffer.empty(drawn, labels=1, capacity=prompts)
-        buffer = preference_buffer.add(buffer, Labelled(drawn, labels))
-    assert buffer is not None
-    learner = reward_learning(problem, optax.adam(optax.cosine_decay_schedule(1e-3, steps)))
-    first = learner.init(model.from_trunk(world.start))
-    together = jax.jit(jax.vmap(lambda key: fit(key, learner, first, buffer, frozen, size=32, steps=steps)[0].upper))(
-        jax.random.split(fit_key, members)
-    )
-
-    held = buffer.pairs.sample
-    every = _mean_score(world)(together, Prompts(*held.prompts), Responses(*held.responses))
-    return GoldModel(jax.device_get(together), float(every.mean()), 2.0 / float(every.std()))
+    params = fit_members(jax.random.split(fit_key, members))
+    sample = buffer.pairs.sample
+    scores = _mean_score(stories)(params, Prompts(*sample.prompts), Responses(*sample.responses))
+    return GoldModel(jax.device_get(params), float(scores.mean()), 2.0 / float(scores.std()))
 
 
-def model_gold(world: World, fitted: GoldModel) -> Gold:
+def model_gold(stories: StoryModel, fitted: GoldModel) -> Gold:
     """Returns the gold reward of a fitted model."""
-    mean_score = _mean_score(world)
+    mean_score = _mean_score(stories)
 
     def score(prompts, responses):
-        return fitted.scale * (np.asarray(mean_score(fitted.params, prompts, responses)) - fitted.middle)
+        return fitted.scale * (np.asarray(mean_score(fitted.params, prompts, responses)) - fitted.offset)
 
     return score
 
 
-def _mean_score(world: World) -> Callable[..., jax.Array]:
-    model = reward_model(world.policy, pooling="mean")
+def _mean_score(stories: StoryModel) -> Callable[..., jax.Array]:
+    model = reward_model(stories.policy, pooling="mean")
     return jax.jit(
         lambda params, prompts, responses: jnp.mean(
-            jax.vmap(lambda one: reward_of(model, one, prompts, responses))(params), axis=0
+            jax.vmap(lambda member: score_responses(model, member, prompts, responses))(params), axis=0
         )
     )
 
 
-def pool(world: World, size: int, *, seed: int) -> tuple[Prompts, Responses]:
-    """Returns `size` continuations of each opening by the reference, `[openings, size, 1, L]`."""
-    write = jax.jit(
-        lambda params, key, rows: generate(
-            world.policy, params, key, *rows, max_new_tokens=world.max_new_tokens, stop_ids=world.stop_ids
-        )
-    )
-    at_once = min(size, 16)
-    rows = Prompts(*(jnp.repeat(part, at_once, axis=0) for part in world.openings))
-    written = [write(world.start, key, rows) for key in jax.random.split(jax.random.key(seed), -(-size // at_once))]
-    count = len(world.openings.tokens)
+def reference_pool(stories: StoryModel, size: int, *, seed: int) -> Responses:
+    """Returns `size` completions of each opening by the reference, `[openings, size, 1, L]`."""
+    batch, count = min(size, 16), len(stories.openings.tokens)
+    prompts = Prompts(*(jnp.repeat(leaf, batch, axis=0) for leaf in stories.openings))
+    generate = jax.jit(stories.generate)
+    keys = jax.random.split(jax.random.key(seed), -(-size // batch))
+    batches = [generate(stories.start, key, prompts) for key in keys]
     tokens, mask = (
-        jnp.concatenate([getattr(each, name).reshape(count, at_once, 1, -1) for each in written], axis=1)[:, :size]
+        jnp.concatenate([getattr(each, name).reshape(count, batch, 1, -1) for each in batches], axis=1)[:, :size]
         for name in ("tokens", "mask")
     )
-    return world.openings, Responses(tokens, mask)
+    return Responses(tokens, mask)
 
 
 def host_annotator(gold: Gold) -> Callable[[jax.Array, Sample], jax.Array]:
@@ -232,52 +204,43 @@ def host_annotator(gold: Gold) -> Callable[[jax.Array, Sample], jax.Array]:
     return annotate
 
 
-def proposed_shapes(world: World, problem: bilevel.BilevelProblem, batch: int) -> Sample:
+def proposed_shapes(stories: StoryModel, problem: bilevel.BilevelProblem, batch: int) -> Sample:
     """Returns the shapes of a problem's sample for `batch` prompts; nothing is run."""
-    asked = Prompts(*(jnp.repeat(part[:1], batch, axis=0) for part in world.openings))
-    frozen = LanguageFrozen(world.start)
-    return jax.eval_shape(lambda: problem.sample(jax.random.key(0), world.start, asked, frozen))
+    prompts = Prompts(*(jnp.repeat(leaf[:1], batch, axis=0) for leaf in stories.openings))
+    frozen = LanguageFrozen(stories.start)
+    return jax.eval_shape(lambda: problem.sample(jax.random.key(0), stories.start, prompts, frozen))
 
 
-def best_by_reward(
-    world: World, gold: Gold, many: Responses, size: str, *, prompts: int, pairs: int, seeds: tuple[int, ...]
+def proxy_scores(
+    stories: StoryModel, gold: Gold, pool: Responses, size: str, *, prompts: int, pairs: int, seeds: tuple[int, ...]
 ) -> np.ndarray:
-    """Returns by which score the best of n is chosen where the gold reward is not to be had, `[seeds, openings, pool]`.
+    """Returns a learned reward's scores of a pool, by which best-of-n without the gold reward chooses.
 
-    A learner's reward fitted to as many labels as any method pays for, all of them of pairs of the reference.
+    The reward is fitted to as many labels as any method pays for, all of them for pairs of the reference.
 
     Args:
-        world, gold: who writes and who judges.
-        many: the pool, `[openings, pool, 1, L]`.
+        stories, gold: model and gold reward.
+        pool: `[openings, pool, 1, L]`.
         size: of the reward, see `learners_reward`.
-        prompts, pairs: prompts with so many pairs each that are labelled.
+        prompts, pairs: number of labelled prompts, and pairs for each of them.
         seeds: of the fits.
+
+    Returns:
+        `[seeds, openings, pool]`.
     """
-    reward, first = learners_reward(world, size)
-    problem = language_problem(
-        world.policy,
-        reward,
-        objectives.likelihood(coupled=False),
-        pairs=pairs,
-        max_new_tokens=world.max_new_tokens,
-        stop_ids=world.stop_ids,
-        against_reference=False,
-    )
-    frozen, at_once = LanguageFrozen(world.start), math.gcd(prompts, 64)
-    annotate, sample = host_annotator(gold), jax.jit(problem.sample)
-    learning = reward_learning(problem, optax.adam(LEARNERS_RATE[size]))
+    reward, first = learners_reward(stories, size)
+    problem = reference_problem(stories, reward, pairs=pairs)
+    frozen, batch = LanguageFrozen(stories.start), math.gcd(prompts, 64)
+    annotate = host_annotator(gold)
+    learning = reward_learning(problem, optax.adam(REWARD_LEARNING_RATES[size]))
     updates = 3 * prompts // 8
     learn = jax.jit(
         lambda key, state, buffer: fit(key, learning, state, buffer, frozen, size=8, steps=updates)[0].upper
     )
-    score = jax.jit(lambda params: reward_of(reward, params, world.openings, many)[..., 0])
+    score = jax.jit(lambda params: score_responses(reward, params, stories.openings, pool)[..., 0])
     scores = []
     for seed in seeds:
-        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(seed), 7), 2 + 2 * (prompts // at_once + 1)))
-        buffer = preference_buffer.empty(proposed_shapes(world, problem, at_once), labels=1, capacity=prompts)
-        for begin in range(0, prompts, at_once):
-            some = (begin + np.arange(at_once)) % len(world.openings.tokens)
-            drawn = sample(next(keys), world.start, Prompts(*(part[some] for part in world.openings)), frozen)
-            buffer = preference_buffer.add(buffer, Labelled(drawn, annotate(next(keys), drawn)))
+        keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(seed), 7), 2 + 2 * (prompts // batch + 1)))
+        buffer = labelled_pairs(stories, problem, annotate, zip(keys, keys, strict=False), prompts=prompts, batch=batch)
         scores.append(np.asarray(score(learn(next(keys), learning.init(first(next(keys))), buffer))))
     return np.stack(scores)

@@ -1,12 +1,12 @@
-"""Kills a run again and again, goes on with it, and compares what comes out with a run that was left alone.
+"""Kills a run repeatedly, resumes it, and compares its output with that of an uninterrupted run.
 
     python experiments/kills.py --policy DIR              # 100 kills
     python experiments/kills.py --policy DIR --kills 10
 
-DIR is a Hugging Face directory of a small model. `jaxrlhf align` runs in a process of its own, which is ended by kill -9:
-at a random time, while an annotator thinks, as soon as labels are written, or while a checkpoint is. Then the same command
-runs again with --resume. Policy, reward and metrics must be those of the run that was left alone, bit for bit, and nobody
-may be asked twice for a label that was given.
+DIR is a Hugging Face directory of a small model. `jaxrlhf align` runs in a separate process, which is killed with kill -9:
+at a random time, while the annotator is labelling, right after labels are written, or during a checkpoint. Then the same
+command runs again with --resume. Policy, reward and metrics must equal those of the uninterrupted run bit for bit, and no
+label that was written may be requested again.
 """
 
 import collections
@@ -33,15 +33,15 @@ from jaxrlhf.training.run_folder import RunFolder
 
 MOMENTS = ("at random", "while labelling", "labels written", "in a checkpoint")
 SAME = ("policy/model.safetensors", "reward/model.safetensors", "metrics.jsonl")
-"""What must be equal to the last byte."""
+"""Files that must be equal byte for byte."""
 
-# It notes what it was asked for, and takes its time.
-JUDGE = """
+# An annotator that records its requests and is slow.
+ANNOTATOR = """
 import pathlib, random, time
 
 def prefers(prompts, firsts, seconds):
     here = pathlib.Path(__file__).parent
-    with (here / "asked").open("a") as stream:
+    with (here / "requests").open("a") as stream:
         stream.write("\\n".join(map(repr, zip(prompts, firsts, seconds))) + "\\n")
     time.sleep(0.2)
     drawn = random.Random("".join(firsts + seconds))
@@ -51,24 +51,24 @@ def prefers(prompts, firsts, seconds):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to kill."""
+    """What to run and how often to kill it."""
 
     policy: pathlib.Path
     """Hugging Face directory of a small model."""
     kills: int = 100
     steps: int = 12
-    """Of a run; a checkpoint is due after every second."""
+    """Outer steps of a run; it writes a checkpoint after every second one."""
     most: int = 4
-    """Kills of one run; then it may end, and another begins."""
+    """Maximum number of kills per run; then it runs to its end, and another run begins."""
     seed: int = 0
     seconds: float = 300.0
-    """That a process may take."""
+    """Maximum time of a process."""
     output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
+    """Directory in which the run's folder is created."""
 
 
-class Killed(NamedTuple):
-    """A process that was killed: at which moment, after how many steps, and from which one the next went on."""
+class Kill(NamedTuple):
+    """A kill: its kind of moment, the last step logged before it, and the step that the next process resumes from."""
 
     moment: str
     reached: int
@@ -76,11 +76,11 @@ class Killed(NamedTuple):
 
 
 def command(config: Config, place: pathlib.Path, name: str) -> list[str]:
-    """Returns the command of a run in a folder of its own."""
+    """Returns the command of a run under `place`."""
     options = {
         "policy": config.policy.absolute(),
         "data": place / "prompts.jsonl",
-        "annotator": "judge:prefers",
+        "annotator": "annotator:prefers",
         "steps": config.steps,
         "batch-size": 4,
         "pairs": 2,
@@ -97,160 +97,174 @@ def command(config: Config, place: pathlib.Path, name: str) -> list[str]:
 
 
 def prepare(place: pathlib.Path) -> None:
-    """Writes prompts and the judge."""
+    """Writes the prompts and the annotator."""
     place.mkdir(parents=True, exist_ok=True)
     openings = ("Once upon a time", "One day a girl", "The little dog", "Tom and Lily", "A big red bird")
     endings = (" was", " had", " saw", " went", " wanted", " liked", " found", " made")
     lines = [json.dumps({"prompt": first + second}) for first in openings for second in endings]
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    (place / "judge.py").write_text(JUDGE)
+    (place / "annotator.py").write_text(ANNOTATOR)
 
 
 def begin(config: Config, place: pathlib.Path, name: str) -> subprocess.Popen:
-    """Starts a run, or goes on with it, in its folder; what it says is in `said`."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place.parent / "compiled"), "PYTHONPATH": str(place)}
-    with (place / "said").open("ab") as said:
-        return subprocess.Popen(command(config, place, name), cwd=place, env=environment, stdout=said, stderr=said)
+    """Starts or resumes a run; its output is appended to `log`."""
+    environment = (
+        {"JAX_COMPILATION_CACHE_DIR": str(place.parent / "compiled")} | os.environ | {"PYTHONPATH": str(place)}
+    )
+    with (place / "log").open("ab") as log:
+        return subprocess.Popen(command(config, place, name), cwd=place, env=environment, stdout=log, stderr=log)
 
 
-def moment_of(moment: str, folder: pathlib.Path, place: pathlib.Path, drawn: random.Random, usual: float) -> Callable:
-    """Returns `() -> ` whether a moment has come: an event that is waited for, the first time or later ones."""
-    began, count = time.monotonic(), drawn.randint(1, 3)
-    after = drawn.uniform(0.2, 1.0) * usual
+def moment_of(moment: str, folder: pathlib.Path, place: pathlib.Path, rng: random.Random, usual: float) -> Callable:
+    """Returns `() -> bool`, whether it is time to kill: the first, second or third event of the kind has happened.
+
+    Args:
+        moment: one of `MOMENTS`.
+        folder: of the run.
+        place: of the run's annotator.
+        rng: draws which event, or the time.
+        usual: seconds that a run takes.
+    """
+    began, count = time.monotonic(), rng.randint(1, 3)
+    after = rng.uniform(0.2, 1.0) * usual
 
     def lines(path: pathlib.Path) -> int:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
-    asked, answered = lines(place / "asked"), lines(folder / "labels.jsonl")
-    seen: set[str] = set()
+    requested, labelled = lines(place / "requests"), lines(folder / "labels.jsonl")
+    checkpoints: set[str] = set()
 
-    def come() -> bool:
+    def due() -> bool:
         if moment == "at random":
             return time.monotonic() - began > after
         if moment == "while labelling":
-            # Eight questions a call.
-            return lines(place / "asked") >= asked + 8 * count
+            # A call of the annotator has eight requests.
+            return lines(place / "requests") >= requested + 8 * count
         if moment == "labels written":
-            return lines(folder / "labels.jsonl") >= answered + count
-        seen.update(each.name for each in (folder / "checkpoints").glob("*tmp*"))
-        return len(seen) >= count
+            return lines(folder / "labels.jsonl") >= labelled + count
+        checkpoints.update(path.name for path in (folder / "checkpoints").glob("*tmp*"))
+        return len(checkpoints) >= count
 
-    return come
+    return due
 
 
-def kill(config: Config, place: pathlib.Path, moment: str, drawn: random.Random, usual: float) -> bool:
-    """Goes on with a run and kills it at a moment; returns whether that came before its end.
+def kill(config: Config, place: pathlib.Path, moment: str, rng: random.Random, usual: float) -> bool:
+    """Resumes a run and kills it at a moment; returns False if the run ended first.
 
     Raises:
         RuntimeError: the process failed, or took too long.
     """
-    come = moment_of(moment, place / "runs" / "mine", place, drawn, usual)
+    due = moment_of(moment, place / "runs" / "mine", place, rng, usual)
     process, began = begin(config, place, "mine"), time.monotonic()
     while process.poll() is None:
-        if come():
+        if due():
             process.send_signal(signal.SIGKILL)
             process.wait(timeout=30)
             return True
         if time.monotonic() - began > config.seconds:
             process.kill()
             process.wait(timeout=30)
-            raise RuntimeError(f"A run took more than {config.seconds:g} s; see {place / 'said'}.")
+            raise RuntimeError(f"A run took more than {config.seconds:g} s; see {place / 'log'}.")
         time.sleep(0.002)
     if process.returncode:
-        raise RuntimeError(f"A run failed with {process.returncode}; see {place / 'said'}.")
+        raise RuntimeError(f"A run failed with {process.returncode}; see {place / 'log'}.")
     return False
 
 
 def steps_of(folder: pathlib.Path) -> tuple[int, int]:
-    """Returns the steps that a run has told of, and those of its last whole checkpoint."""
+    """Returns the last step in the metrics of a run, and that of its last complete checkpoint."""
     path = folder / "metrics.jsonl"
-    told = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
-    kept = [int(each.name) for each in (folder / "checkpoints").glob("*") if each.name.isdigit()]
-    return max(told, default=0), max(kept, default=0)
+    logged = [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+    saved = [int(each.name) for each in (folder / "checkpoints").glob("*") if each.name.isdigit()]
+    return max(logged, default=0), max(saved, default=0)
 
 
-def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    """Returns what is not the same in two run folders."""
-    different = [name for name in SAME if not filecmp.cmp(one / name, other / name, shallow=False)]
-    # Each sample is named by its prompts and responses: none is skipped, none comes twice.
-    return different + ["labels.jsonl"] * (samples_of(one) != samples_of(other))
+def differences(folder: pathlib.Path, uninterrupted: pathlib.Path) -> list[str]:
+    """Returns the files that differ between two run folders."""
+    different = [name for name in SAME if not filecmp.cmp(folder / name, uninterrupted / name, shallow=False)]
+    # Each sample is identified by its prompts and responses, so a skipped or repeated one is noticed.
+    return different + ["labels.jsonl"] * (samples_of(folder) != samples_of(uninterrupted))
 
 
 def samples_of(folder: pathlib.Path) -> list[dict]:
-    """Returns the samples of a run in their order, with their labels; a line that was being written is not one."""
-    found = []
+    """Returns the labelled samples of a run in order, without an incomplete last line."""
+    samples = []
     for line in (folder / "labels.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            samples.append(json.loads(line))
+    return samples
 
 
-def asked_again(place: pathlib.Path, kills: int) -> list[str]:
-    """Returns how far questions were put more often than the kills explain: each may interrupt one call of 8."""
-    asked = (place / "asked").read_text().splitlines()
+def repeated_requests(place: pathlib.Path, kills: int) -> list[str]:
+    """Returns a message if there were more requests than the kills explain: each may interrupt one call of 8."""
+    requests = (place / "requests").read_text().splitlines()
     labelled = sum(len(line["labels"]) * len(line["labels"][0]) for line in samples_of(place / "runs" / "mine"))
-    return [f"{len(asked)} questions for {labelled} labels"] if len(asked) > labelled + 8 * kills else []
+    return [f"{len(requests)} requests for {labelled} labels"] if len(requests) > labelled + 8 * kills else []
 
 
-def alone(config: Config, place: pathlib.Path) -> tuple[pathlib.Path, float]:
-    """Runs once without a kill, twice to know the time with everything compiled; returns the folder and seconds."""
+def run_uninterrupted(config: Config, place: pathlib.Path) -> tuple[pathlib.Path, float]:
+    """Runs without a kill; returns the folder and the seconds of a second run, which compiles nothing."""
     for name in ("first", "mine"):
         began = time.monotonic()
         prepare(place)
-        (place / "asked").unlink(missing_ok=True)
+        (place / "requests").unlink(missing_ok=True)
         process = begin(config, place, name)
         if process.wait(timeout=config.seconds):
-            raise RuntimeError(f"A run failed; see {place / 'said'}.")
+            raise RuntimeError(f"A run failed; see {place / 'log'}.")
     return place / "runs" / "mine", time.monotonic() - began
 
 
 def killed_run(
-    config: Config, place: pathlib.Path, whole: pathlib.Path, moments: list[str], drawn: random.Random, usual: float
-) -> tuple[list[Killed], list[str]]:
-    """Kills one run at each moment in turn, as far as they come before its end, then lets it end.
+    config: Config,
+    place: pathlib.Path,
+    uninterrupted: pathlib.Path,
+    moments: list[str],
+    rng: random.Random,
+    usual: float,
+) -> tuple[list[Kill], list[str]]:
+    """Kills one run at each moment in turn, until it ends before one of them, and then lets it finish.
 
     Returns:
-        the kills, and what is different from the run that was left alone.
+        the kills, and the differences from the uninterrupted run.
     """
     prepare(place)
     folder, kills = place / "runs" / "mine", []
     for moment in moments:
-        if not kill(config, place, moment, drawn, usual):
+        if not kill(config, place, moment, rng, usual):
             break
-        kills.append(Killed(moment, *steps_of(folder)))
-    kill(config, place, "at random", drawn, float("inf"))
-    return kills, differences(folder, whole) + asked_again(place, len(kills))
+        kills.append(Kill(moment, *steps_of(folder)))
+    kill(config, place, "at random", rng, float("inf"))
+    return kills, differences(folder, uninterrupted) + repeated_requests(place, len(kills))
 
 
-def report(folder: RunFolder, config: Config, kills: list[Killed], wrong: list[str], seconds: float) -> Table:
-    """Writes table and numbers; returns the table."""
+def report(folder: RunFolder, config: Config, kills: list[Kill], wrong: list[str], seconds: float) -> Table:
+    """Writes the table and numbers; returns the table."""
     by_moment = collections.defaultdict(list)
     for each in kills:
         by_moment[each.moment].append(each)
     rows = []
     for moment, found in [*by_moment.items(), ("all", kills)]:
-        again = sum(max(0, each.reached - each.resumed) for each in found) / max(1, len(found))
-        rows.append((moment, len(found), f"{again:.1f}", sum(each.resumed == 0 for each in found)))
-    columns = ("killed", "times", "steps taken again, mean", "before the first checkpoint")
+        repeated = sum(max(0, each.reached - each.resumed) for each in found) / max(1, len(found))
+        rows.append((moment, len(found), f"{repeated:.1f}", sum(each.resumed == 0 for each in found)))
+    columns = ("killed", "times", "steps repeated, mean", "before the first checkpoint")
     table = Table(f"{len(kills)} kills, {len(wrong)} differences", columns, rows)
     folder.write_json("results.json", {"kills": kills, "differences": wrong, "seconds": seconds})
     folder.write_text("tables.md", as_markdown(table))
     write_report(
         folder.path,
-        title="Killed and gone on",
-        summary=f"{len(kills)} kills in {seconds / 60:.1f} minutes; {len(wrong)} differences from the run left alone.",
+        title="Killed and resumed",
+        summary=f"{len(kills)} kills in {seconds / 60:.1f} minutes; {len(wrong)} differences from the uninterrupted run.",
         tables=[table],
         figures=[],
         config=config,
-        notes=wrong
-        or ["Policy, reward, metrics and samples are those of the run that was left alone, to the last byte."],
+        notes=wrong or ["Policy, reward, metrics and samples equal those of the uninterrupted run, byte for byte."],
     )
     return table
 
 
 def main(config: Config) -> pathlib.Path:
-    """Kills as often as asked; ends with 1 if anything was different."""
-    console, began, drawn = Console(), time.monotonic(), random.Random(config.seed)
+    """Kills the requested number of times; exits with status 1 if anything differed."""
+    console, began, rng = Console(), time.monotonic(), random.Random(config.seed)
     try:
         folder = RunFolder(config.output, "kills")
     except ValueError as error:
@@ -258,12 +272,12 @@ def main(config: Config) -> pathlib.Path:
         raise SystemExit(2) from None
     folder.write_json("config.json", config)
     work = folder.path / "runs"
-    whole, usual = alone(config, work / "alone")
+    uninterrupted, usual = run_uninterrupted(config, work / "uninterrupted")
     kills, wrong = [], []
     with progress("kills", config.kills, "kills", console=console) as advance:
         while len(kills) < config.kills:
-            moments = [drawn.choice(MOMENTS) for _ in range(min(config.most, config.kills - len(kills)))]
-            found, different = killed_run(config, work / f"run-{len(kills)}", whole, moments, drawn, usual)
+            moments = [rng.choice(MOMENTS) for _ in range(min(config.most, config.kills - len(kills)))]
+            found, different = killed_run(config, work / f"run-{len(kills)}", uninterrupted, moments, rng, usual)
             kills += found
             wrong += [f"after kill {len(kills)}: {each}" for each in different]
             for each in found:

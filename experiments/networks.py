@@ -8,7 +8,7 @@ import numpy as np
 
 
 def network(key: jax.Array, inputs: int, width: int, outputs: int) -> list:
-    """Returns the parameters of a network with two hidden layers, its last one small."""
+    """Returns the parameters of a network with two hidden layers; the output layer's weights are small."""
     sizes = (inputs, width, width, outputs)
     keys = jax.random.split(key, 3)
     return [

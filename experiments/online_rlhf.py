@@ -3,8 +3,8 @@
     python experiments/online_rlhf.py                    # an enumerable language: every figure exact
     python experiments/online_rlhf.py --policy DIR       # a pretrained model in a Hugging Face directory
 
-Three methods differ in one line: `bilevel` follows the hypergradient through a central stencil, `boltzmann` through the
-closed form of a KL-regularised policy's answer, `decoupled` ignores the answer (iterated RLHF).
+Three methods differ in one line, the hypergradient rule: `bilevel` estimates the policy's response to the reward with a
+central stencil, `boltzmann` with the closed form of a KL-regularised policy, and `decoupled` ignores it (iterated RLHF).
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.loop import outer_steps
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.run_folder import RunFolder
-from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, outer_step, replicate
+from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, make_outer_step, replicate
 
 METHODS = ("bilevel", "boltzmann", "decoupled")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to run. A value left out takes the default of its task, shown in `config.json` of the run's folder."""
+    """What to run. Values that are omitted take the task's default, recorded in `config.json` of the run's folder."""
 
     policy: pathlib.Path | None = None
     """Hugging Face directory of a Llama-layout model; without it, the enumerable language."""
     methods: tuple[str, ...] = METHODS
-    """Which to compare."""
+    """Methods to compare."""
     seed: int = 0
     steps: int | None = None
-    """Outer steps a method."""
+    """Outer steps per method."""
     batch: int | None = None
-    """Prompts a step (the enumerable language has 4, all used)."""
+    """Prompts per step (the enumerable language has 4, all used)."""
     pairs: int | None = None
-    """Pairs a prompt and step; each costs one label."""
+    """Pairs per prompt and step; each costs one label."""
     max_new_tokens: int | None = None
     beta: float | None = None
     """Weight of the KL to the reference."""
@@ -55,19 +55,19 @@ class Config:
     utility_weight: float = 1.0
     """Weight of the coupled utility beside the uncoupled likelihood."""
     inner_steps: int = 1
-    """Lower steps an outer step: 1 is the single loop."""
+    """Lower-level steps per outer step; 1 is the single-loop algorithm."""
     policy_learning_rate: float | None = None
     tangent_learning_rate: float | None = None
     reward_learning_rate: float | None = None
     evaluations: int = 12
-    """Evaluations a method, evenly spaced."""
+    """Evaluations per method, evenly spaced."""
     output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
+    """Directory in which the run's folder is created."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
-    """A configuration in which every value is decided."""
+    """A configuration with every default filled in."""
 
     steps: int = 0
     batch: int = 0
@@ -90,11 +90,10 @@ PRETRAINED = {
 
 
 def resolved(config: Config) -> Settings:
-    """Returns the configuration with the task's defaults in place of what was left out."""
+    """Returns the configuration with the task's defaults for values that were omitted."""
     defaults = ENUMERABLE if config.policy is None else PRETRAINED
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    decided = {name: value for name, value in given.items() if value is not None}
-    settings = Settings(**(defaults | decided))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings = Settings(**(defaults | {name: value for name, value in values.items() if value is not None}))
     check(settings)
     return settings
 
@@ -123,15 +122,15 @@ def check(config: Settings) -> None:
 
 
 def objective_of(config: Settings) -> objectives.Objective:
-    """Returns the default upper objective: fit the reward to the labels as they come, answer for the win rate."""
+    """Returns the default upper objective: the uncoupled likelihood of the labels, plus the coupled win rate."""
     return objectives.add(
         objectives.likelihood(coupled=False),
         objectives.utility(kl_price=config.beta / 4, weight=config.utility_weight),
     )
 
 
-def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.BilevelAlgorithm:
-    """Returns one method: the rule is all that differs."""
+def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.Algorithm:
+    """Returns one method; only the hypergradient rule differs."""
     rule = {
         "bilevel": lambda: bilevel.central(config.relative_sigma),
         "boltzmann": bilevel.boltzmann,
@@ -139,8 +138,8 @@ def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.BilevelAl
     }[method]()
 
     def adam(rate):
-        # Adam's first steps have unit size whatever the gradient: without a warm-up one of them can carry the policy so
-        # far from its sample that the importance weights say nothing.
+        # Adam's first steps have unit size whatever the gradient: without a warm-up one of them can move the policy so far
+        # from its sample that the importance weights degenerate.
         warm_up = max(1, config.steps // 10)
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, max(warm_up + 1, config.steps))
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -160,34 +159,34 @@ def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.BilevelAl
 
 
 def run(method: str, algorithm, config: Settings, task: Task, mesh, folder: RunFolder, progress: Progress):
-    """Trains one method; returns its evaluations and the policy reached."""
+    """Trains one method; returns its evaluations and the final policy."""
     key = jax.random.key(config.seed)
-    step = outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
+    step = make_outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
     state = algorithm.init(key, task.upper, task.frozen.reference)
     state, frozen = replicate((state, task.frozen), mesh)
     every = -(-config.steps // config.evaluations)
-    history, labels, recent = [], 0, []
+    history, labels, losses = [], 0, []
     bar = progress.add_task(method, total=config.steps, gold=float("nan"), kl=float("nan"))
 
     def measure(number, state, labels):
         row = {"step": number, "labels": labels} | task.evaluate(state)
-        row.setdefault("upper_loss", float(np.mean(recent[-every:])) if recent else None)
+        row.setdefault("upper_loss", float(np.mean(losses[-every:])) if losses else None)
         history.append(row)
         folder.append_metrics(method=method, kind="evaluation", **row)
         progress.update(bar, gold=row["true_return"], kl=row["kl"])
 
     measure(0, state, 0)
     batches = itertools.islice(task.batches(), config.steps)
-    for taken in outer_steps(step, state, batches, frozen, key=key):
-        if taken.info is not None:
-            labels += int(taken.info.labels)
-            recent.append(float(taken.info.upper_loss))
-            folder.append_metrics(method=method, kind="step", step=len(recent), **taken.info._asdict())
-        progress.update(bar, completed=taken.step)
-        if taken.latest is not None and taken.step % every == 0 and taken.step < config.steps:
-            measure(taken.step, taken.state, labels + int(taken.latest.labels))
-    measure(config.steps, taken.state, labels)
-    return history, taken.state.policy
+    for outer in outer_steps(step, state, batches, frozen, key=key):
+        if outer.info is not None:
+            labels += int(outer.info.labels)
+            losses.append(float(outer.info.upper_loss))
+            folder.append_metrics(method=method, kind="step", step=len(losses), **outer.info._asdict())
+        progress.update(bar, completed=outer.step)
+        if outer.latest_info is not None and outer.step % every == 0 and outer.step < config.steps:
+            measure(outer.step, outer.state, labels + int(outer.latest_info.labels))
+    measure(config.steps, outer.state, labels)
+    return history, outer.state.policy
 
 
 NAMES = ("true_return", "win_rate", "kl", "upper_loss", "gap", "labels")
@@ -200,7 +199,7 @@ PANELS = {
 
 
 def draw(folder: RunFolder, histories: dict[str, list[dict]]) -> None:
-    """Draws every panel into a file of its own, and all into curves.png."""
+    """Draws each panel into its own file, and all of them into curves.png."""
     panels = {}
     for title, (x, x_label, y, y_label) in PANELS.items():
         lines = {method: ([row[x] for row in rows], [row[y] for row in rows]) for method, rows in histories.items()}
@@ -210,7 +209,7 @@ def draw(folder: RunFolder, histories: dict[str, list[dict]]) -> None:
 
 
 def tabulate(config: Settings, histories: dict[str, list[dict]]) -> Table:
-    """Returns the table of the last evaluations, and of the reference."""
+    """Returns the table of the reference and of each method's last evaluation."""
     first = next(iter(histories.values()))[0] | {"labels": 0}
     rows = []
     for method, row in {"reference": first, **{method: rows[-1] for method, rows in histories.items()}}.items():
@@ -222,7 +221,7 @@ def tabulate(config: Settings, histories: dict[str, list[dict]]) -> Table:
 
 def report(folder: RunFolder, config: Settings, task: Task, histories, samples, seconds, console: Console):
     """Writes results, samples and figures, and prints the table."""
-    # Where the optimum is only bounded from below, the best value seen may be the better bound.
+    # Where the optimum is only a lower bound, the best measured value may be a tighter one.
     optimum = max([task.optimum, *(row["value"] for rows in histories.values() for row in rows)])
     for rows in histories.values():
         for row in rows:
@@ -244,29 +243,30 @@ def report(folder: RunFolder, config: Settings, task: Task, histories, samples, 
     folder.write_text("samples.txt", "\n".join(lines))
     draw(folder, histories)
     table = tabulate(config, histories)
-    told = f"Gold reward of the reference: {first['true_return']:.3f}, standard deviation {task.spread:.3f}."
+    reference = f"{first['true_return']:.3f}, standard deviation {task.spread:.3f}"
+    summary = f"Gold reward of the reference: {reference}. {seconds:.0f} s."
     texts = zip(*([text for _, text in rows] for rows in samples.values()), strict=True)
     prompts = (prompt for prompt, _ in next(iter(samples.values())))
     write_report(
         folder.path,
         title="Online RLHF as one bilevel problem",
-        summary=f"{told} {seconds:.0f} s.",
+        summary=summary,
         tables=[table],
         figures=["curves.png"],
         config=config,
         samples=[Samples("Completions", tuple(samples), list(zip(prompts, texts, strict=True)))],
     )
     console.print(rich_table(table))
-    console.print(f"{told} {seconds:.0f} s. Report, config, metrics, results, samples and figures are in:")
+    console.print(f"{summary} Report, config, metrics, results, samples and figures are in:")
     console.print(str(folder.path), soft_wrap=True)
 
 
-def main(given: Config) -> None:
+def main(requested: Config) -> None:
     """Runs every method in turn and reports."""
     console, began = Console(), time.monotonic()
     try:
-        config = resolved(given)
-        # Four prompts do not fill a large host: the enumerable language uses as many devices as divide them.
+        config = resolved(requested)
+        # The enumerable language has four prompts, so it uses as many devices as divide them.
         devices = jax.devices()[: math.gcd(config.batch, jax.device_count())] if config.policy is None else None
         mesh = data_mesh(devices)
         check_batch(config.batch, mesh)
@@ -289,7 +289,7 @@ def main(given: Config) -> None:
         print(f"online_rlhf: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     folder.write_json("config.json", config)
-    histories, samples = {}, {"before": task.write(task.frozen.reference)}
+    histories, samples = {}, {"before": task.complete(task.frozen.reference)}
     columns = (
         TextColumn("{task.description:10}"),
         BarColumn(),
@@ -300,7 +300,7 @@ def main(given: Config) -> None:
     with Progress(*columns, console=console) as progress:
         for method, algorithm in algorithms.items():
             histories[method], policy = run(method, algorithm, config, task, mesh, folder, progress)
-            samples[method] = task.write(policy)
+            samples[method] = task.complete(policy)
     report(folder, config, task, histories, samples, time.monotonic() - began, console)
 
 

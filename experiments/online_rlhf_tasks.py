@@ -1,11 +1,10 @@
 """The two tasks of `online_rlhf.py`: a language that can be enumerated, and a pretrained model from a directory.
 
-A task brings what differs: models, prompts, annotator, evaluation. Everything else is shared.
+A task holds the models, prompts, annotator and evaluation; everything else is shared.
 """
 
 import itertools
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,11 +12,11 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stories import OPENINGS, StoryModel, load_stories
 
 from jaxrlhf import exact, preferences
 from jaxrlhf.bilevel import BilevelProblem, BilevelState
-from jaxrlhf.lm.generate import generate
-from jaxrlhf.lm.hugging_face.weights import load_decoder, load_tokenizer, special_ids
+from jaxrlhf.lm.generate import Generation, generate
 from jaxrlhf.lm.language import (
     STOP,
     alphabet_gold,
@@ -28,27 +27,28 @@ from jaxrlhf.lm.language import (
     table_of,
 )
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 from jaxrlhf.objectives import Objective
 
 
 class Task(NamedTuple):
-    """What a run needs to know.
+    """The models, prompts, annotator and evaluation of a run.
 
     Attributes:
         problem: the bilevel problem of an objective.
         upper: the reward model's initial parameters.
-        frozen: the reference policy, which is also where the policy starts.
+        frozen: the reference policy, which is also the initial policy.
         batches: `() -> ` endless batches of prompts, the same at every call.
         traced_annotator: for tasks whose gold reward JAX can trace, else None.
         host_annotator: `(key, sample) -> labels` in plain Python, else None.
         evaluate: `(state) -> measurements` at tilt 0: true_return, win_rate, kl, value and, where exact, more.
-        optimum: best value E gold - beta KL; exact, or estimated from the reference's completions, too low in expectation
+        optimum: best value E gold - beta KL; exact, or estimated from the reference's completions, where it is biased low
             (Jensen), so that a measured value may exceed it.
         spread: standard deviation of the reference's gold rewards.
-        write: `(policy) -> [(prompt, completion)]`.
+        complete: `(policy) -> [(prompt, completion)]`.
     """
 
     problem: Callable[[Objective], BilevelProblem]
@@ -60,14 +60,14 @@ class Task(NamedTuple):
     evaluate: Callable[[BilevelState], dict[str, float]]
     optimum: float
     spread: float
-    write: Callable[[Any], list[tuple[str, str]]]
+    complete: Callable[[Any], list[tuple[str, str]]]
 
 
 def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int) -> Task:
-    """Returns words over seven letters, at most four long: 2,801 completions for each of four prompts.
+    """Returns the language of words over seven letters, at most four long: 2,801 completions for each of four prompts.
 
-    Policy and reward are two-layer decoders; the reference is the policy's random initialisation. Evaluation visits every
-    completion, so it carries no sampling error.
+    Policy and reward are two-layer decoders; the reference is the policy's random initialisation. Evaluation enumerates
+    every completion, so it has no sampling error.
     """
     language = alphabet_language()
     shape = DecoderConfig(
@@ -87,29 +87,31 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
     table = jax.jit(lambda params: policy_table(policy, params, language))
     rewards = jax.jit(lambda params: reward_table(reward, params, language))
     reference = table(start)
-    judge = jax.jit(lambda own, learned: evaluate_language(own, reference, learned, gold, objective, beta=beta))
+    evaluate_tables = jax.jit(
+        lambda policy, reward: evaluate_language(policy, reference, reward, gold, objective, beta=beta)
+    )
 
     def evaluate(state):
-        verdict = judge(table(state.policy), rewards(state.upper))
-        measured = {name: float(value) for name, value in verdict.policy._asdict().items()}
+        evaluation = evaluate_tables(table(state.policy), rewards(state.upper))
+        measured = {name: float(value) for name, value in evaluation.policy._asdict().items()}
         return measured | {
             "value": measured["true_return"] - beta * measured["kl"],
-            "upper_loss": float(verdict.upper_loss),
-            "phi": float(verdict.phi),
+            "upper_loss": float(evaluation.upper_loss),
+            "phi": float(evaluation.phi),
         }
 
-    def write(params):
-        rows = Prompts(*(jnp.repeat(part, 4, axis=0) for part in language.prompts))
-        written = generate(policy, params, jax.random.key(0), *rows, max_new_tokens=4, stop_ids=(STOP,))
+    def complete(params):
+        rows = Prompts(*(jnp.repeat(leaf, 4, axis=0) for leaf in language.prompts))
+        generated = generate(policy, params, jax.random.key(0), *rows, max_new_tokens=4, stop_ids=(STOP,))
         return [
             (spell(prompt), spell(tokens))
-            for prompt, tokens in zip(np.asarray(rows.tokens), np.asarray(written.tokens), strict=True)
+            for prompt, tokens in zip(np.asarray(rows.tokens), np.asarray(generated.tokens), strict=True)
         ]
 
     spread = jnp.mean(exact.mean_under(reference, gold**2) - exact.mean_under(reference, gold) ** 2) ** 0.5
     return Task(
         problem=lambda objective: language_problem(
-            policy, reward, objective, pairs=pairs, max_new_tokens=4, stop_ids=(STOP,)
+            policy, reward, objective, pairs=pairs, generation=Generation(4, (STOP,))
         ),
         upper=reward.init(reward_key),
         frozen=LanguageFrozen(start),
@@ -121,7 +123,7 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
         evaluate=evaluate,
         optimum=float(exact.soft_value(gold, reference, beta)),
         spread=float(spread),
-        write=write,
+        complete=complete,
     )
 
 
@@ -130,35 +132,52 @@ def spell(tokens: np.ndarray) -> str:
     return "".join(chr(ord("a") + token - 1) for token in itertools.takewhile(lambda token: token != STOP, tokens))
 
 
-OPENINGS = (
-    "Once upon a time, there was a little",
-    "One day, a boy named Tim",
-    "Lily and her mom went to",
-    "The big dog saw a",
-    "Tom had a red ball. He",
-    "In the forest, there lived a",
-    "Sam and Mia were playing in the",
-    "The sun was shining and the",
-    "Ben wanted to go to the park, but",
-    "A small bird sat on a",
-    "Anna found a box. She",
-    "It was a cold day. The",
-    "Max was a cat who",
-    "Sue asked her dad if",
-    "The old man gave the girl a",
-    "There was a fish who",
-)
+def story_annotator(stories: StoryModel, labels: int) -> Callable:
+    """Returns `(key, sample) -> labels`, Bradley-Terry on the gold reward."""
 
-GLAD = re.compile(
-    r"\b(happy|happily|smil\w*|laugh\w*|fun|love\w*|friends?|hug\w*|play\w*|nice|thank\w*|best|glad|kind)\b"
-)
-SORRY = re.compile(r"\b(sad\w*|cr(?:y|ied|ying)|scared|angry|hurt\w*|mad|bad|sorry|afraid|lost|broke\w*|mean)\b")
+    def annotate(key, sample):
+        return preferences.draw_labels(key, jnp.asarray(stories.score(sample.prompts, sample.responses)), labels=labels)
+
+    return annotate
 
 
-def story_score(text: str) -> float:
-    """The hidden gold reward: two points for every different glad word of a text, less two for every sorry one."""
-    text = text.lower()
-    return 2.0 * (len(set(GLAD.findall(text))) - len(set(SORRY.findall(text))))
+def story_evaluator(stories: StoryModel, prompts: Prompts) -> Callable[[Any, int], tuple[np.ndarray, np.ndarray]]:
+    """Returns `(params, seed) -> ` gold rewards and log-ratios to the reference of fresh completions of the prompts."""
+
+    @jax.jit
+    def generate_with_log_ratio(params, reference, prompts: Prompts, key):
+        generated = stories.generate(params, key, prompts)
+        log_probs = completion_log_probs(stories.policy, reference, *prompts, generated.tokens, generated.mask)
+        return generated, jnp.sum(generated.log_prob, axis=-1) - jnp.sum(log_probs, axis=-1)
+
+    def evaluate(params, seed):
+        generated, log_ratio = generate_with_log_ratio(params, stories.start, prompts, jax.random.key(seed))
+        return stories.score(prompts, Responses(generated.tokens, generated.mask)), np.asarray(log_ratio)
+
+    return evaluate
+
+
+def sampled_measurements(
+    gold: np.ndarray, log_ratio: np.ndarray, baseline: np.ndarray, *, beta: float
+) -> dict[str, float]:
+    """Returns what `Task.evaluate` estimates from samples.
+
+    Args:
+        gold, log_ratio: gold rewards of the policy's completions and their log-ratios to the reference.
+        baseline: gold rewards of the reference's completions of the same prompts.
+        beta: weight of the KL.
+    """
+    win_rate = np.mean(preferences.preference(jnp.stack([gold, baseline], axis=-1)))
+    kl = float(log_ratio.mean())
+    return {
+        "true_return": float(gold.mean()),
+        "true_return_error": float(gold.std() / len(gold) ** 0.5),
+        "win_rate": float(win_rate),
+        "kl": kl,
+        "kl_error": float(log_ratio.std() / len(gold) ** 0.5),
+        "value": float(gold.mean()) - beta * kl,
+        "gain_in_spreads": float((gold.mean() - baseline.mean()) / baseline.std()),
+    }
 
 
 def pretrained_task(
@@ -170,104 +189,42 @@ def pretrained_task(
     batch: int,
     pairs: int,
     max_new_tokens: int,
-    judged: int = 512,
+    evaluation_completions: int = 512,
 ) -> Task:
-    """Returns the task of a Hugging Face directory: continue short stories, judged by `story_score`.
+    """Returns the task of a Hugging Face directory: short stories with gold reward `story_score`.
 
-    The gold reward is a Python function of the text: the learner meets it only through labels. Evaluation writes `judged`
-    fresh completions and compares them with as many of the reference.
+    The gold reward is a Python function of the text: the learner sees it only through labels. Evaluation generates
+    `evaluation_completions` fresh completions and compares them with as many of the reference.
     """
-    shape, start = load_decoder(directory)
-    tokenizer, special = load_tokenizer(directory), special_ids(directory)
-    policy = decoder(shape)
-    reward = reward_model(policy)
-    # A text that starts anew has ended: some models were trained with BOS alone between texts.
-    ends: set[int] = {*special.eos} if special.bos is None else {*special.eos, special.bos}
-    stop_ids = tuple(sorted(ends))
-    opening = [encode(tokenizer, special.bos, text) for text in OPENINGS]
-    problem_shape: dict[str, Any] = {"pairs": pairs, "max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
-    source = grain.MapDataset.source(range(len(opening))).shuffle(seed=seed).repeat()
-    whole = left_padded(opening)
+    stories = load_stories(directory, max_new_tokens=max_new_tokens)
+    reward = reward_model(stories.policy)
+    repeats = -(-evaluation_completions // len(OPENINGS))
+    evaluate = story_evaluator(stories, Prompts(*(jnp.repeat(leaf, repeats, axis=0) for leaf in stories.openings)))
+    baseline, _ = evaluate(stories.start, 1_000_001)
+    by_prompt = baseline.reshape(len(OPENINGS), repeats)
+    source = grain.MapDataset.source(range(len(OPENINGS))).shuffle(seed=seed).repeat()
 
     def batches():
         for first in itertools.count(step=batch):
             chosen = np.array([source[first + offset] for offset in range(batch)])
-            yield Prompts(*(part[chosen] for part in whole))
+            yield Prompts(*(leaf[chosen] for leaf in stories.openings))
 
-    def texts(prompts, tokens, mask):
-        rows = np.concatenate([np.where(prompts.mask, prompts.tokens, -1), np.where(mask, tokens, -1)], axis=1)
-        return tokenizer.decode_batch([[token for token in row if token >= 0] for row in rows.tolist()])
-
-    def scores(prompts, tokens, mask):
-        return np.array([story_score(text) for text in texts(prompts, tokens, mask)], np.float32)
-
-    def annotate(key, sample):
-        tokens, mask = (np.asarray(part) for part in sample.responses)
-        count = tokens.shape[1] * tokens.shape[2]
-        prompts = Prompts(*(jnp.repeat(part, count, axis=0) for part in sample.prompts))
-        flat = scores(prompts, tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
-        return preferences.draw_labels(key, jnp.asarray(flat.reshape(tokens.shape[:3])), labels=objective.labels)
-
-    repeats = -(-judged // len(opening))
-    asked = Prompts(*(jnp.repeat(part, repeats, axis=0) for part in whole))
-
-    @jax.jit
-    def write_and_weigh(params, reference, asked: Prompts, key):
-        written = generate(policy, params, key, *asked, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-        theirs = completion_log_probs(policy, reference, *asked, written.tokens, written.mask)
-        return written, jnp.sum(written.log_prob, axis=-1) - jnp.sum(theirs, axis=-1)
-
-    def judged_completions(params, key):
-        written, log_ratio = write_and_weigh(params, start, asked, jax.random.key(key))
-        return scores(asked, np.asarray(written.tokens), np.asarray(written.mask)), np.asarray(log_ratio)
-
-    base, _ = judged_completions(start, 1_000_001)
-    by_prompt = base.reshape(len(opening), repeats)
-
-    def evaluate(state):
-        own, log_ratio = judged_completions(state.policy, 1_000_000)
-        win_rate = np.mean(preferences.preference(jnp.stack([own, base], axis=-1)))
-        kl = float(log_ratio.mean())
-        return {
-            "true_return": float(own.mean()),
-            "true_return_error": float(own.std() / len(own) ** 0.5),
-            "win_rate": float(win_rate),
-            "kl": kl,
-            "kl_error": float(log_ratio.std() / len(own) ** 0.5),
-            "value": float(own.mean()) - beta * kl,
-            "gain_in_spreads": float((own.mean() - base.mean()) / base.std()),
-        }
-
-    def write(params):
-        few = Prompts(*(part[::repeats] for part in asked))
-        written = generate(policy, params, jax.random.key(0), *few, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-        tokens, mask = np.asarray(written.tokens), np.asarray(written.mask)
-        whole_texts = texts(few, tokens, mask)
-        return [(first, text.removeprefix(first)) for first, text in zip(OPENINGS, whole_texts, strict=False)]
+    def complete(params):
+        generated = stories.generate(params, jax.random.key(0), stories.openings)
+        texts = stories.texts(stories.openings, Responses(generated.tokens, generated.mask))
+        return [(opening, text.removeprefix(opening)) for opening, text in zip(OPENINGS, texts, strict=True)]
 
     return Task(
-        problem=lambda objective: language_problem(policy, reward, objective, **problem_shape),
-        upper=reward.from_trunk(start),
-        frozen=LanguageFrozen(start),
+        problem=lambda objective: language_problem(
+            stories.policy, reward, objective, pairs=pairs, generation=Generation(max_new_tokens, stories.stop_ids)
+        ),
+        upper=reward.from_trunk(stories.start),
+        frozen=LanguageFrozen(stories.start),
         batches=batches,
         traced_annotator=None,
-        host_annotator=annotate,
-        evaluate=evaluate,
+        host_annotator=story_annotator(stories, objective.labels),
+        evaluate=lambda state: sampled_measurements(*evaluate(state.policy, 1_000_000), baseline, beta=beta),
         optimum=float(np.mean(beta * (np.asarray(jax.nn.logsumexp(by_prompt / beta, axis=1)) - np.log(repeats)))),
-        spread=float(base.std()),
-        write=write,
+        spread=float(baseline.std()),
+        complete=complete,
     )
-
-
-def encode(tokenizer: Any, bos: int | None, text: str) -> list[int]:
-    """Returns BOS, once, and the text's tokens, without an end."""
-    tokens = [token for token in tokenizer.encode(text, add_special_tokens=False).ids if token != bos]
-    return tokens if bos is None else [bos, *tokens]
-
-
-def left_padded(rows: list[list[int]]) -> Prompts:
-    """Returns the rows as one batch, padded on the left."""
-    length = max(len(row) for row in rows)
-    tokens = np.array([[0] * (length - len(row)) + row for row in rows], np.int32)
-    mask = np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
-    return Prompts(jnp.asarray(tokens), jnp.asarray(mask))

@@ -2,7 +2,7 @@
 
     python experiments/stage_1_sft.py --policy DIR --data demonstrations.jsonl
 
-Every stage takes the folder that the last one made, or a Hugging Face directory.
+Every stage accepts the folder of the previous stage, or a Hugging Face directory.
 """
 
 import tyro

@@ -2,7 +2,7 @@
 
     python experiments/stage_3_align.py --policy runs/sft-... --data prompts.jsonl --score module:function
 
-Every stage takes the folder that the last one made, or a Hugging Face directory.
+Every stage accepts the folder of the previous stage, or a Hugging Face directory.
 """
 
 import tyro

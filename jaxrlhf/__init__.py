@@ -1,14 +1,21 @@
 """Online RLHF as one bilevel problem, in JAX, with first-order gradients only.
 
-The core is `jaxrlhf.bilevel`; `jaxrlhf.objectives` and `jaxrlhf.preferences` say what is minimised and who labels;
-`jaxrlhf.bandit`, `jaxrlhf.exact` and `jaxrlhf.lm` are its instances; `jaxrlhf.training` runs it.
+Rooms, in the order in which they may import each other:
+
+- `base`: the bilevel problem, importance weights, the shape of an algorithm. `bilevel`: the method itself.
+- `preferences` (annotators, objectives), `evaluation` (statistics on the host), `algorithms` (baselines, replay, control).
+- `exact` (tables, the bandit), `mdp`, `data`, `lm`: instances, from enumerable to pretrained.
+- `annotation` (people, functions and language models that label), `known` (problems with exact answers), `training`
+  (compilation, sharding, checkpoints), `commands` (the command line).
+
+`jaxrlhf.objectives` and `jaxrlhf.bandit` are short names for modules of `preferences` and `exact`.
 """
 
 __version__ = "0.1.0"
 
 from jaxrlhf import bilevel, preferences
 from jaxrlhf.bilevel import (
-    BilevelAlgorithm,
+    Algorithm,
     BilevelInfo,
     BilevelProblem,
     BilevelState,
@@ -25,7 +32,7 @@ from jaxrlhf.bilevel import (
 from jaxrlhf.preferences import objectives
 
 __all__ = [
-    "BilevelAlgorithm",
+    "Algorithm",
     "BilevelInfo",
     "BilevelProblem",
     "BilevelState",

@@ -70,6 +70,32 @@ def test_public_definitions_are_documented(path):
             assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
+LONGEST_FILE, LONGEST_FUNCTION, MOST_NESTED = 350, 70, 6
+
+
+def functions_in(node):
+    return [child for child in ast.walk(node) if isinstance(child, ast.FunctionDef) and child is not node]
+
+
+def code_lines(function, lines):
+    """Lines of a function that are neither blank, comment nor docstring."""
+    documented = ast.get_docstring(function, clean=False) is not None
+    docstring = range(function.body[0].lineno, function.body[0].end_lineno + 1) if documented else ()
+    numbered = range(function.lineno, function.end_lineno + 1)
+    stripped = [lines[number - 1].strip() for number in numbered if number not in docstring]
+    return sum(bool(line) and not line.startswith("#") for line in stripped)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_fit_on_a_screen(path):
+    source = path.read_text()
+    lines, tree = source.splitlines(), ast.parse(source)
+    assert len(lines) <= LONGEST_FILE
+    for function in functions_in(tree):
+        assert code_lines(function, lines) <= LONGEST_FUNCTION, f"{path.name}: {function.name} is too long"
+        assert len(functions_in(function)) <= MOST_NESTED, f"{path.name}: {function.name} holds too many functions"
+
+
 def test_every_field_of_the_report_is_explained():
     text = (ROOT.parent / "docs" / "diagnostics.md").read_text()
     from jaxrlhf.bilevel import BilevelInfo

@@ -1,5 +1,6 @@
 """Strict numerics for every test; programs that several tests or commands compile are compiled once a run."""
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -9,10 +10,15 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation: programs here run for milliseconds.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-# The older of two code generators, which takes half as long to compile. XLA stops at a flag that it does not know, and
-# knows this one up to 0.10 only.
+# The older of two code generators, one LLVM module per program in place of up to 32, and no expensive LLVM passes: each
+# shortens compilation. XLA stops at a flag that it does not know; it knows the first up to 0.10 only.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        " --xla_llvm_disable_expensive_passes=true"
+    )
+# Tracing allocates many small objects that live on; the default thresholds spend a tenth of the time looking through them.
+gc.set_threshold(50_000, 20, 100)
 # Inherited by pytest-xdist's workers and by every command that a test runs. New for each run of the suite: a test never
 # sees what an older tree compiled.
 OWN_CACHE = None

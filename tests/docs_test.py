@@ -1,4 +1,4 @@
-"""Two pages of the documentation, executed block by block as a reader would paste them; TRL's blocks where TRL is."""
+"""Two pages of the documentation, executed block by block as a reader pastes them; TRL's blocks if it is installed."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ NUMBER = r"-?\d+\.\d+"
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, and whose it is: "ours", "TRL" or "transformers"."""
+    """A fenced block: its language, its text, and the library it belongs to: "ours", "TRL" or "transformers"."""
 
     language: str
     code: str
@@ -46,10 +46,10 @@ def owner_of(code):
 
 
 def execute(page, owner, names):
-    """Runs an owner's blocks in the working directory, and holds what they print to the `text` block behind.
+    """Runs an owner's blocks in the working directory and compares their output with the `text` block that follows.
 
-    Numbers may differ by 0.15 and a tenth: other machines round otherwise, and samples change with that. Returns the
-    names that the blocks leave; what each printed is under `printed`.
+    Numbers may differ by 0.15 plus a tenth: machines round differently, and samples change with rounding. Returns the
+    namespace of the blocks; the output of each is in `printed`.
     """
     names["printed"], printed = [], ""
     for block in blocks_of(page):
@@ -57,14 +57,14 @@ def execute(page, owner, names):
             continue
         if block.language == "text":
             assert re.sub(NUMBER, "#", printed) == re.sub(NUMBER, "#", block.code)
-            shown, found = (list(map(float, re.findall(NUMBER, text))) for text in (block.code, printed))
-            np.testing.assert_allclose(found, shown, atol=0.15, rtol=0.1, err_msg=printed)
+            expected, actual = (list(map(float, re.findall(NUMBER, text))) for text in (block.code, printed))
+            np.testing.assert_allclose(actual, expected, atol=0.15, rtol=0.1, err_msg=printed)
             continue
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             if block.language == "console":
                 for line in block.code.replace("\\\n", " ").splitlines():
-                    command(line)
+                    run_command(line)
             elif re.match(r"# \w+\.py\n", block.code):
                 pathlib.Path(block.code.split()[1]).write_text(block.code)
             else:
@@ -74,7 +74,7 @@ def execute(page, owner, names):
     return names
 
 
-def command(line):
+def run_command(line):
     """Runs a line of a console block; `runs/NAME-...` is the latest such folder."""
     program, name, *arguments = shlex.split(line)
     if program == "trl":
@@ -86,12 +86,12 @@ def command(line):
     main(tyro.cli(kind, args=arguments))
 
 
-def latest(beginning):
-    return max(pathlib.Path().glob(beginning + "*"), key=lambda folder: folder.stat().st_mtime)
+def latest(prefix):
+    return max(pathlib.Path().glob(prefix + "*"), key=lambda folder: folder.stat().st_mtime)
 
 
 def make_files(folder):
-    """The files that the page for users of TRL speaks of: sun is preferred to rain."""
+    """Writes the files that the page for users of TRL assumes: completions with sun are preferred to those with rain."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -103,14 +103,14 @@ def make_files(folder):
     save_decoder(folder / "base", shape, params, special=SpecialIds(0, (1,), 2), tokenizer=tokenizer)
     settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
-    source, lines = np.random.default_rng(0), []
+    generator, lines = np.random.default_rng(0), []
     for _ in range(60):
         words = {
-            side: source.choice([word, "the", "."], source.integers(2, 5))
+            side: generator.choice([word, "the", "."], generator.integers(2, 5))
             for side, word in (("chosen", "sun"), ("rejected", "rain"))
         }
         completions = {side: " " + " ".join([*chosen, chosen[0]]) for side, chosen in words.items()}
-        prompt = " ".join(source.choice(["good", "bad", "day", "the", "a"], 4)) + " ?"
+        prompt = " ".join(generator.choice(["good", "bad", "day", "the", "a"], 4)) + " ?"
         completions = {"chosen": completions["chosen"] + " sun", "rejected": completions["rejected"] + " rain"}
         lines.append({"prompt": prompt} | completions)
     for name, keys in (("preferences", ("prompt", "chosen", "rejected")), ("prompts", ("prompt",))):
@@ -121,7 +121,7 @@ def make_files(folder):
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """The folder of the page for users of TRL, and the names that our blocks left."""
+    """The working directory of the page for users of TRL, and the namespace of our blocks."""
     folder, names = tmp_path_factory.mktemp("trl"), {"__name__": "coming_from_trl"}
     make_files(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -140,13 +140,13 @@ def test_our_side_of_the_page_for_users_of_trl(ours):
     wins = numbers(names["printed"], "win rate")
     assert len(wins) == 2
     assert all(last > first + 0.25 for first, last in wins)
-    first, last = numbers(names["printed"], "suns in a completion")[0]
+    first, last = numbers(names["printed"], "suns per completion")[0]
     assert last > first + 0.2
     shapes = [models.open_model(folder / name, "policy").config for name in ("base", "dpo", "aligned")]
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-def test_what_is_exported_is_read_by_transformers(ours, monkeypatch):
+def test_transformers_loads_the_export(ours, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
     folder, _ = ours
@@ -155,24 +155,24 @@ def test_what_is_exported_is_read_by_transformers(ours, monkeypatch):
     assert names["printed"][0].startswith("<s> good day ?")
 
 
-def test_the_side_of_trl(request, monkeypatch):
+def test_trls_side_of_the_page(request, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    pytest.importorskip("trl", reason="TRL's blocks are executed where trl is installed beside this library")
+    pytest.importorskip("trl", reason="TRL's blocks are executed only if trl is installed beside this library")
     folder, ours = request.getfixturevalue("ours")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     monkeypatch.chdir(folder)
-    names = execute(TRL, "TRL", {"__name__": "side_of_trl"})
+    names = execute(TRL, "TRL", {"__name__": "trls_side"})
     accuracy, loss, scores = (text.splitlines()[-1] for text in names["printed"][:4] if text)
     assert float(accuracy) > 0.8
     assert json.loads(scores)[-1] > json.loads(scores)[0]
-    # Of one policy on the same pairs both libraries say the same loss.
+    # For the same policy and pairs, both libraries report the same loss.
     policy = models.open_model(folder / "trl" / "dpo", "policy")
     assert float(loss) == pytest.approx(float(ours["loss_of"](policy.params)), abs=1e-4)
-    command("jaxrlhf evaluate --reward trl/reward --data preferences --max-length 24")
-    judged = json.loads((latest("runs/evaluate-") / "results.json").read_text())
-    assert judged["reward"]["accuracy"] > 0.8
-    command(
+    run_command("jaxrlhf evaluate --reward trl/reward --data preferences --max-length 24")
+    results = json.loads((latest("runs/evaluate-") / "results.json").read_text())
+    assert results["reward"]["accuracy"] > 0.8
+    run_command(
         "jaxrlhf evaluate --policy trl/grpo --reference base --data prompts --score weather:suns --max-new-tokens 6"
     )
     assert json.loads((latest("runs/evaluate-") / "results.json").read_text())["win_rate"] > 0.7
@@ -180,16 +180,16 @@ def test_the_side_of_trl(request, monkeypatch):
 
 
 def test_a_policy_a_model_and_an_annotator_of_ones_own():
-    # As for a reader: arrays of different ranks may be added.
+    # As for a reader: rank promotion is allowed.
     with jax.numpy_rank_promotion("allow"):
         names = execute("your_own_policy.md", "ours", {"__name__": "your_own_policy"})
-    before, after = numbers(names["printed"], "mean miss")[0]
+    before, after = numbers(names["printed"], "mean error")[0]
     assert after < 0.5 * before
     first, last = numbers(names["printed"], "win rate")[0]
     assert last > first + 0.2
 
 
-def numbers(printed, beginning):
-    """The numbers of every printed line with such a beginning."""
-    lines = [line for text in printed for line in text.splitlines() if line.startswith(beginning)]
+def numbers(printed, prefix):
+    """The numbers of every printed line with this prefix."""
+    lines = [line for text in printed for line in text.splitlines() if line.startswith(prefix)]
     return [list(map(float, re.findall(NUMBER, line))) for line in lines]

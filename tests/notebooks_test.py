@@ -1,4 +1,4 @@
-"""Each notebook runs from a clean kernel, computes what its text says, and is saved without traces of a machine."""
+"""Each notebook runs in a clean kernel, computes what its text says, and is saved without traces of a machine."""
 
 import json
 import os
@@ -21,7 +21,7 @@ STORIES = pathlib.Path(__file__).resolve().parents[2] / "shared" / "models" / "s
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 PACKAGE = pathlib.Path(jaxrlhf.__file__).parents[1]
 
-# Run in the notebook's own kernel after its last cell, on the values that its cells left behind.
+# Run in the notebook's kernel after its last cell, on its variables.
 FIRST_STEPS = """
 for name, order in (("forward", 1), ("central", 2), ("five_point", 4)):
     assert abs(slopes[name] - order) < 0.05, slopes
@@ -49,7 +49,7 @@ for name, order in (("forward", 1), ("central", 2), ("five_point", 4)):
 assert errors["forward"][3] < 0.15 and errors["central"][3] < 2e-3 and errors["five_point"][3] < 2e-6, errors
 assert abs(slope(0.0) - upper_value(stable)) < 1e-12 and np.all(values - tangent < 1e-12)
 
-at_stop, at_optimum = np.argmin(abs(places)), np.argmin(abs(places - 1))
+at_stop, at_optimum = np.argmin(abs(positions)), np.argmin(abs(positions - 1))
 assert abs(decoupled_slope[at_stop]) < 1e-6 and true_slope[at_stop] < -0.1
 assert abs(true_slope[at_optimum]) < 1e-6 and decoupled_slope[at_optimum] > 0.05
 assert np.all(np.sign(reward_weight) == [-1, 1, 1, 1, 1]), reward_weight
@@ -67,35 +67,37 @@ assert 0.29 < value(nothing) < 0.31 and 1.28 < value(designed) < 1.48  # better 
 assert passing[1] > 3 * passing[0] and rooms.charges(designed).sum() < 0.2
 """
 
-# With any model, however little it learns: what is measured is what is said.
+# These hold for any model, however little it learns.
 ALIGN_A_MODEL = """
-assert len(steps) == STEPS and {row["labels"] for row in steps} == {len(LEARNED) // 2 * PAIRS}
-assert [row["step"] for row in ruler] == list(range(0, STEPS + 1, EVALUATE_EVERY))
-assert all(np.isfinite(list(row.values())).all() for row in ruler + steps)
+assert len(steps) == STEPS and {row["labels"] for row in steps} == {len(TRAINING) // 2 * PAIRS}
+assert [row["step"] for row in evaluations] == list(range(0, STEPS + 1, EVALUATE_EVERY))
+assert all(np.isfinite(list(row.values())).all() for row in evaluations + steps)
 assert happiness("Happy, happy and SAD, but fun.") == 2.0 and happiness("unhappy") == 0.0
 assert happier([""] * 9, ["fun play kind friends"] * 9, ["sad mad"] * 9).all()
 
-ratio = lambda params: np.asarray(reference_log_prob(params, judged, after)).sum(axis=1)
-np.testing.assert_allclose(moved.sum(axis=1), ratio(aligned) - ratio(weights), atol=1e-3)
-assert abs(log_ratios(before)).max() < 1e-4 and abs(moved[np.asarray(after.mask)]).max() > 1e-4
-assert abs(ruler[0]["kl"]) < 1e-3 and abs(ruler[0]["learned reward"]) < 1e-6
-assert verdict.pairs == len(labels) == len(FRESH) * STORIES and labels.mean() == controlled.plain
-assert abs(known.gold[0] - pool.mean()) < 1e-9 and np.all(chosen.gold < known.gold + 1e-9)
-assert pool.shape == (len(FRESH), POOLS * STORIES) and np.all(np.diff(known.gold) > -1e-9)
-assert max(share_after.values()) <= 1 and 0 <= then.min() and sum(share_before.values()) > 1
-assert jax.tree.all(jax.tree.map(lambda one, other: bool(jnp.all(one == other)), loaded, aligned))
-assert again == texts_after and wanted(STEPS) == TARGET_KL
+log_prob = lambda params: np.asarray(reference_log_prob(params, fresh_prompts, after)).sum(axis=1)
+np.testing.assert_allclose(token_log_ratios.sum(axis=1), log_prob(aligned) - log_prob(weights), atol=1e-3)
+assert abs(log_ratios(before)).max() < 1e-4 and abs(token_log_ratios[np.asarray(after.mask)]).max() > 1e-4
+assert abs(evaluations[0]["kl"]) < 1e-3 and abs(evaluations[0]["learned reward"]) < 1e-6
+assert evaluation.pairs == len(labels) == len(FRESH) * STORIES and labels.mean() == controlled.raw_rate
+assert abs(best_by_happiness.gold[0] - pool.mean()) < 1e-9
+assert np.all(best_by_reward.gold < best_by_happiness.gold + 1e-9)
+assert pool.shape == (len(FRESH), POOLS * STORIES) and np.all(np.diff(best_by_happiness.gold) > -1e-9)
+assert max(frequency_after.values()) <= 1 and 0 <= old.min() and sum(frequency_before.values()) > 1
+assert jax.tree.all(jax.tree.map(lambda left, right: bool(jnp.all(left == right)), loaded, aligned))
+assert reloaded_texts == texts_after and kl_target(STEPS) == TARGET_KL
 """
 
-# What its text says of the pretrained model, from a run in full.
+# What the text says of the pretrained model, from a full run.
 ALIGNED = """
 assert 0.72 < low < labels.mean() < 0.92 and abs(controlled.rate - labels.mean()) < 0.03
-assert 3.0 < moved.sum(axis=1).mean() < 5.5 and gain > happiness_before.std()
-assert max(row["kl"] for row in ruler) > TARGET_KL + 1 and abs(lengths_after.mean() - lengths_before.mean()) < 8
-assert min(share_after[word] - 2 * share_before[word] for word in ("play", "friends", "loved", "happy")) > 0
-assert len(share_after) < len(share_before)
-assert verdict.accuracy > 0.8 and verdict.calibration_error < 0.1
-assert known.gold[-1] - pool.mean() > 1.3 * gain and max(chosen.gold) - pool.mean() > gain
+assert 3.0 < token_log_ratios.sum(axis=1).mean() < 5.5 and gain > happiness_before.std()
+assert max(row["kl"] for row in evaluations) > TARGET_KL + 1
+assert abs(lengths_after.mean() - lengths_before.mean()) < 8
+assert min(frequency_after[word] - 2 * frequency_before[word] for word in ("play", "friends", "loved", "happy")) > 0
+assert len(frequency_after) < len(frequency_before)
+assert evaluation.accuracy > 0.8 and evaluation.calibration_error < 0.1
+assert best_by_happiness.gold[-1] - pool.mean() > 1.3 * gain and max(best_by_reward.gold) - pool.mean() > gain
 """
 
 VALUES = {
@@ -105,7 +107,7 @@ VALUES = {
     "the_method": THE_METHOD,
 }
 PICTURES = {"align_a_model": 5, "first_steps": 2, "four_rooms": 3, "the_method": 6}
-# Put behind the cell `settings` of a notebook that takes minutes in full.
+# Appended to the cell `settings` of a notebook whose full run takes minutes.
 SHORT = {"align_a_model": "STEPS, EVALUATE_EVERY, PAIRS, MAX_NEW_TOKENS, STORIES, POOLS = 12, 4, 2, 12, 4, 2"}
 each_notebook = pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
 
@@ -115,7 +117,7 @@ def read(name):
 
 
 def own_kernel(folder):
-    """A manager whose only `python3` is the interpreter of this test, with the package that this test imports."""
+    """Returns a kernel manager whose only `python3` is this test's interpreter with the package that this test imports."""
     spec = {
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": "Python 3",
@@ -134,11 +136,11 @@ def own_kernel(folder):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
-    """A random Llama directory of a few words, a new line among them: what `align_a_model` is run on."""
+    """The directory of a random Llama with a vocabulary of a few words and a line break, for `align_a_model`."""
     directory = tmp_path_factory.mktemp("model")
     words = ("<s>", "</s>", "<unk>", "\n", "the", "dog", "saw", "happy", "play", "friends", "sad", "lost")
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     shape = DecoderConfig(len(words), 16, 1, 2, 1, 8, 16, context_length=64)
@@ -156,7 +158,7 @@ def execute(notebook, folder, *, timeout=300):
     client = nbclient.NotebookClient(
         notebook, km=own_kernel(folder), timeout=timeout, resources={"metadata": {"path": str(work)}}
     )
-    client.execute(cleanup_kc=True)  # a kernel manager of ours is otherwise left running
+    client.execute(cleanup_kc=True)  # by default, a kernel manager that is passed in keeps running
     assert list(work.iterdir()) == []  # the notebook writes no files
     return notebook
 
@@ -164,7 +166,7 @@ def execute(notebook, folder, *, timeout=300):
 @pytest.mark.parametrize(
     "name",
     [
-        # What a newcomer opens first runs every time.
+        # The first notebook that a newcomer opens is always tested.
         pytest.param(path.stem, marks=() if path.stem == "first_steps" else pytest.mark.slow)
         for path in sorted(NOTEBOOKS.glob("*.ipynb"))
     ],
@@ -177,13 +179,13 @@ def test_a_notebook_runs_and_its_values_are_right(name, tmp_path, tiny_model, mo
         if cell.id == "settings" and name in SHORT:
             cell.source += "\n" + SHORT[name]
     stored = {cell.id: len(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
-    where = "import sys; print(sys.executable)"
-    notebook.cells += [nbformat.v4.new_code_cell(VALUES[name]), nbformat.v4.new_code_cell(where)]
-    ran = execute(notebook, tmp_path)
-    assert ran.cells[-1].outputs[0].text.strip() == sys.executable
-    kinds = {output.output_type for cell in ran.cells if cell.cell_type == "code" for output in cell.outputs}
+    interpreter = "import sys; print(sys.executable)"
+    notebook.cells += [nbformat.v4.new_code_cell(VALUES[name]), nbformat.v4.new_code_cell(interpreter)]
+    executed = execute(notebook, tmp_path)
+    assert executed.cells[-1].outputs[0].text.strip() == sys.executable
+    kinds = {output.output_type for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs}
     assert "error" not in kinds
-    assert {cell.id: bool(cell.outputs) for cell in ran.cells if cell.id in stored} == {
+    assert {cell.id: bool(cell.outputs) for cell in executed.cells if cell.id in stored} == {
         cell: count > 0 for cell, count in stored.items()
     }
 
@@ -199,7 +201,7 @@ def test_a_pretrained_model_is_aligned_as_the_text_says(tmp_path, monkeypatch):
     execute(notebook, tmp_path, timeout=1800)
 
 
-def test_without_its_model_a_notebook_says_what_to_do(tmp_path, monkeypatch):
+def test_a_missing_model_is_reported_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.setenv("JAXRLHF_MODEL", str(tmp_path / "nowhere"))
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="nowhere is no directory: set JAXRLHF_MODEL to"):
@@ -214,16 +216,16 @@ def test_a_failing_cell_fails_the_run(tmp_path, monkeypatch):
 
 
 @each_notebook
-def test_a_saved_notebook_is_whole_and_free_of_its_machine(name):
+def test_a_saved_notebook_is_complete_and_without_traces_of_a_machine(name):
     notebook = read(name)
     nbformat.validate(notebook)
     assert notebook.metadata == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    names = [cell.id for cell in notebook.cells]
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", name) for name in names), names
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", cell_id) for cell_id in ids), ids
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.metadata == {} for cell in notebook.cells)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
@@ -233,6 +235,6 @@ def test_a_saved_notebook_is_whole_and_free_of_its_machine(name):
     for output in outputs:
         assert output.output_type in ("stream", "display_data")
         assert output.get("name") != "stderr"
-    shown = [output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs]
-    text = "\n".join([cell.source for cell in notebook.cells] + shown)
+    texts = [output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs]
+    text = "\n".join([cell.source for cell in notebook.cells] + texts)
     assert not re.search(r"/(home|tmp|work|root|usr|Users)/|[A-Z]:\\", text)

@@ -21,7 +21,7 @@ ONE_POLICY = {
 
 
 def problems():
-    """Name -> problem; every objective is coupled, so that there is a gradient to get wrong."""
+    """Returns the problems by name; every objective is coupled, so that the response term of the gradient matters."""
     both = objectives.add(objectives.likelihood(), objectives.utility(kl_price=0.1))
     return {
         "quadratic": known.quadratic(),
@@ -32,24 +32,24 @@ def problems():
     }
 
 
-def hypergradient(given, rule, upper, lower):
-    """Returns `(key, index) -> ` the estimate as a vector; the rule reads the index as the step's number."""
-    algorithm = given.algorithm(rule, given.solver, optax.sgd(1.0))
+def hypergradient(problem, rule, upper, lower):
+    """Returns `index -> ` the estimate as a vector; the rule's sigma schedule reads the index as the step number."""
+    algorithm = problem.algorithm(rule, problem.solver, optax.sgd(1.0))
     state = algorithm.init(jax.random.key(0), upper, lower)
 
     @jax.jit
     def estimate(index):
-        at = state._replace(step=index)
-        # Solved once, so that the sample stands for the answer at this reward.
-        solved = algorithm.step(jax.random.key(0), at, given.data, given.frozen)[0].lowers
-        after, _ = algorithm.step(jax.random.key(0), at._replace(lowers=solved), given.data, given.frozen)
+        start = state._replace(step=index)
+        # The first step solves the lower problem, so that the second one samples from the best response to this reward.
+        solved = algorithm.step(jax.random.key(0), start, problem.data, problem.frozen)[0].lowers
+        after, _ = algorithm.step(jax.random.key(0), start._replace(lowers=solved), problem.data, problem.frozen)
         return ravel_pytree(jax.tree.map(jnp.subtract, upper, after.upper))[0]
 
     return estimate
 
 
-def slope(sigmas, errors, order):
-    """Returns the fitted exponent, from the range where neither saturation nor rounding shows."""
+def fitted_exponent(sigmas, errors, order):
+    """Returns the exponent of error against sigma, fitted where neither saturation nor rounding matters."""
     largest = {1: 0.1, 2: 0.3, 4: 0.5}[order]
     kept = [(s, e) for s, e in zip(sigmas, errors, strict=True) if s <= largest and e > 1e-10]
     logs = np.log(np.array(kept))
@@ -63,36 +63,37 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     one_policy = {"boltzmann": bilevel.boltzmann} if quick else ONE_POLICY
     rows, panels, values = [], [], {}
     with jax.enable_x64(True):
-        chosen = {name: given for name, given in problems().items() if not quick or name == "bandit"}
+        chosen = {name: problem for name, problem in problems().items() if not quick or name == "bandit"}
         progress = reports.Progress("bias", len(chosen))
-        for name, given in chosen.items():
-            upper, lower = given.start(jax.random.key(1), 0.5)
-            truth = ravel_pytree(jax.grad(given.phi)(upper))[0]
+        for name, problem in chosen.items():
+            upper, lower = problem.start(jax.random.key(1), 0.5)
+            truth = ravel_pytree(jax.grad(problem.phi)(upper))[0]
             lines, row = {}, [name]
             for stencil, make in stencils.items():
                 rule = make(lambda step: jnp.asarray(sigmas)[step])
-                estimate = hypergradient(given, rule, upper, lower)
+                estimate = hypergradient(problem, rule, upper, lower)
                 errors = [
                     float(jnp.linalg.norm(estimate(i) - truth) / jnp.linalg.norm(truth)) for i in range(len(sigmas))
                 ]
-                fitted = slope(sigmas, errors, rule.stencil.order)
+                fitted = fitted_exponent(sigmas, errors, rule.stencil.order)
                 lines[stencil] = (sigmas, errors)
                 row.append(f"{fitted:.2f}")
-                values[f"{name}, {stencil}"] = {"sigma": sigmas, "error": errors, "slope": fitted}
+                values[f"{name}, {stencil}"] = {"sigma": sigmas, "error": errors, "exponent": fitted}
             for rule_name, make in one_policy.items():
                 if rule_name == "boltzmann" and name in ("quadratic", "episodes"):
                     row.append("-")
                     continue
-                error = jnp.linalg.norm(hypergradient(given, make(), upper, lower)(0) - truth) / jnp.linalg.norm(truth)
+                estimate = hypergradient(problem, make(), upper, lower)
+                error = jnp.linalg.norm(estimate(0) - truth) / jnp.linalg.norm(truth)
                 row.append(f"{float(error):.1e}")
                 values[f"{name}, {rule_name}"] = {"error": float(error)}
             rows.append(row)
             panels.append({"title": name, "x": "sigma / beta", "y": "relative error of grad Phi", "lines": lines})
             progress(name)
-    header = ["problem", *(f"{name}: slope" for name in stencils), *(f"{name}: error" for name in one_policy)]
+    header = ["problem", *(f"{name}: exponent" for name in stencils), *(f"{name}: error" for name in one_policy)]
     text = (
         "## 1. Bias\n\nRelative error of the estimated grad Phi, exact lower policies, no sampling, double precision. "
-        "Slopes of log error against log sigma (theory: 1, 2, 4); rules without sigma by their error.\n\n"
+        "Exponents: slopes of log error against log sigma (theory: 1, 2, 4); for rules without sigma, the error.\n\n"
         + reports.table(header, rows)
     )
     reports.draw(output / "bias.png", panels, columns=3)

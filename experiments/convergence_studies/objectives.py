@@ -1,9 +1,9 @@
-"""Study: what each upper objective is worth, exact and from labels, and where coupling the two levels pays.
+"""Study 6, objectives: the policies that each upper objective leads to, exact and from labels; where coupling pays.
 
-True return and win rate of the policy reached by each upper objective and by decoupled (iterated) and offline RLHF, on
-bandits whose reward is realisable, misspecified at random, or misspecified in a structured way; exact and sampled; at
-equal labels, at equal beta and at equal KL. The figure of merit is the missed share of the achievable gain: 0 is the
-optimum, 1 the reference, more than 1 worse than doing nothing.
+True return and win rate of the policies reached with each upper objective and with decoupled (iterated) and offline RLHF,
+on bandits whose reward is realisable, misspecified at random, or misspecified in a structured way; exact and sampled; at
+equal labels, at equal beta and at equal KL. The figure of merit is the missed fraction of the achievable gain: 0 is the
+optimum, 1 the reference; above 1 the policy is worse than the reference.
 """
 
 import json
@@ -31,10 +31,10 @@ SEEDS = {"study": 2024, "tuning": 4048}
 
 
 class Size(NamedTuple):
-    """How much is run.
+    """The size of the study.
 
-    Every sampled bandit is run `repeats` times, from other labels, and averaged. Tuning makes as many runs as the study,
-    so that one program serves both: `bandits * repeats` must divide by the size of a grid.
+    Every sampled bandit is run `repeats` times with different labels, and averaged. Tuning makes as many runs as the
+    study, so that one program serves both: `bandits * repeats` must be divisible by the size of a grid.
     """
 
     bandits: int
@@ -68,8 +68,8 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     size, began = _size(quick), time.monotonic()
     cases = {name: _flat(draw_all(seed, size.bandits)) for name, seed in SEEDS.items()}
-    whole = len(size.exact) + len(size.betas) * 3 + len(size.learners) * len(size.budgets) + len(size.traced)
-    progress = reports.Progress("objectives", whole)
+    total = len(size.exact) + len(size.betas) * 3 + len(size.learners) * len(size.budgets) + len(size.traced)
+    progress = reports.Progress("objectives", total)
 
     exact_results = _run_exact(cases["study"], size, progress)
     of_betas = _run_betas(cases["study"], size, progress)
@@ -77,19 +77,19 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     traces = _trace(cases["study"], size, progress)
     ceilings = numbers.ceilings(exact_results)
     gains = numbers.gains(sampled_results)
-    shares = numbers.shares(exact_results, sampled_results)
+    realised = numbers.realised(exact_results, sampled_results)
 
-    parts = [
-        tables.answer_table(ceilings, gains),
+    sections = [
+        tables.summary_table(ceilings, gains),
         tables.ceiling_table(ceilings, of_betas),
-        *tables.share_tables(shares),
+        *tables.realised_tables(realised),
         *([tables.loophole_table(traces)] if traces else []),
         *tables.exact_tables(exact_results),
         *tables.sampled_tables(sampled_results),
         *tables.detail_tables(exact_results),
     ]
     (output / "objectives.md").write_text(
-        tables.page(parts, beta=BETA, bandits=size.bandits, repeats=size.repeats, quick=quick)
+        tables.page(sections, beta=BETA, bandits=size.bandits, repeats=size.repeats, quick=quick)
     )
     figures.draw_map(output / "objectives.png", ceilings, gains)
     if traces:
@@ -97,7 +97,7 @@ def run(quick: bool, output: pathlib.Path) -> dict:
     results = {
         "ceilings": ceilings,
         "gains from labels": gains,
-        "shares": shares,
+        "fractions realised": realised,
         "exact": numbers.means(exact_results),
         "sampled": numbers.sampled_means(sampled_results),
         "other betas": of_betas,
@@ -105,20 +105,20 @@ def run(quick: bool, output: pathlib.Path) -> dict:
         "seconds": round(time.monotonic() - began, 1),
     }
     (output / "objectives.json").write_text(json.dumps(results) + "\n")
-    return _summary(ceilings, shares) | {"seconds": results["seconds"]}
+    return _summary(ceilings, realised) | {"seconds": results["seconds"]}
 
 
-def _summary(ceilings: dict, shares: dict) -> dict:
-    """The ceiling of the default by structure, and the share of it that labels realised when they are kept."""
+def _summary(ceilings: dict, realised: dict) -> dict:
+    """The ceiling of the default by structure, and the fraction of it realised with kept labels."""
     kept = {
         structure: {
             where: {budget: of[KEPT_DEFAULT]["same labels"] for budget, of in of_budgets.items() if KEPT_DEFAULT in of}
             for where, of_budgets in of_structure.items()
         }
-        for structure, of_structure in shares.items()
+        for structure, of_structure in realised.items()
     }
     exact = {structure: {where: of[DEFAULT] for where, of in rows.items()} for structure, rows in ceilings.items()}
-    return {"ceilings": exact, "shares": kept}
+    return {"ceilings": exact, "fractions realised": kept}
 
 
 def _flat(cases: Case) -> Case:
@@ -141,15 +141,17 @@ def _run_exact(cases: Case, size: Size, progress: reports.Progress) -> dict:
         results[name] = _descend(cases, name, BETA, size)
         progress(f"exact: {name}")
     scores = jax.vmap(exactly.label_scores)(cases)
-    verdicts = exactly.judge_all(cases, scores, jnp.asarray(BETA / 4), jnp.asarray(BETA))
-    results[POLICY_GRADIENT] = _by_structure({name: value[:, None] for name, value in verdicts.items()}, size.bandits)
+    evaluations = exactly.evaluate_all(cases, scores, jnp.asarray(BETA / 4), jnp.asarray(BETA))
+    results[POLICY_GRADIENT] = _by_structure(
+        {name: value[:, None] for name, value in evaluations.items()}, size.bandits
+    )
     return results
 
 
 def _descend(cases: Case, name: str, beta: float, size: Size) -> dict:
     scores = exactly.descend_all(cases, jnp.asarray(beta), name=name, rate=0.05, steps=size.steps)
     of_start = [
-        exactly.judge_all(cases, scores[:, start], jnp.asarray(beta), jnp.asarray(beta))
+        exactly.evaluate_all(cases, scores[:, start], jnp.asarray(beta), jnp.asarray(beta))
         for start in range(scores.shape[1])
     ]
     stacked = jax.tree.map(lambda *values: np.stack(values, axis=-1), *of_start)
@@ -157,7 +159,7 @@ def _descend(cases: Case, name: str, beta: float, size: Size) -> dict:
 
 
 def _run_betas(cases: Case, size: Size, progress: reports.Progress) -> dict:
-    """Returns the missed shares at other betas, `{beta: {method: {structure: {measure: [of each start]}}}}`."""
+    """Returns the missed fractions at other betas, `{beta: {method: {structure: {measure: [of each start]}}}}`."""
     results = {}
     for beta in size.betas:
         results[str(beta)] = {}
@@ -172,7 +174,7 @@ def _run_betas(cases: Case, size: Size, progress: reports.Progress) -> dict:
 
 
 def _run_sampled(cases: dict[str, Case], size: Size, progress: reports.Progress) -> dict:
-    """Returns `{budget: {method: {structure: {quantity: [bandits]}}}}`, each method at its best value of the grid."""
+    """Returns `{budget: {method: {structure: {quantity: [bandits]}}}}`, each method with its tuned value."""
     results: dict = {budget: {} for budget in size.budgets}
     for name in size.learners:
         grid = sampled.grid(sampled.learners(BETA)[name])
@@ -180,8 +182,10 @@ def _run_sampled(cases: dict[str, Case], size: Size, progress: reports.Progress)
             chosen = _tune(cases["tuning"], name, grid, budget, size)
             values = jnp.repeat(jnp.asarray([grid[index] for index in chosen]), size.bandits)
             repeated = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * size.repeats), cases["study"])
-            verdicts = _learn(repeated, name, jnp.tile(values, size.repeats), budget, seed=1)
-            means = {key: np.asarray(value).reshape(size.repeats, -1).mean(axis=0) for key, value in verdicts.items()}
+            evaluations = _learn(repeated, name, jnp.tile(values, size.repeats), budget, seed=1)
+            means = {
+                key: np.asarray(value).reshape(size.repeats, -1).mean(axis=0) for key, value in evaluations.items()
+            }
             results[budget][name] = _by_structure(means, size.bandits)
             for index, of_structure in zip(chosen, results[budget][name].values(), strict=True):
                 of_structure["chosen"] = np.asarray(grid[index])
@@ -190,24 +194,24 @@ def _run_sampled(cases: dict[str, Case], size: Size, progress: reports.Progress)
 
 
 def _tune(cases: Case, name: str, grid: tuple[float, ...], budget: int, size: Size) -> np.ndarray:
-    """Returns for each structure the grid's index with the least sum of both missed shares on the tuning bandits."""
+    """Returns, by structure, the index of the grid with the least sum of both missed fractions on the tuning bandits."""
     per_value = size.bandits * size.repeats // len(grid)
     values = jnp.tile(jnp.repeat(jnp.asarray(grid), per_value), len(structures()))
-    # Every value sees the same bandits: the first of each structure, repeated.
+    # Every value of the grid is run on the same bandits: the first of each structure, repeated.
     index = np.arange(cases.gold.shape[0]).reshape(-1, size.bandits)
     index = np.tile(index[:, :per_value], (1, len(grid))).ravel()
-    verdicts = _learn(jax.tree.map(lambda leaf: leaf[index], cases), name, values, budget, seed=0)
-    both = np.asarray(verdicts[MEASURES[0]]) + np.asarray(verdicts[MEASURES[1]])
+    evaluations = _learn(jax.tree.map(lambda leaf: leaf[index], cases), name, values, budget, seed=0)
+    both = np.asarray(evaluations[MEASURES[0]]) + np.asarray(evaluations[MEASURES[1]])
     return both.reshape(len(structures()), len(grid), per_value).mean(axis=-1).argmin(axis=-1)
 
 
 def _learn(cases: Case, name: str, values: jax.Array, budget: int, *, seed: int) -> dict:
     scores = sampled.learn_all(jax.random.key(seed), cases, values, budget, name=name, beta=BETA)
-    return exactly.judge_all(cases, scores, jnp.asarray(BETA), jnp.asarray(BETA))
+    return exactly.evaluate_all(cases, scores, jnp.asarray(BETA), jnp.asarray(BETA))
 
 
 def _trace(cases: Case, size: Size, progress: reports.Progress) -> dict:
-    """Returns `{method: {start: (own value, return)}}` on realisable bandits, arrays `[bandits, steps]`."""
+    """Returns `{method: {start: (objective's value, return)}}` on realisable bandits, arrays `[bandits, steps]`."""
     realisable = jax.tree.map(lambda leaf: leaf[: size.bandits], cases)
     points = jax.vmap(exactly.starts)(realisable)
     traces = {}

@@ -1,7 +1,7 @@
-"""Exact descent of every upper objective on enumerated bandits, and what the policies that it reaches are worth.
+"""Exact descent of every upper objective on enumerated bandits, and the evaluation of the policies it reaches.
 
-The lower level is solved in closed form and the upper objective differentiated through it, so that what is seen is the
-objective and nothing else: no sample, no inner error.
+The lower level is solved in closed form and the upper objective is differentiated through it, so the results reflect the
+objective alone, without sampling or inner error.
 """
 
 import functools
@@ -30,13 +30,13 @@ STARTS = ("flat", "collapsed", "true")
 
 
 class Method(NamedTuple):
-    """What is descended.
+    """An upper objective with the pairs that it is evaluated on.
 
     Attributes:
-        objective: the upper objective; None stands for J_gold itself, which no annotator could give.
+        objective: the upper objective; None is J_gold itself, which no annotator could give.
         against_reference: whether the second response of a pair comes from the reference.
         from_reference: whether the first does too (offline RLHF).
-        modelled: whether the likelihood is that of the annotator's own position bias and mistakes.
+        modelled: whether the likelihood models the annotator's position bias and mistakes.
     """
 
     objective: objectives.Objective | None
@@ -46,16 +46,16 @@ class Method(NamedTuple):
 
 
 def methods(beta: Any) -> dict[str, Method]:
-    """Returns every method that descends an upper objective, by name; utilities price KL at beta / 4, traced or not."""
-    fit = objectives.likelihood(coupled=False)
+    """Returns every method that descends an upper objective, by name; utilities price KL at `beta / 4`, traced or not."""
+    likelihood = objectives.likelihood(coupled=False)
 
     def with_utility(weight):
-        return Method(objectives.add(fit, objectives.utility(kl_price=beta / 4, weight=weight)))
+        return Method(objectives.add(likelihood, objectives.utility(kl_price=beta / 4, weight=weight)))
 
     return {
-        OFFLINE: Method(fit, from_reference=True),
-        ITERATED: Method(fit),
-        MODELLED: Method(fit, modelled=True),
+        OFFLINE: Method(likelihood, from_reference=True),
+        ITERATED: Method(likelihood),
+        MODELLED: Method(likelihood, modelled=True),
         PAPER: Method(objectives.likelihood(), against_reference=False),
         "likelihood, policy-reference": Method(objectives.likelihood()),
         BRIER_POLICY: Method(objectives.brier(), against_reference=False),
@@ -71,13 +71,13 @@ def methods(beta: Any) -> dict[str, Method]:
 
 
 def label_probability(case: Case) -> jax.Array:
-    """Returns P(slot 0 preferred) by the annotator as it is, `[C, K, K]`."""
+    """Returns the annotator's P(slot 0 preferred), `[C, K, K]`."""
     difference = case.gold[:, :, None] - case.gold[:, None, :]
     return case.mistake + (1.0 - 2.0 * case.mistake) * jax.nn.sigmoid(difference + case.position)
 
 
 def upper_value(method: Method, upper: jax.Array, case: Case, beta: float | jax.Array) -> jax.Array:
-    """Returns Phi(upper): `exact.upper_value` with a biased annotator; in an uncoupled part the policy is held fixed."""
+    """Returns Phi(upper): `exact.upper_value` with a biased annotator; the uncoupled part holds the policy fixed."""
     rewards = case.features @ upper
     policy = exact.soft_policy(rewards, case.reference, beta)
     kl = divergence(policy, case.reference)
@@ -117,30 +117,30 @@ def starts(case: Case) -> jax.Array:
 
 def descend(
     method: Method, case: Case, start: jax.Array, beta: float | jax.Array, *, rate: float, steps: int,
-    watch: Callable[[jax.Array], Any] = lambda upper: None,
+    record: Callable[[jax.Array], Any] = lambda upper: None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Returns the reward's parameters after Adam on the exact hypergradient, and what `watch` saw on the way."""
+    """Returns the reward's parameters after Adam on the exact hypergradient, and what `record` returned along the way."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     def step(carry, _):
         upper, state = carry
         gradient = jax.grad(lambda upper: upper_value(method, upper, case, beta))(upper)
         updates, state = optimizer.update(gradient, state)
-        return (upper + updates, state), watch(upper)
+        return (upper + updates, state), record(upper)
 
-    (upper, _), seen = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
-    return upper, seen
+    (upper, _), records = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
+    return upper, records
 
 
 @functools.partial(jax.jit, static_argnames=("name", "rate", "steps"))
 def descend_all(cases: Case, beta: jax.Array, *, name: str, rate: float, steps: int) -> jax.Array:
-    """Returns the rewards `[runs, starts, C, K]` that one method ends at, for cases with leaves `[runs, ...]`."""
+    """Returns the final rewards `[runs, starts, C, K]` of one method, for cases with leaves `[runs, ...]`."""
     method = methods(beta)[name]
 
-    def one(case, start):
+    def descend_one(case, start):
         return case.features @ descend(method, case, start, beta, rate=rate, steps=steps)[0]
 
-    return jax.vmap(lambda case: jax.vmap(functools.partial(one, case))(starts(case)))(cases)
+    return jax.vmap(lambda case: jax.vmap(functools.partial(descend_one, case))(starts(case)))(cases)
 
 
 def label_scores(case: Case) -> jax.Array:
@@ -153,9 +153,9 @@ def label_scores(case: Case) -> jax.Array:
 
 
 @jax.jit
-def judge_all(cases: Case, scores: jax.Array, temperature: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
-    """Returns `verdict`, leaves `[runs]`, for scores `[runs, C, K]`."""
-    return jax.vmap(lambda case, scores: verdict(case, scores, temperature, beta))(cases, scores)
+def evaluate_all(cases: Case, scores: jax.Array, temperature: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
+    """Returns `evaluation`, leaves `[runs]`, for scores `[runs, C, K]`."""
+    return jax.vmap(lambda case, scores: evaluation(case, scores, temperature, beta))(cases, scores)
 
 
 def divergence(policy: jax.Array, reference: jax.Array) -> jax.Array:
@@ -169,37 +169,40 @@ def policy_at_budget(scores: jax.Array, reference: jax.Array, budget: jax.Array)
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        far = divergence(exact.soft_policy(scores, reference, jnp.exp(middle)), reference) > budget
-        return jnp.where(far, middle, low), jnp.where(far, high, middle)
+        above = divergence(exact.soft_policy(scores, reference, jnp.exp(middle)), reference) > budget
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
     low, high = jax.lax.fori_loop(0, 40, halve, (jnp.asarray(-9.0), jnp.asarray(7.0)))
     return exact.soft_policy(scores, reference, jnp.exp((low + high) / 2))
 
 
-def verdict(case: Case, scores: jax.Array, temperature: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
-    """Returns what the soft policy of `scores` is worth, at its temperature and at the oracle's KL; scalars.
+def evaluation(case: Case, scores: jax.Array, temperature: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
+    """Returns measurements of the soft policy of `scores`, at its temperature and at the oracle's KL; scalars.
 
     `missed` is gap / (J*_gold - J_gold(reference)), with J_gold = E gold - beta KL. `missed at equal KL` is the same
-    share of the return, at the temperature where the KL is that of the oracle at beta, which no policy of that KL beats.
+    fraction of the return, at the temperature where the KL equals that of the oracle at beta, whose return is the highest
+    at that KL.
     """
     reference = case.reference
     oracle = exact.soft_policy(case.gold, reference, beta)
     budget = divergence(oracle, reference)
     own, equal = exact.soft_policy(scores, reference, temperature), policy_at_budget(scores, reference, budget)
-    result = _worth(case, own) | {f"{name} at equal KL": value for name, value in _worth(case, equal).items()}
-    best, nothing = _worth(case, oracle), _worth(case, reference)
-    of_gain = best["return"] - nothing["return"]
+    result = _measurements(case, own) | {
+        f"{name} at equal KL": value for name, value in _measurements(case, equal).items()
+    }
+    best, baseline = _measurements(case, oracle), _measurements(case, reference)
+    gain = best["return"] - baseline["return"]
     gap = (best["return"] - beta * budget) - (result["return"] - beta * result["kl"])
     return result | {
-        "missed": gap / (of_gain - beta * budget),
-        "missed at equal KL": (best["return"] - result["return at equal KL"]) / of_gain,
+        "missed": gap / (gain - beta * budget),
+        "missed at equal KL": (best["return"] - result["return at equal KL"]) / gain,
         "oracle return": best["return"],
         "oracle win rate": best["win rate"],
         "oracle kl": budget,
     }
 
 
-def _worth(case: Case, policy: jax.Array) -> dict[str, jax.Array]:
+def _measurements(case: Case, policy: jax.Array) -> dict[str, jax.Array]:
     wins = jax.nn.sigmoid(case.gold[:, :, None] - case.gold[:, None, :])
     return {
         "return": jnp.mean(exact.mean_under(policy, case.gold)),
@@ -212,14 +215,14 @@ def _worth(case: Case, policy: jax.Array) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("name", "rate", "steps"))
 def trace_descent(cases: Case, start: jax.Array, beta: jax.Array, *, name: str, rate: float, steps: int):
-    """Returns along the descent the objective's own value less the best fit's, and the return's share of the gain.
+    """Returns, along the descent, the objective's value minus the best fit's, and the fraction of the return's gain.
 
     Args:
         cases: leaves `[bandits, ...]`.
         start: `[bandits, F]`.
         beta: weight of the KL.
         name: of the method.
-        rate: Adam's.
+        rate: Adam's learning rate.
         steps: of the descent.
 
     Returns:
@@ -227,15 +230,15 @@ def trace_descent(cases: Case, start: jax.Array, beta: jax.Array, *, name: str, 
     """
     method = methods(beta)[name]
 
-    def one(case, start):
+    def trace(case, start):
         at_truth = upper_value(method, starts(case)[-1], case, beta)
-        oracle = _worth(case, exact.soft_policy(case.gold, case.reference, beta))["return"]
-        nothing = _worth(case, case.reference)["return"]
+        oracle = _measurements(case, exact.soft_policy(case.gold, case.reference, beta))["return"]
+        baseline = _measurements(case, case.reference)["return"]
 
-        def watch(upper):
-            reached = _worth(case, exact.soft_policy(case.features @ upper, case.reference, beta))["return"]
-            return upper_value(method, upper, case, beta) - at_truth, (reached - nothing) / (oracle - nothing)
+        def record(upper):
+            reached = _measurements(case, exact.soft_policy(case.features @ upper, case.reference, beta))["return"]
+            return upper_value(method, upper, case, beta) - at_truth, (reached - baseline) / (oracle - baseline)
 
-        return descend(method, case, start, beta, rate=rate, steps=steps, watch=watch)[1]
+        return descend(method, case, start, beta, rate=rate, steps=steps, record=record)[1]
 
-    return jax.vmap(one)(cases, start)
+    return jax.vmap(trace)(cases, start)

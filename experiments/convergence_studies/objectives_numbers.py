@@ -1,4 +1,4 @@
-"""From runs to numbers: ceilings, gains, shares realised and their intervals over bandits."""
+"""Statistics of the study: ceilings, gains, the fraction of a ceiling that is realised, and intervals over bandits."""
 
 import numpy as np
 from convergence_studies.objectives_exact import DEFAULT, ITERATED, UTILITY
@@ -16,7 +16,7 @@ COUPLED = (
 )
 LEARNERS_OF_A_CEILING = {DEFAULT: (DEFAULT, STENCIL, KEPT_DEFAULT), UTILITY: (UTILITY,)}
 LARGE = 0.05
-"""A ceiling below this is little to win, and the share realised of it says nothing."""
+"""Below this a ceiling is negligible, and the fraction realised of it meaningless."""
 
 
 def _missed(exact_results: dict, name: str, structure: str, measure: str) -> np.ndarray:
@@ -45,10 +45,10 @@ def gains(sampled_results: dict) -> dict:
     for structure in structures():
         result[structure] = {}
         for measure in MEASURES:
-            place = result[structure].setdefault(WHERE[measure], {})
+            by_budget = result[structure].setdefault(WHERE[measure], {})
             for budget in sampled_results:
                 base = _iterated_from_labels(sampled_results[budget], structure, measure)
-                place[str(budget)] = {
+                by_budget[str(budget)] = {
                     name: _interval(lambda gain: gain, base - sampled_results[budget][name][structure][measure])
                     for name in (KEPT_DEFAULT, DEFAULT)
                     if name in sampled_results[budget]
@@ -56,23 +56,23 @@ def gains(sampled_results: dict) -> dict:
     return result
 
 
-def shares(exact_results: dict, sampled_results: dict) -> dict:
-    """Returns the shares realised, where the ceiling is large: `{structure: {where: {budget: {learner: shares}}}}`.
+def realised(exact_results: dict, sampled_results: dict) -> dict:
+    """Returns the fractions of large ceilings that are realised: `{structure: {where: {budget: {learner: fractions}}}}`.
 
     Against iterated RLHF at the same labels: (I_s - m_s) / (I_s - m_e), and against exact iterated RLHF:
-    (I_e - m_s) / (I_e - m_e), with m the missed share of the method, I that of iterated RLHF, s from labels (the better
-    of its two forms) and e exact.
+    (I_e - m_s) / (I_e - m_e), with m the method's missed fraction of the gain, I that of iterated RLHF, s from labels (the
+    better of its two forms) and e exact.
     """
     result: dict = {}
     for structure in structures():
         for measure in MEASURES:
-            of_budgets = _shares_of(exact_results, sampled_results, structure, measure)
+            of_budgets = _realised(exact_results, sampled_results, structure, measure)
             if any(of_budgets.values()):
                 result.setdefault(structure, {})[WHERE[measure]] = of_budgets
     return result
 
 
-def _shares_of(exact_results: dict, sampled_results: dict, structure: str, measure: str) -> dict:
+def _realised(exact_results: dict, sampled_results: dict, structure: str, measure: str) -> dict:
     exact_iterated = _missed(exact_results, ITERATED, structure, measure)
     of_budgets: dict = {}
     for budget, of_budget in sampled_results.items():
@@ -89,19 +89,19 @@ def _shares_of(exact_results: dict, sampled_results: dict, structure: str, measu
             for name in (learner for learner in learners if learner in of_budget):
                 reached = of_budget[name][structure][measure]
                 of_budgets[str(budget)][name] = {
-                    "same labels": _interval(_share, same, reached, limit),
-                    "exact iterated": _interval(_share, exact_iterated, reached, limit),
+                    "same labels": _interval(_fraction, same, reached, limit),
+                    "exact iterated": _interval(_fraction, exact_iterated, reached, limit),
                 }
     return of_budgets
 
 
-def _share(base, reached, limit):
-    # A resample in which iterated RLHF is as good as the limit has no ceiling to share.
+def _fraction(base, reached, limit):
+    # A resample in which iterated RLHF is as good as the limit has no ceiling.
     return (base - reached) / np.maximum(base - limit, 1e-3)
 
 
 def _iterated_from_labels(of_budget: dict, structure: str, measure: str) -> np.ndarray:
-    """The better, on average, of iterated RLHF with each label once and with labels kept, `[bandits]`."""
+    """The better, on average, of iterated RLHF with each label used once and with labels kept, `[bandits]`."""
     forms = [of_budget[name][structure][measure] for name in (ITERATED, KEPT) if name in of_budget]
     return min(forms, key=np.mean)
 
@@ -110,8 +110,8 @@ def _interval(statistic, *arrays: np.ndarray, resamples: int = 1000) -> list[flo
     """Returns the statistic of the means, and its 95% bootstrap interval over bandits."""
     count = len(arrays[0])
     index = np.random.default_rng(0).integers(count, size=(resamples, count))
-    num_draws = statistic(*(array[index].mean(axis=-1) for array in arrays))
-    low, high = np.quantile(num_draws, (0.025, 0.975))
+    bootstraps = statistic(*(array[index].mean(axis=-1) for array in arrays))
+    low, high = np.quantile(bootstraps, (0.025, 0.975))
     return [round(float(value), 3) for value in (statistic(*(array.mean() for array in arrays)), low, high)]
 
 
@@ -130,7 +130,7 @@ def means(exact_results: dict) -> dict:
 
 
 def sampled_means(sampled_results: dict) -> dict:
-    """Returns means over bandits by budget, with the standard errors of the missed shares."""
+    """Returns means over bandits by budget, with the standard errors of the missed fractions."""
 
     def summary(values):
         means = {
@@ -151,7 +151,7 @@ def sampled_means(sampled_results: dict) -> dict:
 
 
 def ends(traces: dict) -> dict:
-    """Returns the means over bandits where a descent ends: [own value less the gold reward's, return's share]."""
+    """Returns means over bandits at a descent's end: [own value minus the gold reward's, fraction of the gain]."""
     return {
         name: {start: [round(float(part[:, -1].mean()), 4) for part in parts] for start, parts in of.items()}
         for name, of in traces.items()

@@ -1,8 +1,7 @@
 """The same methods from drawn labels, at equal labels.
 
-Descending methods take `bilevel_descent` with the lower level in closed form: a batch of pairs and its labels, used once,
-makes one Adam step. Likelihoods may also keep their labels and refit, which is what offline RLHF does once and iterated
-RLHF, at its most careful, every round.
+Descending methods use `bilevel_descent` with the lower level in closed form: each batch of labelled pairs is used once,
+for one Adam step. Likelihoods may also keep their labels and refit: offline RLHF once, iterated RLHF every round.
 """
 
 import functools
@@ -27,18 +26,18 @@ from jaxrlhf import bandit, bilevel, exact, objectives
 from jaxrlhf.bilevel import HypergradientRule, LowerSolver
 
 PAIRS = 4
-"""Pairs a context and step; a batch is `PAIRS * CONTEXTS` labels, twice that for two labels a pair."""
+"""Pairs per context and step; a batch is `PAIRS * CONTEXTS` labels, twice that with two labels per pair."""
 
 ROUNDS = 10
-"""Times that a method that keeps its labels refits its reward."""
+"""Number of refits of a method that keeps its labels."""
 
 PRIOR = 4.0
-"""Labels that the reward's own prediction of an arm's win rate counts for, beside the kept labels of that arm."""
+"""Weight, in labels, of the reward's own prediction of an arm's win rate beside the kept labels of that arm."""
 
 KEPT = "iterated RLHF, labels kept"
 KEPT_DEFAULT = DEFAULT + ", labels kept"
 STENCIL = DEFAULT + " (central stencil)"
-TOLD = DEFAULT + " (central stencil, tilts told the gold)"
+GOLD_TILTS = DEFAULT + " (central stencil, tilts from the gold reward)"
 RATES = (0.02, 0.05, 0.15, 0.4)
 RIDGES = (0.03, 0.3, 1.0, 3.0)
 
@@ -49,7 +48,7 @@ class Learner(NamedTuple):
     Attributes:
         method: what is descended.
         rule: the hypergradient rule; None refits on all labels so far instead.
-        tilts: how tilted policies are solved: "labels", from the batch's labels; "gold", from the hidden reward.
+        tilts: what tilted policies are solved from: "labels", the batch's labels; "gold", the hidden reward.
         utility: weight of the coupled utility of a learner that refits.
     """
 
@@ -60,24 +59,24 @@ class Learner(NamedTuple):
 
 
 def learners(beta: float) -> dict[str, Learner]:
-    """Returns every sampled method by name; where an exact method has the same name, it is its limit."""
-    of = methods(beta)
+    """Returns every sampled method by name; an exact method of the same name is its limit of infinitely many labels."""
+    exact_methods = methods(beta)
     names = ("likelihood, policy-policy (the paper)", "likelihood, policy-reference", "brier, policy-reference")
     descending = (ITERATED, *names, UTILITY, DEFAULT)
     return {
-        OFFLINE: Learner(of[OFFLINE]),
-        KEPT: Learner(of[ITERATED]),
-        KEPT_DEFAULT: Learner(of[ITERATED], utility=3.0),
-        **{name: Learner(of[name], bilevel.boltzmann()) for name in descending},
-        STENCIL: Learner(of[DEFAULT], bilevel.central(0.2)),
-        TOLD: Learner(of[DEFAULT], bilevel.central(0.2), tilts="gold"),
+        OFFLINE: Learner(exact_methods[OFFLINE]),
+        KEPT: Learner(exact_methods[ITERATED]),
+        KEPT_DEFAULT: Learner(exact_methods[ITERATED], utility=3.0),
+        **{name: Learner(exact_methods[name], bilevel.boltzmann()) for name in descending},
+        STENCIL: Learner(exact_methods[DEFAULT], bilevel.central(0.2)),
+        GOLD_TILTS: Learner(exact_methods[DEFAULT], bilevel.central(0.2), tilts="gold"),
         # The Boltzmann rule on the utility of a table is policy gradient on the label: any policy, and no reward to fit.
-        POLICY_GRADIENT: Learner(of[UTILITY], bilevel.boltzmann()),
+        POLICY_GRADIENT: Learner(exact_methods[UTILITY], bilevel.boltzmann()),
     }
 
 
 def grid(learner: Learner) -> tuple[float, ...]:
-    """Returns the grid that is tuned: learning rates, or the ridge's weight in labels for methods that refit."""
+    """Returns the tuning grid: learning rates, or the ridge's weight in labels for methods that refit."""
     return RIDGES if learner.rule is None else RATES
 
 
@@ -86,19 +85,19 @@ def _learn_all(keys, cases, features, values, labels, *, learner_name: str, beta
     learner = learners(beta)[learner_name]
     learn = _refit if learner.rule is None else _descend
 
-    def one(key, case, features, value):
+    def learn_one(key, case, features, value):
         case = case._replace(features=features)
         return case.features @ learn(key, case, value, labels, learner, beta)
 
-    return jax.vmap(one)(keys, cases, features, values)
+    return jax.vmap(learn_one)(keys, cases, features, values)
 
 
 def learn_all(key: jax.Array, cases: Case, values: jax.Array, labels: int, *, name: str, beta: float) -> jax.Array:
-    """Returns the rewards `[runs, C, K]` that one method learns from a budget of labels; `values` `[runs]`, its grid's."""
+    """Returns the rewards `[runs, C, K]` of one method after so many labels; `values` `[runs]` are of its grid."""
     runs = cases.gold.shape[0]
     features = cases.features
     if name == POLICY_GRADIENT:
-        # One parameter a cell whatever the reward sees: the utility's program does the rest, compiled once for both.
+        # One parameter per cell whatever the reward's features; otherwise it is the utility, whose program is reused.
         features = jnp.broadcast_to(jnp.eye(CELLS).reshape(CONTEXTS, ARMS, CELLS), features.shape)
         name = UTILITY
     keys = jax.random.split(key, runs)
@@ -114,8 +113,8 @@ def _annotator(labels: int):
 
     def annotate(key, sample, frozen):
         scores = bandit.gold_score(sample, frozen)
-        right = jax.nn.sigmoid(scores[..., 0] - scores[..., 1] + frozen.position)
-        probability = frozen.mistake + (1.0 - 2.0 * frozen.mistake) * right
+        unflipped = jax.nn.sigmoid(scores[..., 0] - scores[..., 1] + frozen.position)
+        probability = frozen.mistake + (1.0 - 2.0 * frozen.mistake) * unflipped
         uniform = jax.random.uniform(key, (*probability.shape, labels))
         return (uniform < probability[..., None]).astype(probability.dtype)
 
@@ -131,20 +130,20 @@ def _solver(objective: objectives.Objective, beta: float) -> LowerSolver:
     """
 
     def solution(task, index):
-        frozen, sample, upper = task.frozen, task.labelled.sample, task.upper_of(index)
+        frozen, sample, upper = task.frozen, task.labelled.sample, task.upper
         rewards = bandit.at_arms(_reward(upper, frozen.features), sample.responses)
         cost = objective.cost(upper, rewards, task.labelled, frozen).coupled
         chosen = jax.nn.one_hot(sample.responses[..., 0], ARMS)
         mean = jnp.mean(cost, axis=-1, keepdims=True)
-        slope = jnp.einsum("cmk,cm->ck", chosen, cost - mean) / jnp.maximum(jnp.sum(chosen, axis=1), 1.0)
-        price = beta + task.tilt_of(index) * objective.kl_price
-        return frozen.reference + (_reward(upper, frozen.features) - task.tilt_of(index) * slope) / price
+        gradient = jnp.einsum("cmk,cm->ck", chosen, cost - mean) / jnp.maximum(jnp.sum(chosen, axis=1), 1.0)
+        price = beta + task.tilts[index] * objective.kl_price
+        return frozen.reference + (_reward(upper, frozen.features) - task.tilts[index] * gradient) / price
 
     return bilevel.closed_form(solution)
 
 
 def _descend(key, case: Case, rate, labels, learner: Learner, beta: float) -> jax.Array:
-    """Returns the mean of the last half of the iterates, from a flat reward."""
+    """Returns the mean of the last half of the iterates, starting at a flat reward."""
     objective, against_reference = learner.method.objective, learner.method.against_reference
     assert objective is not None and learner.rule is not None  # a learner without a rule refits
     steps = labels // (PAIRS * CONTEXTS * objective.labels)
@@ -162,7 +161,7 @@ def _descend(key, case: Case, rate, labels, learner: Learner, beta: float) -> ja
 
     def step(number, carry):
         state, total = carry
-        # The solver is exact, so solving before sampling keeps the sample on the policy.
+        # The solver is exact, so solving before sampling makes the sample on-policy.
         policy = exact.soft_policy(_reward(state.upper, case.features), case.reference, beta)
         state = state._replace(lowers=jnp.broadcast_to(policy, state.lowers.shape))
         state, _ = algorithm.step(jax.random.fold_in(key, number), state, None, case)
@@ -174,7 +173,7 @@ def _descend(key, case: Case, rate, labels, learner: Learner, beta: float) -> ja
 
 
 def _refit(key, case: Case, ridge, labels, learner: Learner, beta: float, *, largest: int = 10_000) -> jax.Array:
-    """Returns the fit to all labels, drawn and refitted over rounds, from a flat reward."""
+    """Returns the fit to all labels, with sampling and refitting in rounds, starting at a flat reward."""
     pairs = labels // (ROUNDS * CONTEXTS)
     contexts = jnp.arange(CONTEXTS)[:, None]
     annotate = _annotator(1)
@@ -185,42 +184,44 @@ def _refit(key, case: Case, ridge, labels, learner: Learner, beta: float, *, lar
         return jnp.minimum(jnp.sum(below, axis=-1), ARMS - 1)
 
     def one_round(number, carry):
-        upper, asked, won = carry
+        upper, counts, won = carry
         first_key, second_key, label_key = jax.random.split(jax.random.fold_in(key, number), 3)
         policy = exact.soft_policy(_reward(upper, case.features), case.reference, beta)
         first = draw(first_key, case.reference if learner.method.from_reference else policy)
         second = draw(second_key, case.reference)
-        counts = jnp.broadcast_to(jnp.arange(first.shape[1]) < pairs, first.shape).astype(policy.dtype)
-        wins = counts * annotate(label_key, _Pairs(jnp.stack([first, second], axis=-1)), case)[..., 0]
-        asked, won = asked.at[contexts, first, second].add(counts), won.at[contexts, first, second].add(wins)
-        return _fit(upper, _kept_loss(asked, won, case, ridge, learner.utility, beta)), asked, won
+        drawn = jnp.broadcast_to(jnp.arange(first.shape[1]) < pairs, first.shape).astype(policy.dtype)
+        sampled = _Pairs(jnp.arange(CONTEXTS), jnp.stack([first, second], axis=-1))
+        wins = drawn * annotate(label_key, sampled, case)[..., 0]
+        counts, won = counts.at[contexts, first, second].add(drawn), won.at[contexts, first, second].add(wins)
+        return _fit(upper, _kept_loss(counts, won, case, ridge, learner.utility, beta)), counts, won
 
-    nothing = jnp.zeros((CONTEXTS, ARMS, ARMS))
-    return jax.lax.fori_loop(0, ROUNDS, one_round, (jnp.zeros(case.features.shape[-1]), nothing, nothing))[0]
+    zeros = jnp.zeros((CONTEXTS, ARMS, ARMS))
+    return jax.lax.fori_loop(0, ROUNDS, one_round, (jnp.zeros(case.features.shape[-1]), zeros, zeros))[0]
 
 
 class _Pairs(NamedTuple):
-    """As much of a sample as an annotator looks at."""
+    """The fields of a sample that the annotator reads."""
 
+    prompts: jax.Array
     responses: jax.Array
 
 
-def _kept_loss(asked, won, case: Case, ridge, utility: float, beta: float):
-    """Returns the likelihood of `won` out of `asked` wins, `[C, K, K]`, with a ridge, plus the coupled utility.
+def _kept_loss(counts, won, case: Case, ridge, utility: float, beta: float):
+    """Returns the negative log-likelihood of `won` wins in `counts` labels, `[C, K, K]`, with ridge and coupled utility.
 
-    The policy's win rate is estimated arm by arm from all labels, whichever policy asked for them: that is the
-    self-normalised importance weighting of old labels, shrunk towards the reward's own prediction.
+    The policy's win rate is estimated arm by arm from all labels, whichever policy drew the pair: this is self-normalised
+    importance weighting of old labels, shrunk towards the reward's own prediction.
     """
 
     def loss(upper):
         rewards = _reward(upper, case.features)
         difference = rewards[:, :, None] - rewards[:, None, :]
-        fit = jnp.sum(asked * jax.nn.softplus(difference) - won * difference)
-        uncoupled = (fit + 0.5 * ridge * jnp.sum(jnp.square(upper))) / jnp.sum(asked)
+        fit = jnp.sum(counts * jax.nn.softplus(difference) - won * difference)
+        uncoupled = (fit + 0.5 * ridge * jnp.sum(jnp.square(upper))) / jnp.sum(counts)
         if not utility:
             return uncoupled
         predicted = jnp.einsum("cij,cj->ci", jax.nn.sigmoid(jax.lax.stop_gradient(difference)), jnp.exp(case.reference))
-        wins = (jnp.sum(won, axis=-1) + PRIOR * predicted) / (jnp.sum(asked, axis=-1) + PRIOR)
+        wins = (jnp.sum(won, axis=-1) + PRIOR * predicted) / (jnp.sum(counts, axis=-1) + PRIOR)
         policy = exact.soft_policy(rewards, case.reference, beta)
         kl = divergence(policy, case.reference)
         return uncoupled + utility * (0.25 * beta * kl - jnp.mean(exact.mean_under(policy, wins)))
@@ -229,7 +230,7 @@ def _kept_loss(asked, won, case: Case, ridge, utility: float, beta: float):
 
 
 def _fit(upper, loss, *, steps: int = 100):
-    """Minimises the loss by Adam from a warm start."""
+    """Minimises the loss by Adam, starting at `upper`."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
     def step(_, carry):

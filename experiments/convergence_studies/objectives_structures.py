@@ -1,8 +1,8 @@
 """Contextual bandits in which a reward model is wrong in a known way, for the study of upper objectives.
 
 Every bandit has the same number of contexts and arms, and its features are padded with zeros to the same width, so that
-all structures run in one program. Where a structure has free numbers they were found by a random search for a large gain
-of coupling, on bandits drawn from other seeds than the study's.
+all structures run in one program. Free parameters of a structure were found by a random search for a large gain from
+coupling, on bandits drawn from other seeds than the study's.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class Case(NamedTuple):
     """A bandit and its annotator; it serves as the `frozen` argument of `bandit.bandit_problem`.
 
     Attributes:
-        features: `[C, K, C K]`, what the learner's linear reward sees of an arm, padded with zeros.
-        gold: `[C, K]`, the hidden reward that everything is judged by.
+        features: `[C, K, C K]`, the arms' features in the learner's linear reward, padded with zeros.
+        gold: `[C, K]`, the hidden reward that defines the true return.
         reference: `[C, K]`, log-probabilities.
-        position: `[]`, what sitting in slot 0 (the policy's) is worth to the annotator, in units of gold.
-        mistake: `[]`, probability that a label is given the wrong way round.
+        position: `[]`, the annotator's bias in favour of slot 0 (the policy's), in units of gold.
+        mistake: `[]`, probability that a label is flipped.
     """
 
     features: jax.Array
@@ -35,10 +35,10 @@ class Case(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """A family of bandits: `draw(random) -> Case`, and what it stands for."""
+    """A family of bandits: `draw(random) -> Case`, and its description."""
 
     draw: Callable[[np.random.Generator], Case]
-    story: str
+    description: str
 
 
 def _case(features, gold, reference_logits, *, position: float = 0.0, mistake: float = 0.0) -> Case:
@@ -53,20 +53,20 @@ def _normal(random, number):
 
 
 def random_features(features: int, *, position: float = 0.0, mistake: float = 0.0):
-    """Gold is standard normal; the reward is linear in random features, one a cell when they are enough for all."""
+    """Gold is standard normal; the reward is linear in random features, or in one per cell when there are enough."""
 
     def draw(random):
         gold, reference = _normal(random, 2)
-        seen = np.eye(CELLS).reshape(CONTEXTS, ARMS, CELLS)
+        table = np.eye(CELLS).reshape(CONTEXTS, ARMS, CELLS)
         if features < CELLS:
-            seen = random.standard_normal((CONTEXTS, ARMS, features))
-        return _case(seen, gold, 0.5 * reference, position=position, mistake=mistake)
+            table = random.standard_normal((CONTEXTS, ARMS, features))
+        return _case(table, gold, 0.5 * reference, position=position, mistake=mistake)
 
     return draw
 
 
-def padded_answers(*, length_costs: float = 0.0):
-    """Long answers are good and padded ones longest, bad and rare; the reward sees length and a weak view of quality."""
+def padded_responses(*, length_cost: float = 0.0):
+    """Long responses are good; padded ones are longest, bad and rare. The reward sees length and a noisy quality."""
 
     def draw(random):
         length_noise, quality_noise, view_noise, reference_noise = _normal(random, 4)
@@ -74,43 +74,43 @@ def padded_answers(*, length_costs: float = 0.0):
         kinds = [arm < 2, arm < 5]
         length = np.select(kinds, [1.5, 0.5], -1.0) + 0.3 * length_noise
         quality = np.select(kinds, [-1.0, 1.0], -1.0) + 0.5 * quality_noise
-        seen = np.stack([length, quality + 2.0 * view_noise], axis=-1)
+        features = np.stack([length, quality + 2.0 * view_noise], axis=-1)
         reference = np.where(kinds[0], -2.0, 0.0) + 0.3 * reference_noise
-        return _case(seen, quality - length_costs * length, reference)
+        return _case(features, quality - length_cost * length, reference)
 
     return draw
 
 
 def correlated_length():
-    """The reference writes at length when it has something to say; length itself does slight harm."""
+    """The reference's long responses are its good ones; length itself lowers gold slightly."""
 
     def draw(random):
         length, quality, view_noise, reference_noise = _normal(random, 4)
-        seen = np.stack([length, quality + 2.0 * view_noise], axis=-1)
-        return _case(seen, quality - 0.2 * length, 2.0 * length * quality + 0.3 * reference_noise)
+        features = np.stack([length, quality + 2.0 * view_noise], axis=-1)
+        return _case(features, quality - 0.2 * length, 2.0 * length * quality + 0.3 * reference_noise)
 
     return draw
 
 
 def gated(*, among_poor: float, among_good: float, level: float, reference_logit: float, blur: float):
-    """Half the arms are good. Length raises gold among poor answers and lowers it among good ones.
+    """Half the arms are good. Length raises gold among poor responses and lowers it among good ones.
 
-    The reward sees length and, blurred, whether an answer is good; it has one slope for both halves.
+    The reward sees length and a noisy indicator of good responses; it has one coefficient of length for both halves.
     """
 
     def draw(random):
         length, quality, blur_noise, reference_noise = _normal(random, 4)
         good = np.broadcast_to(np.arange(ARMS) < ARMS // 2, length.shape)
-        slope = np.where(good, -among_good, among_poor)
-        gold = level * good + slope * length + 0.35 * quality
-        seen = np.stack([good + blur * blur_noise, length], axis=-1)
-        return _case(seen, gold, reference_logit * good + 0.3 * reference_noise)
+        effect = np.where(good, -among_good, among_poor)
+        gold = level * good + effect * length + 0.35 * quality
+        features = np.stack([good + blur * blur_noise, length], axis=-1)
+        return _case(features, gold, reference_logit * good + 0.3 * reference_noise)
 
     return draw
 
 
 def shared_across_prompts():
-    """One feature helps in three prompts, where one marked arm beats all the others anyway, and harms in the fourth."""
+    """One feature helps in three prompts, where a marked arm beats all others anyway, and harms in the fourth."""
 
     def draw(random):
         feature, quality, reference_noise = _normal(random, 3)
@@ -128,20 +128,23 @@ def structures() -> dict[str, Structure]:
     moderate = gated(among_poor=1.55, among_good=0.57, level=0.69, reference_logit=-0.22, blur=0.2)
     strong = gated(among_poor=2.64, among_good=0.61, level=1.52, reference_logit=-0.62, blur=0.15)
     return {
-        "realisable": Structure(random_features(CELLS), "one feature a cell: the reward can be right everywhere"),
+        "realisable": Structure(random_features(CELLS), "one feature per cell: the reward can be right everywhere"),
         "random, 16 features": Structure(random_features(16), "16 random features for 32 cells"),
         "random, 8 features": Structure(random_features(8), "8 random features for 32 cells"),
         "random, 3 features": Structure(random_features(3), "3 random features for 32 cells"),
         "length, padding": Structure(
-            padded_answers(), "long answers are good, padded ones longest, bad and rare; length itself has no effect"
+            padded_responses(),
+            "long responses are good; padded ones are longest, bad and rare; length itself has no effect",
         ),
         "length, slight harm": Structure(
-            correlated_length(), "the reference is long when it is good; length itself lowers gold by 0.2 a unit"
+            correlated_length(), "the reference's long responses are good; length itself lowers gold by 0.2 per unit"
         ),
-        "length, reversed": Structure(moderate, "length helps poor answers and harms good ones; moderate slopes"),
-        "gated": Structure(strong, "the same with large differences among poor answers and subtle ones among good"),
+        "length, reversed": Structure(moderate, "length helps poor responses and harms good ones; moderate effects"),
+        "gated": Structure(
+            strong, "the same with large differences among poor responses and subtle ones among good ones"
+        ),
         "shared across prompts": Structure(
-            shared_across_prompts(), "a feature helps where a marked arm wins anyway, and harms where it decides"
+            shared_across_prompts(), "a feature helps where a marked arm wins anyway, and harms where it is decisive"
         ),
         "position bias, realisable": Structure(
             random_features(CELLS, position=0.5), "realisable; labels favour slot 0, the policy's, by 0.5"

@@ -1,4 +1,4 @@
-"""What every study leaves behind: a JSON file, a table in Markdown, a figure; and how far it has come."""
+"""The output of every study: a JSON file, a table in Markdown and a figure; and a progress line."""
 
 import json
 import pathlib
@@ -12,17 +12,17 @@ from jaxrlhf.training.run_folder import plain
 
 
 class Progress:
-    """Prints `study: done/whole, elapsed, left` after each part."""
+    """Prints `study done/total`, the time elapsed and an estimate of the time left, after each task."""
 
-    def __init__(self, study: str, whole: int):
-        self.study, self.whole, self.done, self.began = study, whole, 0, time.monotonic()
+    def __init__(self, study: str, total: int):
+        self.study, self.total, self.done, self.began = study, total, 0, time.monotonic()
 
-    def __call__(self, what: str) -> None:
-        """Says that one part more is done."""
+    def __call__(self, name: str) -> None:
+        """Marks one more task as done."""
         self.done += 1
         elapsed = time.monotonic() - self.began
-        left = elapsed / self.done * (self.whole - self.done)
-        print(f"{self.study} {self.done}/{self.whole}  {what}  {elapsed:.0f} s, about {left:.0f} s left", flush=True)
+        left = elapsed / self.done * (self.total - self.done)
+        print(f"{self.study} {self.done}/{self.total}  {name}  {elapsed:.0f} s, about {left:.0f} s left", flush=True)
 
 
 def write(output: pathlib.Path, name: str, values: Any, text: str) -> None:
@@ -45,7 +45,7 @@ def draw(path: pathlib.Path, panels: list[dict[str, Any]], *, columns: int = 2) 
     """Draws panels into one file.
 
     Each panel has `title`, `x`, `y` (labels), `lines` {name: (xs, ys) or (xs, ys, lower, upper)}, and may have `log` ("x",
-    "y", "xy" or ""), `limits` (of y) and `legend` (False leaves it out). The same name has the same colour in every panel.
+    "y", "xy" or ""), `limits` (of y) and `legend` (False omits it). A name has the same colour in every panel.
     """
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.8 * min(columns, len(panels)), 3.5 * rows), layout="constrained")

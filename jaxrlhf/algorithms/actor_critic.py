@@ -1,8 +1,8 @@
-"""Regularised policy gradient with a critic: the slope of J for policies on long episodes.
+"""Regularised policy gradient with a critic (PPO): the gradient of J for policies on long episodes.
 
 With the regularised reward `rho_t = r_t - beta log(mu / reference)` of the policy mu that sampled, and a critic v,
 
-    delta_t = rho_t + gamma v_{t+1} - v_t            0 in place of v behind the last step
+    delta_t = rho_t + gamma v_{t+1} - v_t            v_{t+1} = 0 after the last step
     A_t     = delta_t + gamma trace A_{t+1}          generalised advantages (arXiv 1506.02438)
     loss    = - E sum_t gamma^t min(w_t A_t, clip(w_t, 1 - c, 1 + c) A_t),    w_t = pi(a_t | s_t) / mu(a_t | s_t)
 
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.base import importance
+from jaxrlhf.base.algorithm import owned
 from jaxrlhf.base.problem import BilevelProblem, Sample
 from jaxrlhf.base.types import Params
-from jaxrlhf.bilevel.lower import LowerTask, PolicyGradientEstimator
+from jaxrlhf.bilevel.solvers import LowerTask, PolicyGradientEstimator
 
 
 class CriticState(NamedTuple):
@@ -36,7 +37,7 @@ def advantages(reward: jax.Array, value: jax.Array, discount: jax.Array, *, trac
     Args:
         reward: `[..., T]`, regularised, not discounted.
         value: `[..., T]`, the critic at each step's state.
-        discount: `[..., T]`, gamma^t on the steps taken, 0 after the end; episodes that were cut count as ended.
+        discount: `[..., T]`, gamma^t on the steps taken, 0 after the end; truncated episodes count as ended.
         trace: lambda in [0, 1]; 1 is the return to go less the critic, 0 one step.
     """
     following = jnp.concatenate([discount[..., 1:], jnp.zeros_like(discount[..., :1])], axis=-1)
@@ -49,8 +50,8 @@ def advantages(reward: jax.Array, value: jax.Array, discount: jax.Array, *, trac
         total = delta + gamma * trace * later
         return total, total
 
-    moved = (jnp.moveaxis(delta, -1, 0), jnp.moveaxis(gamma, -1, 0))
-    _, result = jax.lax.scan(backward, jnp.zeros_like(delta[..., 0]), moved, reverse=True)
+    steps = (jnp.moveaxis(delta, -1, 0), jnp.moveaxis(gamma, -1, 0))
+    _, result = jax.lax.scan(backward, jnp.zeros_like(delta[..., 0]), steps, reverse=True)
     return jnp.moveaxis(result, 0, -1)
 
 
@@ -65,7 +66,7 @@ def actor_critic(
     clip: float = 0.2,
     every_response: bool = False,
 ) -> PolicyGradientEstimator:
-    """Returns the slope of -J by advantages, and trains the critic on the way.
+    """Returns the estimator of the gradient of -J by advantages; it trains the critic as it goes.
 
     Args:
         problem: for its `reward` and `log_prob`.
@@ -76,7 +77,7 @@ def actor_critic(
         beta: weight of the lower level's KL, as in `bilevel_descent`.
         trace: lambda of the advantages.
         clip: c of the clipped ratio.
-        every_response: learns also from the responses of slots that another policy filled, by their clipped ratio; for
+        every_response: whether to learn from responses that another policy gave too, by their clipped ratio; for
             opponents that are recent copies of the policy.
 
     Raises:
@@ -91,14 +92,15 @@ def actor_critic(
         sample, frozen = task.labelled.sample, task.frozen
         if every_response:
             sample = sample._replace(from_policy=jnp.ones_like(sample.from_policy))
-        reward = problem.reward(task.upper_of(jnp.zeros((), jnp.int32)), sample, frozen)
+        reward = problem.reward(task.upper, sample, frozen)
         reward = reward - beta * (sample.behaviour_log_prob - sample.reference_log_prob)
         old = value(state.critic, sample, frozen)
         advantage = advantages(reward, old, sample.cumulative_discount, trace=trace)
 
         def mean(values):
             return importance.expectation(
-                jnp.sum(importance.policy_share(sample) * sample.cumulative_discount * values, axis=(-2, -1)), sample
+                jnp.sum(importance.policy_slot_weights(sample) * sample.cumulative_discount * values, axis=(-2, -1)),
+                sample,
             )
 
         def actor_loss(policy):
@@ -113,7 +115,7 @@ def actor_critic(
         return jax.grad(actor_loss)(policy), CriticState(optax.apply_updates(state.critic, move), optimizer_state)
 
     def init():
-        copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), critic)
-        return CriticState(copied, optimizer.init(copied))
+        params = owned(critic)
+        return CriticState(params, optimizer.init(params))
 
     return PolicyGradientEstimator(init, step)

@@ -1,4 +1,4 @@
-"""Direct preference learning: the policy's own log-probabilities stand for a reward, and labels train it without one.
+"""Direct preference learning: the policy's own log-ratio is the reward, and labels train the policy directly.
 
 With `h = log(policy / reference)(y0) - log(policy / reference)(y1)` and labels z (1: response 0 preferred), a pair
 costs
@@ -10,8 +10,8 @@ costs
 | `simpo` | as dpo with `h` of log-probabilities a step, no reference, and a margin | no closed form |
 
 (arXiv 2305.18290, 2310.12036, 2405.14734; ipo's optimum is for pairs from the reference). Pairs from the reference make
-the offline methods, pairs from the policy the online ones (arXiv 2402.04792), and `coupling` adds the gradient that the
-online ones leave out: how the distribution of the pairs follows the policy (SAIL, arXiv 2406.15567).
+the methods offline, pairs from the policy make them online (arXiv 2402.04792), and `coupling` adds the gradient that the
+online methods leave out: how the distribution of the pairs depends on the policy (SAIL, arXiv 2406.15567).
 """
 
 from collections.abc import Callable
@@ -21,13 +21,14 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.algorithms.policy_gradient import PolicyAlgorithm, policy_algorithm
+from jaxrlhf.algorithms.policy_gradient import policy_algorithm
 from jaxrlhf.base import importance
+from jaxrlhf.base.algorithm import Algorithm, Annotator
 from jaxrlhf.base.problem import BilevelProblem, Labelled, Sample
-from jaxrlhf.base.types import Key, Params
+from jaxrlhf.base.types import Params
 
 PairLoss = Callable[[jax.Array, Labelled], jax.Array]
-"""`(log_prob [B, M, 2, T] of the policy, labelled) -> ` the cost of each pair `[B, M]`, as if it had been answered."""
+"""`(log_prob [B, M, 2, T] of the policy, labelled) -> ` the cost of each pair `[B, M]`, as if none had been skipped."""
 
 
 def dpo(*, beta: float | jax.Array, label_smoothing: float = 0.0) -> PairLoss:
@@ -35,7 +36,7 @@ def dpo(*, beta: float | jax.Array, label_smoothing: float = 0.0) -> PairLoss:
 
     Args:
         beta: weight of the KL, in units of the reward a nat.
-        label_smoothing: share in [0, 1/2) of labels taken to be wrong.
+        label_smoothing: fraction in [0, 1/2) of labels assumed to be wrong.
 
     Raises:
         ValueError: beta is not positive, or the smoothing is out of range.
@@ -51,7 +52,7 @@ def dpo(*, beta: float | jax.Array, label_smoothing: float = 0.0) -> PairLoss:
 
 
 def ipo(*, beta: float | jax.Array) -> PairLoss:
-    """Returns identity preference optimisation's loss; it bounds `h` where the labels of a pair are always the same.
+    """Returns identity preference optimisation's loss, which keeps `h` finite where a pair's labels always agree.
 
     Departure: log-ratios are summed over a response's steps, as published; some systems average them.
 
@@ -61,9 +62,9 @@ def ipo(*, beta: float | jax.Array) -> PairLoss:
     _check_positive("beta", beta)
 
     def loss(log_prob, labelled):
-        difference, wanted = log_ratio_difference(log_prob, labelled.sample), 0.5 / beta
+        difference, target = log_ratio_difference(log_prob, labelled.sample), 0.5 / beta
         label = jnp.mean(jnp.maximum(labelled.labels, 0.0), axis=-1)
-        return label * jnp.square(difference - wanted) + (1.0 - label) * jnp.square(difference + wanted)
+        return label * jnp.square(difference - target) + (1.0 - label) * jnp.square(difference + target)
 
     return loss
 
@@ -74,10 +75,9 @@ def simpo(
     margin: float = 0.5,
     lengths: Callable[[Sample], jax.Array] | None = None,
 ) -> PairLoss:
-    """Returns the loss of SimPO: `-log s(beta (a_w - a_l) - beta margin)`, a the log-probability a step, w the
-    preferred.
+    """Returns SimPO's loss, `-log s(beta (a_w - a_l) - beta margin)`, a the mean log-probability of a step, w preferred.
 
-    Nothing in it holds the policy to its reference.
+    It has no reference: nothing keeps the policy near one.
 
     Args:
         beta: scale; published ones are 2 to 10.
@@ -109,22 +109,22 @@ def direct_preference(
     optimizer: optax.GradientTransformation,
     *,
     coupling: float = 0.0,
-    annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
+    annotate: Annotator | None = None,
     sampler: Callable[[Params, Params], Params] = lambda policy, frozen: policy,
     steps: int = 1,
-) -> PolicyAlgorithm:
+) -> Algorithm:
     """Returns the algorithm that descends a pair loss on labelled pairs.
 
         E[loss] + coupling E[(w - 1) (loss - others' mean)],    w = exp(log pi(y0) pi(y1) - log of whoever gave them)
 
-    where the second part has no gradient in its own loss: on policy it is `coupling E[loss grad log pi(y0) pi(y1)]`.
+    where the loss in the second part is held fixed: on policy its gradient is `coupling E[loss grad log pi(y0) pi(y1)]`.
 
     Args:
         problem: with `log_prob` of both responses of a pair (policy-policy pairs, as from `language_problem` with
             against_reference=False); its reward and cost are not used.
-        loss: `dpo`, `ipo`, `simpo`, or one's own.
+        loss: `dpo`, `ipo`, `simpo`, or your own.
         optimizer: of the policy.
-        coupling: share of the gradient through the pairs' distribution; 1 is the whole of it.
+        coupling: weight of the gradient through the pairs' distribution; 1 is the full gradient.
         annotate: as in `bilevel_descent`.
         sampler: as in `policy_algorithm`; `lambda policy, frozen: frozen.reference` makes the method offline.
         steps: gradient steps on each labelled sample.
@@ -138,8 +138,8 @@ def direct_preference(
     def total(log_prob, labelled, frozen):
         del frozen
         sample = labelled.sample
-        answered = jnp.all(labelled.labels >= 0, axis=-1)
-        costs = jnp.where(answered, loss(log_prob, labelled), 0.0)
+        labelled_pairs = jnp.all(labelled.labels >= 0, axis=-1)
+        costs = jnp.where(labelled_pairs, loss(log_prob, labelled), 0.0)
         value = importance.expectation(costs, sample)
         if coupling:
             weight = jnp.exp(importance.pair_log_weights(importance.step_log_weights(log_prob, sample)))
@@ -153,8 +153,8 @@ def direct_preference(
 def implicit_reward(problem: BilevelProblem, *, beta: float | jax.Array) -> BilevelProblem:
     """Returns the problem with `R_phi = beta log(pi_phi / reference)` for its reward: the upper parameters are a policy's.
 
-    The lower level is then solved by `lambda*(phi) = phi` (arXiv 2305.18290), that is by
-    `closed_form(lambda task, index: task.upper_of(index))`, and with the rule `boltzmann()` bilevel descent of
+    The best response is then `lambda*(phi) = phi` (arXiv 2305.18290), given by
+    `closed_form(lambda task, index: task.upper)`, and bilevel descent with the rule `boltzmann()` on
 
     - the uncoupled likelihood is online DPO;
     - the coupled likelihood adds SAIL's term;

@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation: the slope of J without a critic, from how a prompt's responses compare.
+"""Group-relative policy optimisation (GRPO): the gradient of J without a critic, from comparing a prompt's responses.
 
 With the rewards of a prompt's responses, their mean and standard deviation,
 
@@ -21,17 +21,17 @@ import jax.numpy as jnp
 from jaxrlhf.base import importance
 from jaxrlhf.base.problem import BilevelProblem, Sample
 from jaxrlhf.base.types import Params
-from jaxrlhf.bilevel.lower import LowerTask, PolicyGradientEstimator
+from jaxrlhf.bilevel.solvers import LowerTask, PolicyGradientEstimator
 
 
 def group_relative(
     problem: BilevelProblem, *, beta: float | jax.Array, clip: float = 0.2, scaled: bool = True
 ) -> PolicyGradientEstimator:
-    """Returns the slope of -J by group-relative advantages, for `tangent(..., slope=...)`.
+    """Returns the estimator of the gradient of -J by group-relative advantages, for `tangent(..., policy_gradient=...)`.
 
     Args:
-        problem: for its `reward` and `log_prob`. The ratio is clipped step by step where responses have steps (a
-            language problem with per_token=True), and once a response otherwise.
+        problem: for its `reward` and `log_prob`. The ratio is clipped per step where responses have steps (a
+            language problem with per_token=True), per response otherwise.
         beta: weight of the KL; where `scaled`, in units of the rewards' standard deviation.
         clip: c of the clipped ratio, positive.
         scaled: whether advantages are divided by the standard deviation.
@@ -44,7 +44,7 @@ def group_relative(
 
     def step(policy: Params, state, task: LowerTask):
         sample, frozen = task.labelled.sample, task.frozen
-        reward = problem.reward(task.upper_of(jnp.zeros((), jnp.int32)), sample, frozen)
+        reward = problem.reward(task.upper, sample, frozen)
         advantage = group_advantages(jnp.sum(sample.cumulative_discount * reward, axis=-1), sample, scaled=scaled)[
             ..., None
         ]
@@ -55,7 +55,7 @@ def group_relative(
             ratio = jnp.exp(jnp.where(sample.from_policy[None, None, :, None] > 0, difference, 0.0))
             gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantage)
             taken = (sample.cumulative_discount > 0).astype(gain.dtype)
-            total = jnp.sum(importance.policy_share(sample) * taken * gain, axis=(-2, -1))
+            total = jnp.sum(importance.policy_slot_weights(sample) * taken * gain, axis=(-2, -1))
             return beta * importance.kl(log_prob, sample) - importance.expectation(total, sample)
 
         return jax.grad(loss)(policy), state
@@ -69,7 +69,7 @@ def group_advantages(returns: jax.Array, sample: Sample, *, scaled: bool = True)
     Over the policy's responses, weighted by their measure: exact where pairs are listed.
     """
     weights = sample.measure / jnp.sum(sample.measure, axis=-1, keepdims=True)
-    weights = weights[..., None] * importance.policy_share(sample)[..., 0]
+    weights = weights[..., None] * importance.policy_slot_weights(sample)[..., 0]
     centred = returns - jnp.sum(weights * returns, axis=(1, 2), keepdims=True)
     if not scaled:
         return centred

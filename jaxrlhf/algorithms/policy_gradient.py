@@ -1,12 +1,12 @@
-"""Algorithms that move a policy with no reward model.
+"""Algorithms that train a policy without a reward model.
 
 `label_policy_gradient` minimises the coupled upper objective over the policy directly,
 
     min_lambda  E_{pi_lambda}[cost(y0, y1, labels)] + kappa KL(pi_lambda || reference),
 
-by the importance-weighted score function with leave-one-out baselines (REINFORCE leave-one-out, arXiv 2402.14740), that
-is what the bilevel method does without the detour through a reward: the honest baseline beside the utility objective. A
-reward model generalises from labels to responses that nobody judged; whether that pays is what the comparison measures.
+by the importance-weighted score function with leave-one-out baselines (RLOO, arXiv 2402.14740): the bilevel method
+without the detour through a reward, and so the honest baseline beside the utility objective. A reward model generalises
+from labels to responses that nobody labelled; whether that pays is what the comparison measures.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.base import importance
-from jaxrlhf.base.problem import BilevelProblem, Labelled, Sample
-from jaxrlhf.base.types import Batch, Key, Params
+from jaxrlhf.base.algorithm import Algorithm, Annotator, compose, label_by, owned
+from jaxrlhf.base.problem import BilevelProblem, Labelled
+from jaxrlhf.base.types import Params
 
 
 class PolicyState(NamedTuple):
@@ -36,7 +37,8 @@ class PolicyInfo(NamedTuple):
     Attributes:
         loss: what is minimised, on the step's sample before its first gradient step.
         gradient_norm: of the policy's gradient, before the last gradient step.
-        ess_fraction: (sum w)^2 / sum w^2 of the pairs' importance weights, as a share of the sample in (0, 1].
+        ess_fraction: effective sample size (sum w)^2 / sum w^2 of the pairs' importance weights, as a fraction of the
+            sample in (0, 1].
         kl: KL(policy || reference) in nats, by importance weights where the sample came from another policy.
         labels: labels consumed; an enumerated expectation consumes none.
     """
@@ -48,41 +50,26 @@ class PolicyInfo(NamedTuple):
     labels: jax.Array
 
 
-class PolicyAlgorithm(NamedTuple):
-    """Pure functions with the signatures of `BilevelAlgorithm`'s, without a reward.
-
-    Attributes:
-        init: `(key, upper, policy) -> PolicyState`. Copies the policy; there is nothing to do with `upper`, and `()`
-            will do.
-        step: `(key, state, data, frozen) -> (PolicyState, PolicyInfo)`.
-        propose: `(key, state, data, frozen) -> Sample`.
-        update: `(key, state, labelled, frozen) -> (PolicyState, PolicyInfo)`.
-    """
-
-    init: Callable[[Key, Params, Params], PolicyState]
-    step: Callable[[Key, PolicyState, Batch, Params], tuple[PolicyState, PolicyInfo]]
-    propose: Callable[[Key, PolicyState, Batch, Params], Sample]
-    update: Callable[[Key, PolicyState, Labelled, Params], tuple[PolicyState, PolicyInfo]]
-
-
 def policy_algorithm(
     problem: BilevelProblem,
     loss: Callable[[jax.Array, Labelled, Params], jax.Array],
     optimizer: optax.GradientTransformation,
     *,
-    annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
+    annotate: Annotator | None = None,
     sampler: Callable[[Params, Params], Params] = lambda policy, frozen: policy,
     steps: int = 1,
-) -> PolicyAlgorithm:
+) -> Algorithm:
     """Returns the algorithm that descends a loss of the policy's log-probabilities on labelled pairs.
+
+    Its state is `PolicyState`, its info `PolicyInfo`; `init` has no use for `upper`, and `()` will do.
 
     Args:
         problem: of it `sample` and `log_prob` are used.
         loss: `(log_prob [B, M, 2, T], labelled, frozen) -> []`, differentiable in the first.
         optimizer: of the policy.
         annotate: as in `bilevel_descent`.
-        sampler: `(policy, frozen) -> ` the policy that gives the pairs: itself, or `lambda policy, frozen:
-            frozen.reference` for offline methods.
+        sampler: `(policy, frozen) -> ` parameters of the policy that samples the pairs: the policy itself, or
+            `lambda policy, frozen: frozen.reference` for offline methods.
         steps: gradient steps on each labelled sample.
 
     Raises:
@@ -93,7 +80,7 @@ def policy_algorithm(
 
     def init(key, upper, policy):
         del key, upper
-        policy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), policy)
+        policy = owned(policy)
         return PolicyState(jnp.zeros((), jnp.int32), policy, optimizer.init(policy))
 
     def propose(key, state, data, frozen):
@@ -103,50 +90,35 @@ def policy_algorithm(
         del key
         sample = labelled.sample
 
-        def at(policy):
+        def loss_and_log_prob(policy):
             log_prob = problem.log_prob(policy, sample, frozen)
             return loss(log_prob, labelled, frozen), log_prob
 
-        def one(carry, _):
+        def gradient_step(carry, _):
             policy, optimizer_state = carry
-            (value, log_prob), gradient = jax.value_and_grad(at, has_aux=True)(policy)
-            move, optimizer_state = optimizer.update(gradient, optimizer_state, policy)
-            pairs = importance.pair_log_weights(importance.step_log_weights(log_prob, sample))
-            share, kl = importance.ess_fraction(pairs, sample), importance.kl(log_prob, sample)
-            seen = value, optax.tree.norm(gradient), share, kl
-            return (optax.apply_updates(policy, move), optimizer_state), seen
+            (value, log_prob), gradient = jax.value_and_grad(loss_and_log_prob, has_aux=True)(policy)
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, policy)
+            pair_weights = importance.pair_log_weights(importance.step_log_weights(log_prob, sample))
+            ess, kl = importance.ess_fraction(pair_weights, sample), importance.kl(log_prob, sample)
+            diagnostics = value, optax.tree.norm(gradient), ess, kl
+            return (optax.apply_updates(policy, updates), optimizer_state), diagnostics
 
         carry = (state.policy, state.optimizer)
-        (policy, optimizer_state), (values, norms, shares, kls) = jax.lax.scan(one, carry, None, length=steps)
-        info = PolicyInfo(values[0], norms[-1], shares[0], kls[0], importance.count_labels(labelled))
+        (policy, optimizer_state), (values, norms, ess, kls) = jax.lax.scan(gradient_step, carry, None, length=steps)
+        info = PolicyInfo(values[0], norms[-1], ess[0], kls[0], importance.count_labels(labelled))
         return PolicyState(state.step + 1, policy, optimizer_state), info
 
-    return PolicyAlgorithm(init, composed(propose, update, annotate), propose, update)
-
-
-def composed(
-    propose: Callable, update: Callable, annotate: Callable[[Key, Sample, Params], jax.Array] | None
-) -> Callable:
-    """Returns the `step` of an algorithm from its two halves and an annotator; without one it raises ValueError."""
-
-    def step(key, state, data, frozen):
-        if annotate is None:
-            raise ValueError("step needs an annotator: give the algorithm one, or use propose and update.")
-        sample_key, label_key, update_key = jax.random.split(key, 3)
-        sample = propose(sample_key, state, data, frozen)
-        return update(update_key, state, Labelled(sample, annotate(label_key, sample, frozen)), frozen)
-
-    return step
+    return Algorithm(init, compose(propose, label_by(annotate), update), propose, update)
 
 
 def label_policy_gradient(
     problem: BilevelProblem,
     optimizer: optax.GradientTransformation,
     *,
-    annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
+    annotate: Annotator | None = None,
     steps: int = 1,
-) -> PolicyAlgorithm:
-    """Returns the algorithm that moves the policy by the labels alone.
+) -> Algorithm:
+    """Returns the algorithm that trains the policy on the labels alone.
 
     Args:
         problem: its objective must be one of labels, `objectives.utility`: a cost that reads the reward sees 0
@@ -164,9 +136,9 @@ def label_policy_gradient(
         )
 
     def loss(log_prob, labelled, frozen):
-        nothing = jnp.zeros_like(labelled.sample.behaviour_log_prob)
-        cost = problem.cost((), nothing, labelled, frozen)
-        levels = importance.evaluate(log_prob, nothing, cost, labelled.sample, beta=0.0, kl_price=problem.kl_price)
-        return levels.upper
+        no_reward = jnp.zeros_like(labelled.sample.behaviour_log_prob)
+        cost = problem.cost((), no_reward, labelled, frozen)
+        values = importance.evaluate(log_prob, no_reward, cost, labelled.sample, beta=0.0, kl_price=problem.kl_price)
+        return values.upper
 
     return policy_algorithm(problem, loss, optimizer, annotate=annotate, steps=steps)

@@ -1,24 +1,23 @@
-"""Labels used again: algorithms with a buffer of the pairs that they paid for.
+"""Labels used again: algorithms with a buffer of the labelled pairs they have paid for.
 
     algorithm = replayed(descent, shapes, capacity=64, size=16, updates=2)        # everything learns from old pairs
-    algorithm = refitted(descent, learning, shapes, capacity=1000, size=32)       # the reward alone does
+    algorithm = refitted(descent, learning, shapes, capacity=1000, size=32)       # only the reward does
 
-With `replayed`, after the update on a step's fresh pairs, `updates` more are taken on rows drawn from the buffer. Pairs
-keep the log-probability that they were sampled at, so importance weights make an old pair stand for the policy of
-today; how much of it is left is reported. With `refitted`, before each update the reward is fitted to pairs of the
-buffer as they came, as iterated RLHF does, which needs no weights at all and takes labels of any age.
+With `replayed`, the update on a step's fresh pairs is followed by `updates` more on rows drawn from the buffer. Pairs
+keep the log-probability that they were sampled at, so importance weights correct for the policy's changes since; the
+effective sample size that remains is reported. With `refitted`, each update is preceded by fitting the reward to pairs
+of the buffer, as iterated RLHF does, which needs no importance weights and takes labels of any age.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.policy_gradient import composed
 from jaxrlhf.algorithms.reward_learning import RewardAlgorithm, fit
-from jaxrlhf.base.problem import Labelled, Sample
-from jaxrlhf.base.types import Batch, Key, Params
+from jaxrlhf.base.algorithm import Algorithm, Annotator, compose, label_by
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Params
 from jaxrlhf.preferences import buffer as preference_buffer
 from jaxrlhf.preferences.buffer import PreferenceBuffer
 
@@ -29,8 +28,8 @@ class ReplayedState(NamedTuple):
     Attributes:
         step: outer steps taken, `[]`.
         inner: the algorithm's state.
-        fitted: of the reward's own fit, without its parameters, which the algorithm holds; () where there is none.
-        buffer: replace it to start from other labels.
+        fitted: state of the reward's own fit, without its parameters, which the algorithm holds; () without one.
+        buffer: the labelled pairs; replace it to start from other labels.
     """
 
     step: jax.Array
@@ -50,14 +49,14 @@ class ReplayedState(NamedTuple):
 
 
 class ReplayedInfo(NamedTuple):
-    """What a step says; scalars.
+    """Diagnostics of one step; scalars.
 
     Attributes:
         fresh: the algorithm's info of the update on fresh pairs.
-        kl: of it.
+        kl: of that update.
         labels: labels paid for: those of the fresh pairs, however often they are used.
         age: mean number of outer steps since the buffer's pairs were sampled, their staleness.
-        ess_fraction: `replayed`: the smallest among the updates from the buffer, as a share of the rows drawn, 1
+        ess_fraction: `replayed`: the smallest among the updates from the buffer, as a fraction of the rows drawn, 1
             without one; `refitted`: of the update on fresh pairs.
     """
 
@@ -68,31 +67,24 @@ class ReplayedInfo(NamedTuple):
     ess_fraction: jax.Array
 
 
-class ReplayedAlgorithm(NamedTuple):
-    """As the algorithm that it is made of, with `ReplayedState` and `ReplayedInfo`."""
-
-    init: Callable[[Key, Params, Params], Any]
-    step: Callable[[Key, Any, Batch, Params], tuple[Any, ReplayedInfo]]
-    propose: Callable[[Key, Any, Batch, Params], Sample]
-    update: Callable[[Key, Any, Labelled, Params], tuple[Any, ReplayedInfo]]
-
-
 def replayed(
-    algorithm: Any,
+    algorithm: Algorithm,
     sample: Sample,
     *,
     capacity: int,
     size: int,
     updates: int = 1,
     labels: int = 1,
-    annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
-) -> ReplayedAlgorithm:
+    annotate: Annotator | None = None,
+) -> Algorithm:
     """Returns the algorithm that keeps every labelled pair and learns from some of them again.
 
+    Its state is `ReplayedState`, its info `ReplayedInfo`.
+
     Args:
-        algorithm: with `init`, `propose` and `update`.
+        algorithm: any.
         sample: what it proposes, or its shapes: `jax.eval_shape(algorithm.propose, key, state, data, frozen)`.
-        capacity: prompts kept, the oldest go first.
+        capacity: prompts kept; the oldest are overwritten.
         size: prompts drawn for an update.
         updates: updates from the buffer, each outer step.
         labels: labels a pair.
@@ -108,32 +100,29 @@ def replayed(
         buffer = preference_buffer.empty(sample, labels=labels, capacity=capacity)
         return ReplayedState(jnp.zeros((), jnp.int32), algorithm.init(key, upper, lower), (), buffer)
 
-    def propose(key, state, data, frozen):
-        return algorithm.propose(key, state.inner, data, frozen)
-
     def update(key, state, labelled, frozen):
         fresh_key, *keys = jax.random.split(key, 1 + updates)
         buffer = preference_buffer.add(state.buffer, labelled, step=state.step)
         inner, info = algorithm.update(fresh_key, state.inner, labelled, frozen)
 
-        def again(inner, key):
+        def replay(inner, key):
             draw_key, update_key = jax.random.split(key)
-            drawn = preference_buffer.draw(draw_key, buffer, size=size)
-            inner, info = algorithm.update(update_key, inner, drawn, frozen)
+            old = preference_buffer.draw(draw_key, buffer, size=size)
+            inner, info = algorithm.update(update_key, inner, old, frozen)
             return inner, info.ess_fraction
 
-        share = jnp.ones(())
+        ess_fraction = jnp.ones(())
         if updates:
-            inner, shares = jax.lax.scan(again, inner, jnp.stack(keys))
-            share = jnp.min(shares)
-        report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), share)
+            inner, ess_fractions = jax.lax.scan(replay, inner, jnp.stack(keys))
+            ess_fraction = jnp.min(ess_fractions)
+        report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), ess_fraction)
         return ReplayedState(state.step + 1, inner, (), buffer), report
 
-    return ReplayedAlgorithm(init, composed(propose, update, annotate), propose, update)
+    return _wrapped(algorithm, init, update, annotate)
 
 
 def refitted(
-    algorithm: Any,
+    algorithm: Algorithm,
     learning: RewardAlgorithm,
     sample: Sample,
     *,
@@ -141,15 +130,17 @@ def refitted(
     size: int,
     updates: int = 1,
     labels: int = 1,
-    annotate: Callable[[Key, Sample, Params], jax.Array] | None = None,
-) -> ReplayedAlgorithm:
-    """Returns bilevel descent whose reward is also fitted to every label there is, before each of its updates.
+    annotate: Annotator | None = None,
+) -> Algorithm:
+    """Returns bilevel descent whose reward is also fitted to all labels so far, before each of its updates.
+
+    Its state is `ReplayedState`, its info `ReplayedInfo`.
 
     Args:
-        algorithm: a `BilevelAlgorithm`.
+        algorithm: `bilevel_descent`, or another whose state has an `upper`.
         learning: `reward_learning` of the same reward, with an optimiser of its own.
         sample: what the algorithm proposes, or its shapes.
-        capacity: prompts kept, the oldest go first.
+        capacity: prompts kept; the oldest are overwritten.
         size: prompts drawn for an update of the fit.
         updates: of the fit, each outer step.
         labels: labels a pair.
@@ -166,17 +157,23 @@ def refitted(
         inner = algorithm.init(key, upper, lower)
         return ReplayedState(jnp.zeros((), jnp.int32), inner, learning.init(upper)._replace(upper=()), buffer)
 
-    def propose(key, state, data, frozen):
-        return algorithm.propose(key, state.inner, data, frozen)
-
     def update(key, state, labelled, frozen):
         fit_key, update_key = jax.random.split(key)
         buffer = preference_buffer.add(state.buffer, labelled, step=state.step)
-        # What the algorithm did to the reward since the last fit is kept.
+        # The fit starts from the reward as the algorithm left it.
         start = state.fitted._replace(upper=state.inner.upper)
         fitted, _ = fit(fit_key, learning, start, buffer, frozen, size=size, steps=updates)
         inner, info = algorithm.update(update_key, state.inner._replace(upper=fitted.upper), labelled, frozen)
         report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), info.ess_fraction)
         return ReplayedState(state.step + 1, inner, fitted._replace(upper=()), buffer), report
 
-    return ReplayedAlgorithm(init, composed(propose, update, annotate), propose, update)
+    return _wrapped(algorithm, init, update, annotate)
+
+
+def _wrapped(algorithm: Algorithm, init, update, annotate: Annotator | None) -> Algorithm:
+    """The algorithm that proposes as the one inside it does."""
+
+    def propose(key, state, data, frozen):
+        return algorithm.propose(key, state.inner, data, frozen)
+
+    return Algorithm(init, compose(propose, label_by(annotate), update), propose, update)

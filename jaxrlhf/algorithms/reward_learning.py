@@ -1,10 +1,10 @@
-"""Reward learning on pairs as they came: the upper objective with every policy held fixed.
+"""Reward learning on labelled pairs: the upper objective with every policy held fixed.
 
-It is what offline and iterated RLHF do, and the first stage of most pipelines. `update` descends
+Offline and iterated RLHF do this, and so does the first stage of most pipelines. `update` descends
 
     E_labelled[coupled + uncoupled cost]        for `objectives.likelihood` Bradley-Terry maximum likelihood
 
-on whatever labelled pairs it is given; `fit` takes them from a `preference_buffer`.
+on the labelled pairs it is given; `fit` draws them from a `PreferenceBuffer`.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.base import importance
+from jaxrlhf.base.algorithm import owned
 from jaxrlhf.base.problem import BilevelProblem, Labelled
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.preferences import buffer as preference_buffer
@@ -52,7 +53,7 @@ def reward_learning(problem: BilevelProblem, optimizer: optax.GradientTransforma
     """Returns the algorithm that fits the reward of a problem; of the problem only `reward` and `cost` are used."""
 
     def init(upper):
-        upper = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), upper)
+        upper = owned(upper)
         return RewardState(jnp.zeros((), jnp.int32), upper, optimizer.init(upper))
 
     def update(state, labelled, frozen):
@@ -83,7 +84,7 @@ def fit(
     Consumes the key.
     """
 
-    def one(state, key):
+    def update(state, key):
         return algorithm.update(state, preference_buffer.draw(key, buffer, size=size), frozen)
 
-    return jax.lax.scan(one, state, jax.random.split(key, steps))
+    return jax.lax.scan(update, state, jax.random.split(key, steps))

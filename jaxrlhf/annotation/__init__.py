@@ -1,4 +1,4 @@
-"""Annotators that live on the host, outside of JAX: people's functions, a judge behind HTTP, and a journal of answers."""
+"""Host-side annotators, outside JAX: Python functions, an LLM judge behind HTTP, and a journal of paid labels."""
 
 from jaxrlhf.annotation.chat import BudgetError, JudgeError
 from jaxrlhf.annotation.functions import Annotate, Score, host_annotator, host_scorer, load_function

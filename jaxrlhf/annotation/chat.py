@@ -1,9 +1,8 @@
-"""Questions to a language model behind an OpenAI-style HTTP address, asked with patience that ends.
+"""Questions to a language model behind an OpenAI-style HTTP address, with bounded retries.
 
-Every wait has a bound: a call, the pauses between calls, their number. Failures that may pass (a timeout, a broken
-connection, 429, 5xx, a reply that is no chat completion) are tried again after a pause that doubles each time, less a
-random part, so that callers do not come back all at once. Others end the matter at once, in one sentence. The API key is
-in the request's header and nowhere else.
+Every wait is bounded: each call, the pauses between calls, and their number. Transient failures (a timeout, a broken
+connection, 429, 5xx, a reply that is not a chat completion) are retried with exponential backoff and jitter. Other
+failures raise at once, with a one-sentence message. The API key is sent in the request's header and appears nowhere else.
 """
 
 import contextlib
@@ -19,26 +18,26 @@ from typing import NamedTuple
 
 import httpx
 
-from jaxrlhf.annotation.waiting import StoppedError, within
+from jaxrlhf.annotation.concurrency import CancelledError, call_with_timeout
 
-LARGEST_REPLY = 1 << 20
-"""Bytes that are read of a reply."""
-SHOWN = 200
-"""Characters of a server's own words in a message."""
-# Not the global one, whose draws belong to the user's experiment.
+MAX_REPLY_BYTES = 1 << 20
+"""Longer replies are cut."""
+MAX_QUOTED_CHARACTERS = 200
+"""Length at which a server's text is cut in error messages."""
+# Not the global generator, whose draws belong to the user's experiment.
 _JITTER = random.Random()
 
 
 class JudgeError(OSError):
-    """A judge gave no answer; the message says why, and what was kept."""
+    """A judge failed; the message says why, and which labels were kept."""
 
 
 class BudgetError(JudgeError):
-    """The ceiling on calls is reached."""
+    """The limit on the number of calls is reached."""
 
 
-class _PassingError(Exception):
-    """A failure that may pass by itself."""
+class _TransientError(Exception):
+    """A failure worth retrying, perhaps after a pause in seconds that the server asked for."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)
@@ -46,14 +45,14 @@ class _PassingError(Exception):
 
 
 class Limits(NamedTuple):
-    """What a caller puts up with.
+    """Limits on calls, retries and waiting.
 
     Attributes:
-        calls: HTTP calls in all, repeated ones included.
-        retries: further calls for an answer that failed.
-        timeout: seconds of one call, from the name's look-up to the last byte.
-        first_pause: seconds before the first retry; doubled for each one after it.
-        longest_pause: seconds that no pause exceeds, and be it that the server asks for more.
+        calls: HTTP calls in total, retries included.
+        retries: further calls after a transient failure.
+        timeout: seconds of one call, from DNS look-up to the last byte.
+        first_pause: seconds before the first retry; doubled for each further one.
+        longest_pause: upper bound on a pause in seconds, even where the server asks for more.
     """
 
     calls: int = 100_000
@@ -76,17 +75,17 @@ class Limits(NamedTuple):
 
 
 class Chat:
-    """A model at an address. Safe for several threads.
+    """A chat model at an address. Thread-safe.
 
     Attributes:
         calls: HTTP calls made so far.
     """
 
     def __init__(self, base_url: str, model: str, *, api_key: str | None, max_tokens: int, limits: Limits):
-        """Takes the address up to and without `/chat/completions`.
+        """Takes the address without `/chat/completions`.
 
         Raises:
-            ValueError: address, key or a limit cannot be used. The message shows neither key nor password.
+            ValueError: address, key or a limit is invalid. The message shows neither key nor password.
         """
         self.url, self.model = checked_address(base_url) + "/chat/completions", model
         self.calls, self._limits, self._max_tokens = 0, limits.check(), max_tokens
@@ -96,43 +95,43 @@ class Chat:
             raise ValueError("A judge needs a model's name and at least one token to answer with.")
 
     def connect(self) -> httpx.Client:
-        """Returns a client to make calls with; the caller closes it."""
-        # Compression would let a small reply become a large one.
+        """Returns an HTTP client; the caller closes it."""
+        # With compression a small reply could expand into a huge one.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        # How many connections there are is the caller's affair: a call that was given up holds its own for a while.
+        # The caller limits concurrency; an abandoned call holds its connection for a while.
         connections = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx.Client(headers=headers, timeout=self._limits.timeout, limits=connections, verify=_certificates())
 
     def complete(self, client: httpx.Client, question: str, stopping: threading.Event) -> str:
-        """Returns the model's words, empty where it has none (a refusal).
+        """Returns the text of the model's reply, empty for a refusal.
 
         Args:
-            client: of `connect`.
+            client: from `connect`.
             question: the user's message.
             stopping: once it is set, no further call is made.
 
         Raises:
-            JudgeError: no answer after all retries, or one that no retry would change.
-            BudgetError: the ceiling on calls is reached.
-            StoppedError: `stopping` was set before there was an answer.
+            JudgeError: no reply after all retries, or a failure that no retry would change.
+            BudgetError: the limit on calls is reached.
+            CancelledError: `stopping` was set before there was a reply.
         """
         messages = [{"role": "user", "content": question}]
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self._max_tokens}
-        # Escaped to ASCII, which holds whatever a text may hold.
-        written, limits, reason = json.dumps(body).encode(), self._limits, ""
+        # json.dumps escapes to ASCII, so lone surrogates survive.
+        encoded, limits, reason = json.dumps(body).encode(), self._limits, ""
         for attempt in range(limits.retries + 1):
             if stopping.is_set():
-                raise StoppedError
+                raise CancelledError
             self._count()
             try:
-                return self._call(client, written)
-            except _PassingError as error:
-                reason, asked = str(error), error.pause
+                return self._call(client, encoded)
+            except _TransientError as error:
+                reason, requested = str(error), error.pause
             if attempt < limits.retries:
-                doubled = limits.first_pause * 2.0 ** min(attempt, 60) * _JITTER.uniform(0.5, 1.0)
-                stopping.wait(min(limits.longest_pause, max(doubled, asked)))
+                backoff = limits.first_pause * 2.0 ** min(attempt, 60) * _JITTER.uniform(0.5, 1.0)
+                stopping.wait(min(limits.longest_pause, max(backoff, requested)))
         raise JudgeError(
             f"The judge {self.model} at {self.url} gave no answer in {limits.retries + 1} calls; the last: {reason}."
         )
@@ -146,45 +145,47 @@ class Chat:
     def _call(self, client: httpx.Client, body: bytes) -> str:
         timeout = self._limits.timeout
         try:
-            status, headers, reply = within(timeout, lambda: _post(client, self.url, body))
+            status, headers, reply = call_with_timeout(timeout, lambda: _post(client, self.url, body))
         except (TimeoutError, httpx.TimeoutException):
-            raise _PassingError(f"no reply within {timeout:g} s") from None
+            raise _TransientError(f"no reply within {timeout:g} s") from None
         except (httpx.HTTPError, httpx.StreamError, OSError, RuntimeError) as error:
-            raise _PassingError(self._shown(f"{type(error).__name__}: {error}")) from None
+            raise _TransientError(self._quotable(f"{type(error).__name__}: {error}")) from None
         if status == 429 or status >= 500:
-            raise _PassingError(f"status {status}{self._said(reply)}", _retry_after(headers))
+            raise _TransientError(f"status {status}{self._server_message(reply)}", _retry_after(headers))
         if not 200 <= status < 300:
-            raise JudgeError(f"The judge {self.model} at {self.url} refused with status {status}{self._said(reply)}.")
+            raise JudgeError(
+                f"The judge {self.model} at {self.url} refused with status {status}{self._server_message(reply)}."
+            )
         try:
-            return words_of(reply)
+            return completion_text(reply)
         except ValueError as error:
-            raise _PassingError(f"{error}{self._said(reply)}") from None
+            raise _TransientError(f"{error}{self._server_message(reply)}") from None
 
-    def _said(self, reply: bytes) -> str:
-        text = reply[:LARGEST_REPLY].decode("utf-8", "replace")
+    def _server_message(self, reply: bytes) -> str:
+        text = reply[:MAX_REPLY_BYTES].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             text = str(json.loads(text)["error"]["message"])
-        shown = self._shown(text)
-        return f" ({shown})" if shown else ""
+        quoted = self._quotable(text)
+        return f" ({quoted})" if quoted else ""
 
-    def _shown(self, text: str) -> str:
-        # Servers quote the key that they refuse. Taken out before anything is cut, or a part of it would be left.
-        hidden = text.replace(self._key, "(the key)") if self._key else text
-        line = " ".join("".join(letter if letter.isprintable() else " " for letter in hidden).split())
-        return line[:SHOWN].rstrip(" .")
+    def _quotable(self, text: str) -> str:
+        # Servers quote the key that they reject. Redact before cutting, or part of it could remain.
+        redacted = text.replace(self._key, "(the key)") if self._key else text
+        line = " ".join("".join(letter if letter.isprintable() else " " for letter in redacted).split())
+        return line[:MAX_QUOTED_CHARACTERS].rstrip(" .")
 
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    # Reading them takes longer than a call to a judge on the same machine: once a process.
+    # Reading them takes longer than a call to a local judge: do it once per process.
     return httpx.create_ssl_context()
 
 
-def words_of(reply: bytes) -> str:
-    """Returns the text of a chat completion, empty where the model has none.
+def completion_text(reply: bytes) -> str:
+    """Returns the text of a chat completion, empty for a refusal.
 
     Raises:
-        ValueError: the reply is no chat completion.
+        ValueError: the reply is not a chat completion.
     """
     try:
         choices = json.loads(reply)["choices"]
@@ -197,10 +198,10 @@ def words_of(reply: bytes) -> str:
 
 
 def checked_address(url: str) -> str:
-    """Returns an HTTP address without a slash at its end.
+    """Returns an HTTP address without a trailing slash.
 
     Raises:
-        ValueError: it is none, or holds more than host and path. The message does not show what may be a secret.
+        ValueError: it is not one, or has more than host and path. The message does not quote what may be a secret.
     """
     try:
         parts = httpx.URL(url)
@@ -214,7 +215,7 @@ def checked_address(url: str) -> str:
 
 
 def _checked_key(key: str | None) -> str:
-    # An environment variable that was read from a file often ends in a line break.
+    # Environment variables read from a file often end in a line break.
     key = (key or "").strip()
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError("The judge's API key holds a blank or a letter that no HTTP header may hold.")
@@ -224,18 +225,18 @@ def _checked_key(key: str | None) -> str:
 def _post(client: httpx.Client, url: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
     reply = bytearray()
     with client.stream("POST", url, content=body) as response:
-        for piece in response.iter_bytes():
-            reply += piece
-            if len(reply) > LARGEST_REPLY:
+        for chunk in response.iter_bytes():
+            reply += chunk
+            if len(reply) > MAX_REPLY_BYTES:
                 break
         return response.status_code, response.headers, bytes(reply)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Returns the seconds that the server asks to wait, given as such or as a date; 0 where it asks for none."""
-    given = headers.get("retry-after", "")
+    """Returns the seconds that the server asks to wait, sent as a number or a date; 0 without the header."""
+    value = headers.get("retry-after", "")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if given.strip().replace(".", "", 1).isdecimal():
-            return float(given)
-        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
+        if value.strip().replace(".", "", 1).isdecimal():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0

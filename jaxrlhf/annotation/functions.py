@@ -1,9 +1,10 @@
-"""Plain Python functions named `module:function`: rewards and annotators that people bring.
+"""User-supplied rewards and annotators: plain Python functions named `module:function`.
 
     def score(prompts: list[str], completions: list[str]) -> list[float]: ...
     def annotate(prompts: list[str], firsts: list[str], seconds: list[str]) -> list[float | None]: ...
 
-An annotator's answer is 1 where the first completion is preferred, 0 where the second, 1/2 for a tie, None for no answer.
+A label is 1 where the first completion is preferred, 0 where the second is, 1/2 for a tie and None where the annotator
+gives no label.
 """
 
 import importlib
@@ -19,7 +20,7 @@ import numpy as np
 import tokenizers
 
 from jaxrlhf import preferences
-from jaxrlhf.annotation.waiting import within
+from jaxrlhf.annotation.concurrency import call_with_timeout
 from jaxrlhf.base.problem import SKIPPED, Sample
 
 Score = Callable[[list[str], list[str]], Sequence[float]]
@@ -27,7 +28,7 @@ Annotate = Callable[[list[str], list[str], list[str]], Sequence[float | None]]
 
 
 def load_function(name: str) -> Callable:
-    """Returns the function of a module, which is found as `python -m` would: in the working directory, or installed.
+    """Returns the function `module:function`; modules are found as by `python -m`, in the working directory or installed.
 
     Raises:
         ValueError: the name has no colon, or there is no such module or function.
@@ -52,52 +53,52 @@ def load_function(name: str) -> Callable:
 def completions_of(
     tokenizer: tokenizers.Tokenizer, prompts: list[list[int]], completions: list[list[int]]
 ) -> list[str]:
-    """Returns the texts of completions, as they go on from their prompts; without special tokens.
+    """Returns completions as text, as they continue their prompts; without special tokens.
 
-    Decoded with the prompt: some tokenizers drop the space that a text begins with.
+    Each is decoded together with its prompt, as some tokenizers drop the space that a text begins with.
     """
-    before = tokenizer.decode_batch(prompts)
-    whole = tokenizer.decode_batch([[*first, *second] for first, second in zip(prompts, completions, strict=True)])
+    prompt_texts = tokenizer.decode_batch(prompts)
+    full_texts = tokenizer.decode_batch([[*prompt, *rest] for prompt, rest in zip(prompts, completions, strict=True)])
     alone = tokenizer.decode_batch(completions)
     return [
-        text.removeprefix(start) if text.startswith(start) else other
-        for start, text, other in zip(before, whole, alone, strict=True)
+        full.removeprefix(prompt) if full.startswith(prompt) else completion
+        for prompt, full, completion in zip(prompt_texts, full_texts, alone, strict=True)
     ]
 
 
-def real(tokens: Any, mask: Any) -> list[list[int]]:
-    """Returns rows of real tokens from arrays `[N, T]`."""
-    return [row[kept].tolist() for row, kept in zip(np.asarray(tokens), np.asarray(mask).astype(bool), strict=True)]
+def unpadded(tokens: Any, mask: Any) -> list[list[int]]:
+    """Returns the rows of arrays `[N, T]` as lists, without padding."""
+    return [row[real].tolist() for row, real in zip(np.asarray(tokens), np.asarray(mask).astype(bool), strict=True)]
 
 
 def texts_of(tokenizer: tokenizers.Tokenizer, sample: Sample) -> tuple[list[str], list[str], list[str]]:
-    """Returns prompts, first and second completions of a sample's pairs, `B * M` of each."""
+    """Returns the prompts, first completions and second completions of a sample's pairs, `B * M` of each."""
     tokens, mask = (np.asarray(part) for part in sample.responses)
     pairs = tokens.shape[1]
-    prompts = [row for row in real(*sample.prompts) for _ in range(pairs)]
-    slots = [
+    prompts = [row for row in unpadded(*sample.prompts) for _ in range(pairs)]
+    firsts, seconds = (
         completions_of(
             tokenizer,
             prompts,
-            real(tokens[:, :, slot].reshape(len(prompts), -1), mask[:, :, slot].reshape(len(prompts), -1)),
+            unpadded(tokens[:, :, slot].reshape(len(prompts), -1), mask[:, :, slot].reshape(len(prompts), -1)),
         )
         for slot in (0, 1)
-    ]
-    return tokenizer.decode_batch(prompts), slots[0], slots[1]
+    )
+    return tokenizer.decode_batch(prompts), firsts, seconds
 
 
-def bounded(call: Callable[..., Any], seconds: float | None, name: str) -> Callable[..., Any]:
-    """Returns the function of texts with a limit to how long it may take; None is no limit.
+def with_timeout(call: Callable[..., Any], seconds: float | None, name: str) -> Callable[..., Any]:
+    """Returns the function of texts with a time limit and with errors that name it; None is no limit.
 
     Raises:
-        ValueError: when called, where the time is over, or the function raised: its name is told. A call that took too
-            long is left to itself and its answers are lost.
+        ValueError: when called, where the time is up or the function raised. A call that took too long is abandoned and
+            its result is lost.
     """
 
     def named(*texts):
         try:
             return call(*texts)
-        except Exception as error:  # whatever people's own code raises
+        except Exception as error:  # whatever user code raises
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise ValueError(
                 f"{name} failed with {type(error).__name__}: {error} ({last.filename}, line {last.lineno}). "
@@ -107,56 +108,57 @@ def bounded(call: Callable[..., Any], seconds: float | None, name: str) -> Calla
     if seconds is None:
         return named
 
-    def answer(*texts):
+    def limited(*texts):
         try:
-            return within(seconds, lambda: named(*texts))
+            return call_with_timeout(seconds, lambda: named(*texts))
         except TimeoutError:
             raise ValueError(
                 f"{name} has not answered {len(texts[0])} questions within {seconds:g} s; "
                 "see why it hangs, or give it more time with --annotator-timeout."
             ) from None
 
-    return answer
+    return limited
 
 
 def host_annotator(
-    tokenizer: tokenizers.Tokenizer, judge: Annotate, name: str
+    tokenizer: tokenizers.Tokenizer, annotate: Annotate, name: str
 ) -> Callable[[jax.Array, Sample], jax.Array]:
     """Returns `(key, sample) -> labels [B, M, 1]` from an annotator of texts.
 
     Raises:
-        ValueError: when called, where the annotator's answers are too few or no labels.
+        ValueError: when called, where there are too few labels, or values that are no labels.
     """
 
-    def annotate(key, sample):
+    def annotate_sample(key, sample):
         del key
-        prompts, firsts, seconds = texts_of(tokenizer, sample)
-        # None is NaN for a moment: no other answer out of range is an omission.
-        given = judge(prompts, firsts, seconds)
-        answers = given if given is None else [np.nan if answer is None else answer for answer in given]
-        labels = _numbers(answers, len(prompts), name)
+        texts = texts_of(tokenizer, sample)
+        labels = annotate(*texts)
+        # NaN stands for None until the range check: no other value outside [0, 1] means "no label".
+        if labels is not None:
+            labels = [np.nan if label is None else label for label in labels]
+        labels = _numbers(labels, len(texts[0]), name)
         wrong = labels[(labels < 0) | (labels > 1)]
         if wrong.size:
             raise ValueError(f"{name} answered {wrong[0]:g}; a label is 1, 0, 1/2 or None.")
         labels = np.where(np.isnan(labels), np.float32(SKIPPED), labels)
         return jnp.asarray(labels.reshape(*sample.measure.shape, 1))
 
-    return annotate
+    return annotate_sample
 
 
 def host_scorer(tokenizer: tokenizers.Tokenizer, score: Score, name: str) -> Callable[[jax.Array, Sample], jax.Array]:
-    """Returns `(key, sample) -> labels [B, M, 1]`, Bradley-Terry labels drawn by a score of texts.
+    """Returns `(key, sample) -> labels [B, M, 1]`: Bradley-Terry labels drawn from scores of texts.
 
     Raises:
-        ValueError: when called, where the scores are too few or not finite.
+        ValueError: when called, where there are too few scores, or scores that are not finite.
     """
 
-    def annotate(key, sample):
+    def annotate_sample(key, sample):
         prompts, firsts, seconds = texts_of(tokenizer, sample)
         scores = np.stack([_finite(score(prompts, texts), len(prompts), name) for texts in (firsts, seconds)], axis=-1)
         return preferences.draw_labels(key, jnp.asarray(scores.reshape(*sample.measure.shape, 2)))
 
-    return annotate
+    return annotate_sample
 
 
 def _finite(values: Any, count: int, name: str) -> np.ndarray:

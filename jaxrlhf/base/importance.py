@@ -19,20 +19,20 @@ def expectation(values: jax.Array, sample: Sample) -> jax.Array:
     return jnp.sum(sample.measure * values)
 
 
-def policy_share(sample: Sample) -> jax.Array:
-    """Returns `[1, 1, 2, 1]`: how the slots average over the policy's responses, 1/2 each or (1, 0)."""
+def policy_slot_weights(sample: Sample) -> jax.Array:
+    """Returns `[1, 1, 2, 1]`, the weights that average over the policy's responses of a pair: 1/2 each, or (1, 0)."""
     return (sample.from_policy / jnp.sum(sample.from_policy))[None, None, :, None]
 
 
 def step_log_weights(log_prob: jax.Array, sample: Sample, *, largest: float | None = None) -> jax.Array:
     """Returns `log w_t = sum_{t' <= t} (log_prob - behaviour_log_prob)`, `[B, M, 2, T]`.
 
-    The ratio of the response up to and including step t. It is 0 in slots that the reference filled: those do not
-    depend on the policy, and where a listed pair was not drawn, whose weight might overflow. With `largest`, a
+    The log density ratio of the response up to and including step t. It is 0 in slots that the reference filled, which do
+    not depend on the policy, and for listed pairs of measure 0, whose weight might overflow. With `largest`, a
     response's weights are truncated to `min(w, largest)` and carry no gradient beyond it: less variance, and a bias.
     """
-    counts = (sample.from_policy[None, None, :, None] > 0) & (sample.measure[:, :, None, None] > 0)
-    difference = jnp.where(counts, log_prob - sample.behaviour_log_prob, 0.0)
+    is_weighted = (sample.from_policy[None, None, :, None] > 0) & (sample.measure[:, :, None, None] > 0)
+    difference = jnp.where(is_weighted, log_prob - sample.behaviour_log_prob, 0.0)
     log_weights = jnp.cumsum(difference, axis=-1)
     if largest is None:
         return log_weights
@@ -48,7 +48,7 @@ def pair_log_weights(step_log_weights: jax.Array) -> jax.Array:
 def others_mean(values: jax.Array, sample: Sample) -> jax.Array:
     """Returns for each value `[B, M]` the mean of the *other* values of the same prompt: an independent baseline.
 
-    Computed as `value - (value - mean) / (1 - 1 / draws)`; with an enumerated measure the mean itself is exact and is
+    Computed as `value - (value - mean) / (1 - 1 / num_draws)`; with an enumerated measure the mean itself is exact and is
     returned. A prompt with a single drawn pair has no others; its baseline is 0.
     """
     mean = jnp.sum(_within_prompt(sample) * values, axis=-1, keepdims=True)
@@ -57,7 +57,7 @@ def others_mean(values: jax.Array, sample: Sample) -> jax.Array:
 
 def others_mean_responses(values: jax.Array, sample: Sample) -> jax.Array:
     """As `others_mean`, for `values` `[B, M, 2, T]` over the policy's responses to the same prompt, step by step."""
-    weights = _within_prompt(sample)[:, :, None, None] * policy_share(sample)
+    weights = _within_prompt(sample)[:, :, None, None] * policy_slot_weights(sample)
     mean = jnp.sum(weights * values, axis=(1, 2), keepdims=True)
     return _leave_one_out(values, mean, sample.num_draws * jnp.sum(sample.from_policy))
 
@@ -95,11 +95,14 @@ def evaluate(
     kl_price: float | jax.Array = 0.0,
     largest: float | None = None,
 ) -> Values:
-    """Estimates G and J at the policy behind `log_prob`, differentiable in it.
+    """Estimates what depends on the policy of G, and J, differentiable in `log_prob`: the one place that defines them.
+
+        G = E[coupled cost] + kappa KL(policy || reference)        (the uncoupled cost is added where G is reported)
+        J = E[sum_t discount_t reward_t] - beta KL(policy || reference)
 
     With w the density ratio to the behaviour policy, the values are plain importance-weighted means and their
     gradients are score-function gradients with leave-one-out baselines: each mean carries a control variate
-    `-(w - 1) b` whose expectation is 0. The KL is `kl`'s k1; loss and report use this one estimator.
+    `-(w - 1) b` whose expectation is 0. The KL is estimated by k1 of `kl`, in losses and reports alike.
 
     Args:
         log_prob: `[B, M, 2, T]`, of the policy to evaluate.
@@ -119,7 +122,7 @@ def evaluate(
     # The discount belongs to the values: E[w_t - 1] = 0 over all trajectories, not over those still alive at t.
     discounted = sample.cumulative_discount * reward
     controlled = _controlled(weights, discounted, others_mean_responses(discounted, sample))
-    returned = expectation(jnp.sum(policy_share(sample) * controlled, axis=(-2, -1)), sample)
+    returned = expectation(jnp.sum(policy_slot_weights(sample) * controlled, axis=(-2, -1)), sample)
     divergence = kl(log_prob, sample, largest=largest)
     coupled = expectation(_controlled(joint, cost.coupled, others_mean(cost.coupled, sample)), sample)
     return Values(upper=coupled + kl_price * divergence, lower=returned - beta * divergence, kl=divergence)
@@ -134,7 +137,7 @@ def kl(
 ) -> jax.Array:
     """Estimates KL(policy || reference) in nats, discounted over steps, with its gradient; `[]`.
 
-    With `l = log(policy / reference)` of a step and w the density ratio to whoever gave the response, a step counts
+    With `l = log(policy / reference)` of a step and w the density ratio to the policy that sampled it, a step contributes
 
         k1 = w l - (w_t - w_{t-1})        k2 = w l^2 / 2        k3 = w (l + exp(-l) - 1).
 
@@ -144,7 +147,7 @@ def kl(
     and the gradient of KL(reference || policy) from k3; only k2's is right that way, and for one step only.
 
     Args:
-        log_prob: `[B, M, 2, T]`, of the policy; slots that the reference filled may hold anything.
+        log_prob: `[B, M, 2, T]`, of the policy; slots that the reference filled are ignored.
         sample: the pairs.
         estimator: which value.
         largest: bound of the weights, see `step_log_weights`.
@@ -155,21 +158,21 @@ def kl(
     if estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"A KL is estimated by k1, k2 or k3, got {estimator!r}.")
     weights = jnp.exp(step_log_weights(log_prob, sample, largest=largest))
-    before = jnp.concatenate([jnp.ones_like(weights[..., :1]), weights[..., :-1]], axis=-1)
+    previous = jnp.concatenate([jnp.ones_like(weights[..., :1]), weights[..., :-1]], axis=-1)
     log_ratio = jnp.where(sample.from_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0)
     divergence = sample.cumulative_discount * log_ratio
     # E[w_t - w_{t-1}] = 0 given the past: taking it off leaves the KL's value and removes its gradient's noise.
     steps = _controlled(weights, divergence, others_mean_responses(divergence, sample)) - sample.cumulative_discount * (
-        weights - before
+        weights - previous
     )
-    first = expectation(jnp.sum(policy_share(sample) * steps, axis=(-2, -1)), sample)
+    first = expectation(jnp.sum(policy_slot_weights(sample) * steps, axis=(-2, -1)), sample)
     if estimator == "k1":
         return first
     size = 0.5 * jnp.square(log_ratio) if estimator == "k2" else log_ratio + jnp.expm1(-log_ratio)
-    other = expectation(
-        jnp.sum(policy_share(sample) * sample.cumulative_discount * weights * size, axis=(-2, -1)), sample
+    estimate = expectation(
+        jnp.sum(policy_slot_weights(sample) * sample.cumulative_discount * weights * size, axis=(-2, -1)), sample
     )
-    return first + jax.lax.stop_gradient(other - first)
+    return first + jax.lax.stop_gradient(estimate - first)
 
 
 def _controlled(ratio: jax.Array, values: jax.Array, baseline: jax.Array) -> jax.Array:
@@ -182,23 +185,23 @@ def tilted_loss(values: Values, tilt: jax.Array) -> jax.Array:
 
 
 def ess_fraction(log_weights: jax.Array, sample: Sample) -> jax.Array:
-    """Returns `(sum m w)^2 / sum m w^2` in (0, 1], the share of the sample that pair weights `[B, M]` leave in use."""
+    """Returns the effective sample size `(sum m w)^2 / sum m w^2` of pair log-weights `[B, M]`, a fraction in (0, 1]."""
     weights = jnp.exp(log_weights - jnp.max(log_weights))
     return jnp.square(expectation(weights, sample)) / expectation(jnp.square(weights), sample)
 
 
 def count_labels(labelled: Labelled) -> jax.Array:
-    """Returns how many labels were given: a skipped one is none, an enumerated expectation has none.
+    """Returns the number of labels, skipped ones left out; an enumerated expectation has none.
 
-    A listed pair that stands for n draws has n labels. Samples of a tilt's own (leaves `[S, ...]`) add up.
+    A listed pair that stands for n draws has n labels. Samples for each tilt (leaves `[S, ...]`) add up.
     """
     measure, num_draws = labelled.sample.measure, labelled.sample.num_draws[..., None, None]
-    behind = jnp.where(
+    draws = jnp.where(
         jnp.isfinite(num_draws),
         jnp.round(measure * measure.shape[-2] * jnp.where(jnp.isfinite(num_draws), num_draws, 0)),
         0,
     )
-    return jnp.sum(behind[..., None] * (labelled.labels >= 0)).astype(jnp.int32)
+    return jnp.sum(draws[..., None] * (labelled.labels >= 0)).astype(jnp.int32)
 
 
 def entropy(log_prob: jax.Array, sample: Sample) -> jax.Array:
@@ -206,5 +209,5 @@ def entropy(log_prob: jax.Array, sample: Sample) -> jax.Array:
     weights = jnp.exp(step_log_weights(log_prob, sample))
     masked = jnp.where(sample.from_policy[None, None, :, None] > 0, log_prob, 0.0)
     return -expectation(
-        jnp.sum(policy_share(sample) * sample.cumulative_discount * weights * masked, axis=(-2, -1)), sample
+        jnp.sum(policy_slot_weights(sample) * sample.cumulative_discount * weights * masked, axis=(-2, -1)), sample
     )

@@ -1,7 +1,7 @@
 """Schedules for sigma: as functions of the outer step, by the theorem, or by the measured inner error.
 
-Any `step -> value` works, optax schedules included; these are the shapes that the theory asks for. All values are
-`relative_sigma = sigma / beta`, without unit.
+Any `step -> value` works, optax schedules included; these are the ones that the theory asks for. All values are
+`relative_sigma = sigma / beta`; the useful sizes that are named here are for costs of order 1.
 """
 
 import math
@@ -15,24 +15,24 @@ import optax
 SigmaSchedule = Callable[[jax.Array], jax.Array]
 
 SMALLEST = 1e-8
-"""A schedule that reaches 0 stops here: the stencil divides by sigma."""
+"""The least value of a schedule: the stencil divides by sigma."""
 
 
 class Balanced(NamedTuple):
-    """Chooses relative_sigma from the inner error that was measured at the step before.
+    """Chooses relative_sigma from the inner error measured at the previous step.
 
     A stencil's relative error is about `bias rho^order` from the finite difference and `inner_error / rho` from tilted
     policies that are not solved, with `rho = sigma / beta`. Their sum is least at
 
         rho = (inner_error / (order bias))^(1 / (order + 1)),   inner_error = max_i |residual_i| / (beta |grad_lambda G|).
 
-    The residual is taken in the policy's parameters, as gradients are; where some directions of it are much flatter than
-    others, the inner error is larger than its measure says.
+    The residual is a gradient norm in the policy's parameters; where some directions are much flatter than others, it
+    understates the inner error.
 
     Attributes:
         order: the stencil's.
         bias: the constant before rho^order: about 0.1 for `forward`, 0.03 for `central`, 0.005 for `five_point`.
-        smallest: and largest value that is returned; the largest is used at the first step.
+        smallest, largest: bounds of what is returned; the largest is used at the first step.
     """
 
     order: int = 2
@@ -48,7 +48,7 @@ class Balanced(NamedTuple):
 
 
 class TheoremSchedule(NamedTuple):
-    """How many of what: outer steps T, inner steps K, pairs a step B, sigma / beta, and the reward's rate."""
+    """Outer steps T, inner steps K, pairs a step B, sigma / beta, and the reward's learning rate."""
 
     outer_steps: int
     inner_steps: int
@@ -66,7 +66,7 @@ def theorem(
     relative_sigma: float = 1.0,
     learning_rate: float = 1.0,
 ) -> TheoremSchedule:
-    """Returns what the eps^(-7/2) sample complexity of arXiv 2410.15610 asks for, to reach |grad Phi|^2 <= epsilon.
+    """Returns the settings behind the eps^(-7/2) sample complexity of arXiv 2410.15610, to reach |grad Phi|^2 <= epsilon.
 
         sigma = c_s eps^(1/2),   T = c_T eps^(-3/2),   B = c_B eps^(-2),   K = c_K log(1 / eps),   rate = c_r eps^(1/2)
 

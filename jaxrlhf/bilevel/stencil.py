@@ -11,15 +11,15 @@ from typing import NamedTuple
 import jax
 
 Index = int | jax.Array
-"""The place of an iterate in its stencil: it names the iterate's lower problem."""
+"""An iterate's place in its stencil."""
 
 
 class Stencil(NamedTuple):
-    """Where the perturbed value is looked at, and how the looks are combined.
+    """The tilts at which the perturbed value is evaluated, and the coefficients that combine the values.
 
     Attributes:
         offsets: tilts in units of sigma; the first is 0.
-        coefficients: in units of 1 / sigma; they sum to 0, and `sum_i coefficients[i] offsets[i] = 1`.
+        coefficients: in units of 1 / sigma; they sum to 0, and `sum_i coefficients[i] offsets[i] = 1` (but for `ALONE`).
         order: the error in Phi and in its gradient is O(sigma^order).
     """
 

@@ -1,1 +1,1 @@
-"""The command line `jaxrlhf`: a configuration and a function each, which the scripts in `experiments` call too."""
+"""The command line `jaxrlhf`: one configuration and one `main` per command, also used by the scripts in `experiments`."""

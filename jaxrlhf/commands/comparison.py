@@ -1,4 +1,4 @@
-"""Who labels, and how a policy fares against its reference by those labels."""
+"""Annotators of pairs, and comparisons of a policy with its reference by their labels."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -7,36 +7,44 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from jaxrlhf import preferences
-from jaxrlhf.annotation.functions import bounded, host_annotator, host_scorer, load_function, texts_of
+from jaxrlhf.annotation.functions import host_annotator, host_scorer, load_function, texts_of, with_timeout
 from jaxrlhf.annotation.judge import is_judge, load_judge
 from jaxrlhf.base.problem import Sample, uniform_measure
-from jaxrlhf.base.types import Params
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
+from jaxrlhf.evaluation.statistics import NORMAL_95
 from jaxrlhf.lm.annotators import reward_model_annotator
-from jaxrlhf.lm.generate import generate
+from jaxrlhf.lm.generate import Completions, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses
+from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.lm.transformer.model import decoder
-from jaxrlhf.training.processes import gathered, shared
+from jaxrlhf.training.processes import gathered, split_over_processes
 from jaxrlhf.training.report import Table
-from jaxrlhf.training.step import place
+from jaxrlhf.training.step import put_on_devices
 
 LABELS = "labels.sqlite"
-"""The journal of paid verdicts, in the folder of prepared data: what one run has paid for, the next one finds."""
-SEEN_AT_ONCE = 64
-"""Prompts that are answered together."""
+"""Name of the journal of paid labels, which lies with the prepared data so that later runs find the labels too."""
+BATCH_SIZE = 64
+"""Prompts completed together."""
+
+Complete = Callable[[Params, Params, Key, Prompts], tuple[Completions, jax.Array]]
+"""`(params, reference params, key, prompts) -> ` completions and `log pi / pi_ref` `[N]` in nats."""
+LabelFunction = Callable[[Key, Sample], np.ndarray]
+"""`(key, sample) -> labels [N]`, one pair per prompt."""
 
 
-class Judge(NamedTuple):
-    """An annotator, for the step that JAX traces or beside it; one of the two.
+class ComparisonAnnotator(NamedTuple):
+    """An annotator inside the traced step or on the host; one of the two.
 
     Attributes:
         traced: `(key, sample, frozen) -> labels [B, M, 1]`, or None.
         host: `(key, sample) -> labels`, plain Python, or None.
-        params: what the traced one finds in `frozen.annotator`.
+        params: what `traced` reads from `frozen.annotator`.
     """
 
     traced: preferences.Annotator | None
@@ -45,13 +53,13 @@ class Judge(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A policy beside its reference, on the same prompts.
+    """A policy compared with its reference on the same prompts.
 
     Attributes:
-        wins: `[N]` labels: 1 where the policy's answer was preferred, NaN where there was no answer.
-        log_ratio: `[N]` nats, log pi / pi_ref of the policy's answers; their mean estimates the KL.
-        lengths: `[N, 2]` tokens of the policy's and the reference's answers.
-        samples: (prompt, (reference's answer, policy's answer)).
+        wins: `[N]` labels, 1 where the policy's completion was preferred, NaN where there is no label.
+        log_ratio: `[N]` nats, log pi / pi_ref of the policy's completions; their mean estimates the KL.
+        lengths: `[N, 2]` tokens of the policy's and the reference's completions.
+        samples: (prompt, (reference's completion, policy's completion)).
     """
 
     wins: np.ndarray
@@ -59,150 +67,188 @@ class Comparison(NamedTuple):
     lengths: np.ndarray
     samples: list[tuple[str, tuple[str, str]]]
 
-    def numbers(self) -> dict[str, float]:
-        """Returns means, and the half of their 95% intervals."""
-        found = {"win_rate": self.wins[np.isfinite(self.wins)], "kl": self.log_ratio, "length": self.lengths[:, 0]}
-        told = {}
-        for name, values in found.items():
-            told[name] = float(values.mean()) if len(values) else float("nan")
-            told[f"{name}_half_interval"] = 1.96 * float(values.std()) / max(1, len(values)) ** 0.5
-        return told
+    def summary(self) -> dict[str, float]:
+        """Returns means, and the half-widths of their 95% intervals."""
+        columns = {"win_rate": self.wins[np.isfinite(self.wins)], "kl": self.log_ratio, "length": self.lengths[:, 0]}
+        summary = {}
+        for name, values in columns.items():
+            summary[name] = float(values.mean()) if len(values) else float("nan")
+            summary[f"{name}_half_interval"] = NORMAL_95 * float(values.std()) / max(1, len(values)) ** 0.5
+        return summary
 
 
-def open_judge(
+def open_annotator(
     annotator: str | None,
     score: str | None,
     model: Model,
     *,
     journal: pathlib.Path | None = None,
     seconds: float | None = None,
-) -> Judge:
-    """Returns who compares answers.
+) -> ComparisonAnnotator:
+    """Returns the annotator named on the command line.
 
     Args:
-        annotator: `module:function`, a reward model's directory, or a judge behind HTTP, `URL#MODEL`.
+        annotator: `module:function`, a reward model's directory, or an HTTP judge, `URL#MODEL`.
         score: `module:function`; exactly one of the two is given.
-        model: whose tokens are judged.
-        journal: file that keeps the verdicts of a judge behind HTTP; functions may be random or cheap and have none.
-        seconds: that a function may take for the questions of a step; None is no limit. A judge has limits of its own.
+        model: whose tokenizer decodes completions.
+        journal: file for an HTTP judge's verdicts; functions, which may be random or cheap, have none.
+        seconds: time limit for a function to label the pairs of a step; None is no limit. A judge has limits of its own.
 
     Raises:
-        ValueError: both or none is given, what is named cannot be found, or the journal cannot be used.
+        ValueError: both or neither is given, what is named cannot be found, or the journal cannot be used.
     """
     if (annotator is None) == (score is None):
-        raise ValueError("Give --annotator or --score, one of the two: they say which answers are better.")
-    tokenizer = model.words.tokenizer
+        raise ValueError("Give --annotator or --score, one of the two: they say which completions are better.")
+    tokenizer = model.bundle.tokenizer
     if score is not None:
-        return Judge(None, host_scorer(tokenizer, shared(bounded(load_function(score), seconds, score)), score))
+        function = split_over_processes(with_timeout(load_function(score), seconds, score))
+        return ComparisonAnnotator(None, host_scorer(tokenizer, function, score))
     assert annotator is not None
     if is_judge(annotator):
-        return Judge(None, host_annotator(tokenizer, shared(load_judge(annotator, journal=journal)), annotator))
+        judge = split_over_processes(load_judge(annotator, journal=journal))
+        return ComparisonAnnotator(None, host_annotator(tokenizer, judge, annotator))
     if pathlib.Path(annotator).is_dir():
-        directory = open_model(pathlib.Path(annotator), "reward").words.directory
+        directory = open_model(pathlib.Path(annotator), "reward").bundle.directory
         annotate, params = reward_model_annotator(directory, vocabulary_size=model.config.vocabulary_size)
-        return Judge(annotate, None, params)
-    return Judge(
-        None, host_annotator(tokenizer, shared(bounded(load_function(annotator), seconds, annotator)), annotator)
-    )
+        return ComparisonAnnotator(annotate, None, params)
+    function = split_over_processes(with_timeout(load_function(annotator), seconds, annotator))
+    return ComparisonAnnotator(None, host_annotator(tokenizer, function, annotator))
 
 
 def policy_comparer(
     reference: Model,
     prompts: Sequence[np.ndarray],
-    judge: Judge,
+    annotator: ComparisonAnnotator,
     *,
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
     everywhere: Any = None,
 ) -> Callable[[Params], Comparison]:
-    """Returns `(params) -> Comparison`: how a policy's answers fare against its reference's, one of each a prompt.
+    """Returns `(params) -> Comparison`: a policy against its reference, with one completion of each per prompt.
 
     Args:
         reference: the model, with the reference's parameters.
         prompts: token rows `[P]`.
-        judge: who compares; the order in which it sees the two is random.
-        max_new_tokens: of an answer.
-        seed: of answers and order; the same at every call.
+        annotator: labels the pairs; the order in which it sees the two completions is random.
+        max_new_tokens: of a completion.
+        seed: of completions and order; the same at every call.
         temperature: of both.
         everywhere: sharding of copies on all devices, where parameters are spread over several.
     """
-    # Log-ratios of half precision would be rounding, of about 0.2 nats over a hundred tokens.
-    model, words = decoder(reference.config, dtype=jnp.float32), reference.words
+    complete = _completer(reference, max_new_tokens=max_new_tokens, temperature=temperature)
+    label, tokenizer = _label_function(annotator), reference.bundle.tokenizer
     length = max(len(prompt) for prompt in prompts)
-    traced = None if judge.traced is None else jax.jit(judge.traced)
-
-    @jax.jit
-    def answer(params, other, key, rows: Prompts):
-        settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "stop_ids": words.stop_ids,
-            "pad_id": words.pad_id,
-        }
-        written = generate(model, params, key, *rows, temperature=temperature, **settings)
-        theirs = completion_log_probs(model, other, *rows, written.tokens, written.mask, temperature=temperature)
-        return written, jnp.sum(written.log_prob, axis=-1) - jnp.sum(theirs, axis=-1)
-
-    def ask(key: jax.Array, sample: Sample) -> np.ndarray:
-        if traced is None:
-            assert judge.host is not None
-            return np.asarray(judge.host(key, sample))[:, 0, 0]
-        return np.asarray(traced(key, sample, LanguageFrozen((), judge.params)))[:, 0, 0]
 
     def compare(params: Params) -> Comparison:
-        wins, ratios, lengths, samples = [], [], [], []
-        for first in range(0, len(prompts), SEEN_AT_ONCE):
-            part = list(prompts[first : first + SEEN_AT_ONCE])
-            # One shape for all parts: the last is filled with its first prompt.
-            filled = padded_prompts(part + part[:1] * (SEEN_AT_ONCE - len(part)), length)
-            rows = Prompts(*(jnp.asarray(each) for each in filled))
-            own_key, other_key, order_key, label_key = jax.random.split(jax.random.key(seed + first), 4)
+        batches = []
+        for start in range(0, len(prompts), BATCH_SIZE):
+            policy_key, reference_key, order_key, label_key = jax.random.split(jax.random.key(seed + start), 4)
+            batch = list(prompts[start : start + BATCH_SIZE])
+            # All batches have one shape: the last is filled up with its first prompt.
+            padded = padded_prompts(batch + batch[:1] * (BATCH_SIZE - len(batch)), length)
+            rows = Prompts(*(jnp.asarray(part) for part in padded))
             if everywhere is not None:
-                rows, own_key, other_key = place((rows, own_key, other_key), everywhere)
-            own, ratio = gathered(answer(params, reference.params, own_key, rows))
-            other, _ = gathered(answer(reference.params, reference.params, other_key, rows))
-            # What only fills is shown to no annotator: answers may cost.
-            rows, own, other, ratio = _first(len(part), (gathered(rows), own, other, ratio))
-            swapped = jax.random.bernoulli(order_key, 0.5, (len(part), 1))
-            labels = ask(label_key, _sample(rows, *_shown(own, other, swapped)))
-            labels = np.where(np.asarray(swapped)[:, 0], 1 - labels, labels)
-            wins.append(np.where((labels < 0) | (labels > 1), np.nan, labels))
-            ratios.append(np.asarray(ratio))
-            lengths.append(np.stack([np.asarray(each.mask).sum(axis=1) for each in (own, other)], axis=1))
-            texts = zip(*texts_of(words.tokenizer, _sample(rows, own, other)), strict=True)
-            samples += [(prompt, (theirs, ours)) for prompt, ours, theirs in texts]
-        return Comparison(np.concatenate(wins), np.concatenate(ratios), np.concatenate(lengths), samples)
+                rows, policy_key, reference_key = put_on_devices((rows, policy_key, reference_key), everywhere)
+            own, log_ratio = gathered(complete(params, reference.params, policy_key, rows))
+            other, _ = gathered(complete(reference.params, reference.params, reference_key, rows))
+            completed = _Completed(gathered(rows), own, other, log_ratio)
+            # Filler is not shown to the annotator: labels may cost money.
+            completed = _first(len(batch), completed)
+            batches.append(_compare(completed, label, order_key, label_key, tokenizer))
+        arrays = [np.concatenate(column) for column in zip(*(batch[:3] for batch in batches), strict=True)]
+        return Comparison(*arrays, samples=[sample for batch in batches for sample in batch.samples])
 
     return compare
 
 
-def _first(count: int, tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[:count], tree)
+class _Completed(NamedTuple):
+    """Completions of `[N]` prompts by the policy and by the reference, and the policy's `log pi / pi_ref` `[N]`."""
+
+    prompts: Prompts
+    policy: Completions
+    reference: Completions
+    log_ratio: np.ndarray
+
+
+def _first(count: int, completed: _Completed) -> _Completed:
+    return jax.tree.map(lambda leaf: leaf[:count], completed)
+
+
+def _completer(reference: Model, *, max_new_tokens: int, temperature: float) -> Complete:
+    # Log-ratios in half precision would be rounding noise, of about 0.2 nats over a hundred tokens.
+    model, bundle = decoder(reference.config, dtype=jnp.float32), reference.bundle
+
+    @jax.jit
+    def complete(params, reference_params, key, rows: Prompts):
+        completions = generate(
+            model,
+            params,
+            key,
+            *rows,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            stop_ids=bundle.stop_ids,
+            pad_id=bundle.pad_id,
+        )
+        reference_log_prob = completion_log_probs(
+            model, reference_params, *rows, completions.tokens, completions.mask, temperature=temperature
+        )
+        return completions, jnp.sum(completions.log_prob, axis=-1) - jnp.sum(reference_log_prob, axis=-1)
+
+    return complete
+
+
+def _label_function(annotator: ComparisonAnnotator) -> LabelFunction:
+    if annotator.traced is None:
+        host = annotator.host
+        assert host is not None
+        return lambda key, sample: np.asarray(host(key, sample))[:, 0, 0]
+    traced, frozen = jax.jit(annotator.traced), LanguageFrozen((), annotator.params)
+    return lambda key, sample: np.asarray(traced(key, sample, frozen))[:, 0, 0]
+
+
+def _compare(
+    completed: _Completed, label: LabelFunction, order_key: Key, label_key: Key, tokenizer: tokenizers.Tokenizer
+) -> Comparison:
+    rows, own, other, log_ratio = completed
+    swapped = jax.random.bernoulli(order_key, 0.5, (len(log_ratio), 1))
+    labels = label(label_key, _sample(rows, *_in_order(own, other, swapped)))
+    labels = np.where(np.asarray(swapped)[:, 0], 1 - labels, labels)
+    wins = np.where((labels < 0) | (labels > 1), np.nan, labels)
+    lengths = np.stack([np.asarray(each.mask).sum(axis=1) for each in (own, other)], axis=1)
+    texts = zip(*texts_of(tokenizer, _sample(rows, own, other)), strict=True)
+    samples = [(prompt, (reference, policy)) for prompt, policy, reference in texts]
+    return Comparison(wins, np.asarray(log_ratio), lengths, samples)
 
 
 def _sample(rows: Prompts, first: Any, second: Any) -> Sample:
-    """Returns pairs of answers as annotators take them."""
     tokens = jnp.stack([first[0], second[0]], axis=1)[:, None]
     mask = jnp.stack([first[1], second[1]], axis=1)[:, None]
-    nothing = jnp.zeros((len(tokens), 1, 2, 1))
+    zeros = jnp.zeros((len(tokens), 1, 2, 1))
     measure, num_draws = uniform_measure(len(tokens), 1)
-    return Sample(rows, Responses(tokens, mask), nothing, nothing, nothing + 1, measure, jnp.ones(2), num_draws)
+    return Sample(rows, Responses(tokens, mask), zeros, zeros, zeros + 1, measure, jnp.ones(2), num_draws)
 
 
-def _shown(own: Any, other: Any, swapped: jax.Array) -> tuple[list, list]:
-    """Returns the answers as they are shown, first and second: the other's first where `swapped`."""
+def _in_order(own: Completions, other: Completions, swapped: jax.Array) -> tuple[list, list]:
+    """Returns tokens and mask of the completions shown first and second: the policy's first unless `swapped`."""
     pairs = list(zip(own[:2], other[:2], strict=True))
     first = [jnp.where(swapped, theirs, ours) for ours, theirs in pairs]
     return first, [jnp.where(swapped, ours, theirs) for ours, theirs in pairs]
 
 
-def comparison_table(compared: dict[str, Comparison], *, labels: dict[str, int]) -> Table:
-    """Returns policies, row by row, with 95% intervals."""
+def comparison_table(comparisons: dict[str, Comparison], *, labels: dict[str, int]) -> Table:
+    """Returns the policies as rows, with 95% intervals.
+
+    Args:
+        comparisons: by the policy's name.
+        labels: labels that a policy was trained with, where known.
+    """
     rows = []
-    for name, verdict in compared.items():
-        told = verdict.numbers()
-        cells = [f"{told[field]:.3f} ± {told[field + '_half_interval']:.3f}" for field in ("win_rate", "kl")]
-        rows.append((name, *cells, f"{told['length']:.1f}", labels.get(name)))
-    columns = ("policy", "win rate against the reference", "KL (nats)", "tokens an answer", "labels used")
-    count = len(next(iter(compared.values())).wins)
-    return Table(f"On {count} answers to held-out prompts", columns, rows)
+    for name, comparison in comparisons.items():
+        summary = comparison.summary()
+        cells = [f"{summary[field]:.3f} ± {summary[field + '_half_interval']:.3f}" for field in ("win_rate", "kl")]
+        rows.append((name, *cells, f"{summary['length']:.1f}", labels.get(name)))
+    columns = ("policy", "win rate against the reference", "KL (nats)", "tokens per completion", "labels used")
+    count = len(next(iter(comparisons.values())).wins)
+    return Table(f"On {count} completions of held-out prompts", columns, rows)

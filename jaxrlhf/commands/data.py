@@ -1,4 +1,4 @@
-"""Data as the commands take it: a path, or the name of a published file."""
+"""Data sets named on the command line: a path, or the name of a published file."""
 
 import contextlib
 import io
@@ -10,25 +10,26 @@ import tensorflow_datasets as tfds
 
 from jaxrlhf.data import hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
-from jaxrlhf.data.records import DataError, files_of, lines_of, parse_record
+from jaxrlhf.data.records import DataError, data_files, numbered_lines, parse_record
+from jaxrlhf.data.tokenization import TokenizedRows, describe_rows
 
 Format = Literal["auto", "hh-rlhf", "records"]
 PUBLISHED = "hh-rlhf:"
 
 
 def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, data_dir: pathlib.Path) -> Prepared:
-    """Returns the records of a file or folder, prepared once below `data_dir`.
+    """Returns the records of a file or folder; they are prepared once, below `data_dir`.
 
     Args:
         data: a path, or `hh-rlhf:NAME` with a name in `builders.HH_RLHF`.
-        form: "hh-rlhf" reads transcripts as published, "records" the formats of `data.records`; "auto" looks at the first
-            line.
-        held_out: share of the prompts for the split "test".
-        skip_bad: skips lines that cannot be read, and lists them.
-        data_dir: where prepared data lie.
+        form: "hh-rlhf" reads transcripts as published, "records" the formats of `data.records`; "auto" decides by the
+            first line.
+        held_out: fraction of the prompts in the split "test".
+        skip_bad: skips and lists unreadable lines.
+        data_dir: directory for prepared data.
 
     Raises:
-        DataError: as `builders.prepare`.
+        DataError: as in `builders.prepare`.
     """
     if data.startswith(PUBLISHED):
         path = download(data.removeprefix(PUBLISHED), data_dir)
@@ -40,7 +41,7 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
     if form == "auto":
         form = "hh-rlhf" if _holds_transcripts(path) else "records"
     parse = hh_rlhf.parse if form == "hh-rlhf" else parse_record
-    # The builder speaks of downloads there are none of, and draws bars of its own.
+    # The builder reports downloads that do not happen, and draws progress bars of its own.
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -48,7 +49,7 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
 
 
 def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
-    """Returns the records to learn from and those held out.
+    """Returns the training and the held-out records.
 
     Raises:
         DataError: one of the two is empty.
@@ -59,13 +60,28 @@ def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
     return prepared.splits["train"], prepared.splits["test"]
 
 
-def told_of_bad(prepared: Prepared) -> list[str]:
-    """Returns a sentence for each line that was skipped."""
+def skipped_lines(prepared: Prepared) -> list[str]:
+    """Returns a sentence for each skipped line."""
     return [f"Skipped {line.path.name}, line {line.line}: {line.reason}" for line in prepared.bad]
 
 
+def data_rows(training: TokenizedRows, held_out: TokenizedRows, prepared: Prepared) -> dict[str, str]:
+    """Returns the rows of a plan that describe the data."""
+    return {
+        "training data": describe_rows(training),
+        "held out": describe_rows(held_out),
+        "bad lines": f"{len(prepared.bad)} skipped, listed in the report" if prepared.bad else "none",
+    }
+
+
+def data_notes(training: TokenizedRows, held_out: TokenizedRows, prepared: Prepared) -> list[str]:
+    """Returns the notes of a report that describe the data."""
+    notes = [f"Training data: {describe_rows(training)}.", f"Held out: {describe_rows(held_out)}."]
+    return [*skipped_lines(prepared), *notes]
+
+
 def _holds_transcripts(path: pathlib.Path) -> bool:
-    # Of the first line only; a file that changes its form later is named by its line.
-    for _, line in lines_of(files_of(path)[0]):
+    # By the first line only; a file that changes its format later is reported with the line number.
+    for _, line in numbered_lines(data_files(path)[0]):
         return '"chosen"' in line and "\\n\\nHuman:" in line
     return False

@@ -11,7 +11,7 @@ import tyro
 from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
-from jaxrlhf.training.keeping import StoppedError
+from jaxrlhf.training.resume import StoppedError
 
 COMMANDS = {
     "sft": (supervised.Supervised, supervised.main),
@@ -24,11 +24,10 @@ COMMANDS = {
 
 
 def run(config: Any, name: str = "jaxrlhf") -> Any:
-    """Runs what a configuration asks for; ends the process with 2 and one sentence where it cannot be done.
+    """Runs the command of a configuration; prints one sentence and exits with status 2 where it cannot be done.
 
-    A run that was asked to stop ends with 128 and the signal's number, as the signal itself would have ended it.
-
-    With JAXRLHF_TRACEBACK=1 in the environment the whole traceback is shown.
+    A run stopped by a signal exits with 128 plus the signal's number, as the signal itself would have made it.
+    JAXRLHF_TRACEBACK=1 in the environment shows the whole traceback.
     """
     mains: dict[type, Any] = dict(COMMANDS.values())
     try:
@@ -43,8 +42,8 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        print(f"{name}: {processes.told_of_lost(error)}", file=sys.stderr, flush=True)
-        # Whoever ends in order waits for those who are gone.
+        print(f"{name}: {processes.lost_processes_message(error)}", file=sys.stderr, flush=True)
+        # A regular exit would wait for the lost processes.
         os._exit(1)
     except StoppedError as stopped:
         print(f"{name}: {stopped}", file=sys.stderr)
@@ -55,14 +54,14 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    told = " ".join(str(error).split())
-    if any(os.strerror(number) in told for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return f"The disk is full ({told}); make room, and the same command with --run NAME --resume goes on."
-    return told
+    message = " ".join(str(error).split())
+    if any(os.strerror(number) in message for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return f"The disk is full ({message}); make room, and the same command with --run NAME --resume goes on."
+    return message
 
 
 def main() -> None:
-    """Reads the command line and runs it."""
+    """Parses the command line and runs the command."""
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
         for name, (kind, _) in COMMANDS.items()

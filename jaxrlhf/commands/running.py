@@ -1,10 +1,10 @@
-"""What every command that trains shares: its settings, its folder, its state that is kept, and the steps it takes."""
+"""Shared by all training commands: common settings, the run's folder, checkpoints and the training loop."""
 
 import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -13,82 +13,84 @@ from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.training.checkpoint import fingerprints
-from jaxrlhf.training.guard import Patience
-from jaxrlhf.training.keeping import Keeper, StoppedError
+from jaxrlhf.training.guard import SkippedSteps
 from jaxrlhf.training.loop import outer_steps
-from jaxrlhf.training.processes import first, from_first
+from jaxrlhf.training.processes import broadcast_text, is_first_process
 from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
+from jaxrlhf.training.resume import RunCheckpointer, StoppedError
 from jaxrlhf.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Running:
-    """What every run that trains is told alike: where it is kept, how it goes on, what it runs on."""
+class RunConfig:
+    """Settings common to all training runs: folder, checkpoints, devices, logging."""
 
     output: pathlib.Path = pathlib.Path("runs")
-    """Where the run's own folder is made."""
+    """Directory in which the run's folder is created."""
     run: str | None = None
-    """Name of that folder; otherwise it is named by the time."""
+    """Name of the run's folder; by default the command and the time."""
     resume: bool = False
-    """Goes on with the run of that name, or begins it: may always be given."""
+    """Continues the run named by --run, or starts it if it does not exist; safe to pass always."""
     checkpoint_minutes: float = 10.0
-    """Between two checkpoints; one is written at the end too, and when the run is asked to stop or fails."""
+    """Minutes between checkpoints; one is also written at the end and when the run is stopped or fails."""
     checkpoint_steps: int | None = None
-    """Also after so many steps."""
+    """Also writes a checkpoint every this many steps."""
     keep_best: int = 0
-    """Checkpoints of evaluated steps that are kept beside the last: those that did best on held-out data. The models of
-    the best are in the folder best."""
+    """Number of best checkpoints on held-out data to keep beside the last; the best one's models are saved in best."""
     patience: int = 5
-    """So many steps in a row that come to something that is not finite end the run; each is left out."""
+    """Stop after this many consecutive non-finite updates; each is skipped."""
     processes: str | None = None
-    """Where this process is one of several: auto on a TPU pod or in a Slurm job, or HOST:PORT,COUNT,INDEX."""
+    """For runs of several processes: auto on a TPU pod or under Slurm, or HOST:PORT,COUNT,INDEX for this process."""
     mesh: str = "data=-1"
-    """How devices are arranged, such as fsdp=8 or tensor=2,data=-1; of data, fsdp, tensor and stencil."""
+    """Device mesh, such as fsdp=8 or tensor=2,data=-1, with axes data, fsdp, tensor and stencil."""
     microbatches: int = 1
-    """Pieces that a batch is computed in, one after the other, to save memory; the result is the same. A CPU
-    takes as many as suit its caches, where no more are asked for."""
+    """Microbatches per step, computed sequentially to save memory; the result is the same.
+    With 1, a CPU chooses a number that fits its caches."""
     remat: Literal["layer", "products"] | None = None
-    """What a backward pass computes again, to save memory: everything but each layer's input, or but its products."""
+    """Recomputes activations in the backward pass to save memory: all but layer inputs, or all but matrix products."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")
-    """Where prepared data lie."""
+    """Directory for prepared data."""
     track: Literal["tensorboard", "wandb"] | None = None
-    """Also logs there."""
+    """Also logs metrics to this service."""
     seed: int = 0
+    """Random seed."""
 
 
-# What may differ when a run goes on. Models are compared by their weights and data by their rows, wherever they lie.
-FREE = {field.name for field in dataclasses.fields(Running)} - {"seed"} | {"policy", "reward", "data", "tokenizer"}
+# Settings that may change when a run is resumed. Models are compared by their weights and data by their rows, not by path.
+FREE = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"} | {"policy", "reward", "data", "tokenizer"}
 
 
-def begin(config: Any, name: str) -> RunFolder:
-    """Makes a run's folder, or opens the one to go on in, and writes its configuration."""
-    named: dict[str, Any] = {"fixed": config.run, "resume": config.resume} if isinstance(config, Running) else {}
-    made = []
+def open_folder(config: Any, name: str) -> RunFolder:
+    """Creates the run's folder, or opens the one to resume, and writes its configuration."""
+    named: dict[str, Any] = {"fixed": config.run, "resume": config.resume} if isinstance(config, RunConfig) else {}
+    created = []
 
-    def make():
-        made.append(RunFolder(config.output, name, **named))
-        return str(made[0].path.absolute())
+    def create():
+        created.append(RunFolder(config.output, name, **named))
+        return str(created[0].path.absolute())
 
-    path = from_first(make)
-    folder = made[0] if made else RunFolder.followed(pathlib.Path(path))
+    path = broadcast_text(create)
+    folder = created[0] if created else RunFolder.followed(pathlib.Path(path))
     folder.write_json("config.json", config)
     return folder
 
 
-def keeper_of(config: Running, folder: RunFolder, models: dict[str, Params], *, free: Sequence[str] = ()) -> Keeper:
-    """Returns what keeps a run: with its settings and models, which must be the same when it goes on.
+def open_checkpointer(
+    config: RunConfig, folder: RunFolder, models: dict[str, Params], *, free: Sequence[str] = ()
+) -> RunCheckpointer:
+    """Returns the run's checkpointer, identified by settings and models that must be the same on resume.
 
     Args:
         config: of the run.
         folder: of the run.
-        models: parameters that it begins with, by what they are called in a message.
-        free: settings that may differ then, beside `FREE`.
+        models: initial parameters, by their names in error messages.
+        free: further settings that may change, beside `FREE`.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE.union(free)}
     weights = {name: hash_of(fingerprints(params)) for name, params in models.items()}
     identity = settings | weights | {"command": type(config).__name__}
-    return Keeper(
+    return RunCheckpointer(
         folder,
         identity,
         minutes=config.checkpoint_minutes,
@@ -98,25 +100,26 @@ def keeper_of(config: Running, folder: RunFolder, models: dict[str, Params], *, 
 
 
 def hash_of(value: Any) -> str:
-    """Returns a short name of a value in JSON's types."""
+    """Returns a short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class LoopSettings(NamedTuple):
-    """The steps of a command.
+    """The training loop of a command.
 
     Attributes:
-        name: on the progress bar.
-        unit: what the bar's throughput counts.
-        steps: how many the whole run has.
+        name: shown on the progress bar.
+        unit: of the throughput on the progress bar.
+        steps: of the whole run.
         step: `(key, state, batch, frozen) -> (state, guard.Guarded)`.
-        batches: endless; its state is kept.
-        ready: `(batch) -> ` what the step is given.
-        frozen: what is not trained.
-        key: of all steps.
-        units: `(batch) -> ` how many.
-        note: `(number, diagnostics as a dict) -> ` what the bar shows of a step; writes metrics.
-        measure: `(number, state) -> ` how well it does on held-out data, the larger the better; writes metrics.
+        batches: endless; checkpointed with the state.
+        place_batch: `(batch) -> ` the batch on the devices.
+        frozen: parameters that are not trained.
+        key: from which each step's key is derived.
+        count: `(batch) -> ` the units of a step.
+        log_step: `(step number, diagnostics as a dict) -> ` what the bar shows; writes metrics.
+        evaluate: `(step number, state) -> ` a score on held-out data, larger is better; writes metrics.
+        evaluations: number of evaluations; the last step is always evaluated.
     """
 
     name: str
@@ -124,79 +127,74 @@ class LoopSettings(NamedTuple):
     steps: int
     step: Callable[[Key, Any, Batch, Params], tuple[Any, Any]]
     batches: grain.DatasetIterator
-    ready: Callable[[Any], Any]
+    place_batch: Callable[[Any], Any]
     frozen: Params
     key: Key
-    units: Callable[[Any], float]
-    note: Callable[[int, dict[str, Any]], dict[str, Any]]
-    measure: Callable[[int, Any], float]
+    count: Callable[[Any], float]
+    log_step: Callable[[int, dict[str, Any]], dict[str, Any]]
+    evaluate: Callable[[int, Any], float]
+    evaluations: int
 
 
-class Taken(NamedTuple):
-    """The last state of a run, that of the best evaluated step (None unless it is kept), and notes for the report."""
+class LoopResult(NamedTuple):
+    """The last state of a run, the best evaluated one (None unless kept), and notes for the report."""
 
     state: Any
     best: Any
     notes: list[str]
 
 
-def take_steps(
-    config: Running,
-    evaluations: int,
+def run_loop(
+    config: RunConfig,
+    loop: LoopSettings,
     folder: RunFolder,
-    keeper: Keeper,
-    course: LoopSettings,
+    checkpointer: RunCheckpointer,
     state: Any,
-    kept: dict[str, Any],
-) -> Taken:
-    """Takes the steps that are left, and keeps, measures and reports them on the way; the last step is always measured.
+    restored: dict[str, Any],
+) -> LoopResult:
+    """Takes the remaining steps; saves checkpoints, evaluates and logs on the way.
 
     Args:
         config: of the run.
-        evaluations: how often it is measured.
+        loop: what to run.
         folder: of the run.
-        keeper: open.
-        course: the steps.
-        state, kept: of `keeper.begin`; the state is donated.
+        checkpointer: open.
+        state, restored: from `checkpointer.restore_or_init`; the state is donated.
 
     Raises:
-        StoppedError: the run was asked to end.
-        ValueError: too many steps in a row were not finite, or a batch does not suit the mesh.
+        StoppedError: the run was asked to stop.
+        ValueError: too many consecutive updates were not finite, or a batch does not fit the mesh.
     """
-    steps, begun, shown = course.steps, int(state.step), {}
-    every = max(1, steps // max(1, evaluations))
-    patience = Patience(folder.path / "skipped", limit=config.patience)
-    where = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-    if kept:
-        course.batches.set_state(kept["data"])
-        course.note(begun, kept["info"])
-
-    def rows() -> Iterator[Any]:
-        for _ in range(begun, steps):
-            yield course.ready(next(course.batches))
-
-    with progress(course.name, steps, course.unit, done=begun, console=Console(quiet=not first())) as advance:
-        for reached in outer_steps(course.step, state, rows(), course.frozen, key=course.key):
+    start, shown = int(state.step), {}
+    every = max(1, loop.steps // max(1, loop.evaluations))
+    skipped = SkippedSteps(folder.path / "skipped", max_consecutive=config.patience)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    if restored:
+        loop.batches.set_state(restored["data"])
+        loop.log_step(start, restored["info"])
+    batches = (loop.place_batch(next(loop.batches)) for _ in range(start, loop.steps))
+    with progress(
+        loop.name, loop.steps, loop.unit, done=start, console=Console(quiet=not is_first_process())
+    ) as advance:
+        for reached in outer_steps(loop.step, state, batches, loop.frozen, key=loop.key):
             if reached.info is not None:
-                shown = course.note(reached.told, reached.info.info._asdict())
-                patience.take(reached.told, reached.info, reached.data)
-            if reached.latest is None:
+                shown = loop.log_step(reached.info_step, reached.info.info._asdict())
+                skipped.record(reached.info_step, reached.info, reached.data)
+            if reached.latest_info is None:
                 break
             state, number = reached.state, reached.step
-            advance(course.units(reached.given), **shown)
-            last, score = number == steps, None
+            advance(loop.count(reached.latest_data), **shown)
+            last, score = number == loop.steps, None
             if last or number % every == 0:
-                score = course.measure(number, state)
-            noted = {"data": course.batches.get_state(), "info": reached.latest.info}
-            if keeper.stops(number, state, noted, last=last, score=score) and not last:
-                raise StoppedError(folder.path, number, steps, keeper.stop.signal)
-    best, notes = None, patience.notes()
-    if config.keep_best:
-        found = keeper.best(where)
-        if found is not None:
-            best = found.arrays
-            notes.append(f"The best on held-out data was step {found.step}; its models are in best.")
-    return Taken(state, best, notes)
+                score = loop.evaluate(number, state)
+            notes = {"data": loop.batches.get_state(), "info": reached.latest_info.info}
+            if checkpointer.after_step(number, state, notes, last=last, score=score) and not last:
+                raise StoppedError(folder.path, number, loop.steps, checkpointer.stop.signal)
+    best = checkpointer.best(shapes) if config.keep_best else None
+    if best is None:
+        return LoopResult(state, None, skipped.notes())
+    note = f"The best on held-out data was step {best.step}; its models are in best."
+    return LoopResult(state, best.arrays, [*skipped.notes(), note])
 
 
 def finish(
@@ -210,7 +208,7 @@ def finish(
     samples: Sequence[Samples] = (),
     notes: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Writes the report, prints its table and where the run's folder is; returns the folder's path."""
+    """Writes the report, prints its table and the path of the run's folder; returns the path."""
     write_report(
         folder.path,
         title=title,
@@ -221,8 +219,8 @@ def finish(
         samples=samples,
         notes=notes,
     )
-    console = Console(quiet=not first())
+    console = Console(quiet=not is_first_process())
     console.print(rich_table(table))
-    console.print("Report, metrics and what was made are in:")
+    console.print("Report, metrics and models are in:")
     console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
     return folder.path

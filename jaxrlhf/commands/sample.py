@@ -1,4 +1,4 @@
-"""What a policy writes: `jaxrlhf sample`."""
+"""Samples completions from a policy: `jaxrlhf sample`."""
 
 import dataclasses
 import pathlib
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.annotation.functions import completions_of, real
+from jaxrlhf.annotation.functions import completions_of, unpadded
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
@@ -19,22 +19,24 @@ from jaxrlhf.lm.transformer.model import decoder
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Writes on from a prompt, to standard output."""
+    """Generates completions of a prompt and prints them."""
 
     policy: pathlib.Path
-    """A Hugging Face directory, or a run's folder."""
+    """Model to sample from: a Hugging Face directory, or a run's folder."""
     prompt: str = ""
-    """Text to go on from; empty is the beginning of a text alone."""
+    """Text to complete; if empty, generation starts from the BOS token."""
     chat: bool = False
-    """Puts the prompt to the model as a user's message, by its chat template."""
+    """Sends the prompt as a user message, formatted with the model's chat template."""
     temperature: float = 1.0
-    """0 takes the most probable token."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Mass of the nucleus that is sampled from."""
+    """Probability mass of nucleus sampling; 1 samples from all tokens."""
     max_new_tokens: int = 128
+    """Maximum length of a completion in tokens."""
     number: int = 1
-    """How many completions."""
+    """Number of completions."""
     seed: int = 0
+    """Random seed."""
 
 
 def main(config: Sample) -> list[str]:
@@ -47,12 +49,12 @@ def main(config: Sample) -> list[str]:
         raise ValueError(f"--number must be at least 1, got {config.number}.")
     model = open_model(config.policy, "policy")
     text = (Message("user", config.prompt),) if config.chat else config.prompt
-    prompt = encode_prompt(model.words.codec(), text)
+    prompt = encode_prompt(model.bundle.chat_tokenizer(), text)
     if not len(prompt):
-        if model.words.special.bos is None:
+        if model.bundle.special.bos is None:
             raise ValueError("This model has no token that begins a text; give a --prompt.")
-        prompt = np.array([model.words.special.bos], np.int32)
-    texts = write_texts(
+        prompt = np.array([model.bundle.special.bos], np.int32)
+    texts = generate_texts(
         model,
         [prompt] * config.number,
         max_new_tokens=config.max_new_tokens,
@@ -67,7 +69,7 @@ def main(config: Sample) -> list[str]:
     return texts
 
 
-def write_texts(
+def generate_texts(
     model: Model,
     prompts: Sequence[np.ndarray],
     *,
@@ -79,7 +81,7 @@ def write_texts(
     """Returns a completion of each prompt `[P]`, as text."""
     length = max(len(prompt) for prompt in prompts)
     rows = padded_prompts(list(prompts), length)
-    write = jax.jit(
+    complete = jax.jit(
         lambda params, key, tokens, mask: generate(
             decoder(model.config),
             params,
@@ -87,13 +89,15 @@ def write_texts(
             tokens,
             mask,
             max_new_tokens=max_new_tokens,
-            stop_ids=model.words.stop_ids,
+            stop_ids=model.bundle.stop_ids,
             temperature=temperature,
             top_p=top_p,
-            pad_id=model.words.pad_id,
+            pad_id=model.bundle.pad_id,
         )
     )
-    written = write(jax.tree.map(jnp.asarray, model.params), jax.random.key(seed), *rows)
+    completions = complete(jax.tree.map(jnp.asarray, model.params), jax.random.key(seed), *rows)
     return completions_of(
-        model.words.tokenizer, [prompt.tolist() for prompt in prompts], real(written.tokens, written.mask)
+        model.bundle.tokenizer,
+        [prompt.tolist() for prompt in prompts],
+        unpadded(completions.tokens, completions.mask),
     )

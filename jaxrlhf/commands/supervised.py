@@ -1,171 +1,202 @@
-"""Supervised fine-tuning, from a model or from scratch: `jaxrlhf sft`."""
+"""Supervised fine-tuning, of a model or from random weights: `jaxrlhf sft`."""
 
 import dataclasses
 import math
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrlhf.commands.data import open_records, splits_of, told_of_bad
-from jaxrlhf.commands.models import Model, Words, find, open_model, open_words, save_model
+from jaxrlhf.base.types import Params
+from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
+from jaxrlhf.commands.models import Model, TokenizerBundle, find, open_bundle, open_model
 from jaxrlhf.commands.running import finish
-from jaxrlhf.commands.sample import write_texts
+from jaxrlhf.commands.sample import generate_texts
 from jaxrlhf.commands.stage import (
-    Training,
+    Stage,
+    StageConfig,
+    StageResult,
     draw_history,
-    half_or_full,
-    policy_learner,
-    steps_of,
+    dtype_of,
+    number_of_steps,
+    save_models,
     train,
 )
+from jaxrlhf.commands.trainable import Trainable, trainable_policy
 from jaxrlhf.data.batches import Demonstrations, padded_demonstrations
-from jaxrlhf.data.fitted import described, fit_demonstrations, fit_prompts
-from jaxrlhf.data.pipelines import demonstration_batches, in_order, packed_demonstrations
+from jaxrlhf.data.builders import Prepared, RecordSource
+from jaxrlhf.data.encode import Encoded
+from jaxrlhf.data.pipelines import demonstration_batches, evaluation_batches, packed_demonstrations
 from jaxrlhf.data.records import DataError
-from jaxrlhf.lm.learning import supervised_loss
+from jaxrlhf.data.tokenization import TokenizedRows, tokenize_demonstrations, tokenize_prompts
+from jaxrlhf.lm.learning import Loss, supervised_loss
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.model import decoder
-from jaxrlhf.training.processes import first
+from jaxrlhf.training.processes import is_first_process
 from jaxrlhf.training.report import Samples, Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Supervised(Training):
-    """Teaches a language model to write what demonstrations show.
+class Supervised(StageConfig):
+    """Fine-tunes a language model on demonstrations.
 
-    Reads demonstrations (`prompt` and `completion`, `messages`, `text`), or the preferred side of preferences. Only the
-    assistant's words are learned.
+    Reads demonstrations (`prompt` and `completion`, `messages`, `text`), or the preferred side of preferences. The loss
+    counts the assistant's tokens only.
     """
 
     policy: pathlib.Path | None = None
     """Model to start from: a Hugging Face directory, or a run's folder."""
     tokenizer: pathlib.Path | None = None
-    """Instead of --policy, a directory whose tokenizer a new model takes: it starts from random weights."""
+    """Instead of --policy: trains a new model from random weights with the tokenizer of this model directory."""
     width: int = 128
-    """Of a new model; as are --layers and --heads."""
+    """Width of a new model."""
     layers: int = 4
+    """Layers of a new model."""
     heads: int = 4
+    """Attention heads of a new model."""
     held_out: float = 0.05
-    """Share of the prompts that is not learned from but measured on."""
+    """Fraction of the prompts held out for evaluation."""
     max_length: int = 256
-    """Tokens of a row; longer texts are cut at their end."""
+    """Maximum length of a row in tokens; longer texts are truncated at the end."""
     packed: bool = True
-    """Puts several texts in a row; they do not see each other."""
+    """Packs several texts into a row; they do not attend to each other."""
     learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
     warmup: float = 0.05
-    """Share of the steps."""
+    """Fraction of the steps over which the learning rate rises linearly from 0."""
     evaluations: int = 10
+    """Number of evaluations on held-out data; the last step is always evaluated."""
+
+
+class Inputs(NamedTuple):
+    """The initial model, and the data at the model's length.
+
+    Attributes:
+        start: the initial model.
+        max_length: of a row, in tokens.
+        prepared: the data.
+        training, held_out: tokenized demonstrations.
+        held_out_records: from which prompts for samples are taken.
+    """
+
+    start: Model
+    max_length: int
+    prepared: Prepared
+    training: TokenizedRows[Encoded]
+    held_out: TokenizedRows[Encoded]
+    held_out_records: RecordSource
 
 
 def main(config: Supervised) -> pathlib.Path:
-    """Runs it; returns the run's folder, with the model in `policy`.
+    """Trains, evaluates and reports; returns the run's folder, with the model in `policy`.
 
     Raises:
-        ValueError, DataError: what is given cannot be used; the message says what to change.
+        ValueError, DataError: a setting, a model or the data cannot be used; the message says what to change.
     """
     began = time.monotonic()
-    start = _start(config)
+    inputs = prepare(config)
+    trainable = trainable_policy(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
+    result = train(config, _stage(config, inputs, trainable))
+    return _save(config, inputs, trainable, result, began) if is_first_process() else result.folder.path
+
+
+def prepare(config: Supervised) -> Inputs:
+    """Reads the model and the data."""
+    start = _open_start(config)
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
-    shown, kept = splits_of(prepared)
-    words, model = start.words, decoder(start.config, remat=config.remat)
-    max_length = min(config.max_length, start.config.context_length)
-    fitted, held_out = (fit_demonstrations(words.codec(), part, max_length=max_length) for part in (shown, kept))
-    notes = [*told_of_bad(prepared), f"Learned from: {described(fitted)}.", f"Held out: {described(held_out)}."]
-    # A packed row is nearly full.
-    tokens = sum(len(row.tokens) for row in fitted.rows)
-    rows = math.ceil(tokens / max_length) if config.packed else len(fitted.rows)
-    steps = steps_of(config, rows)
-    learner = policy_learner(start.params, config.lora_rank, jax.random.key(config.seed))
-    loss = supervised_loss(model, params_of=learner.params_of)
-    totals = jax.jit(loss)
+    splits, max_length = splits_of(prepared), min(config.max_length, start.config.context_length)
+    tokenizer = start.bundle.chat_tokenizer()
+    training, held_out = (tokenize_demonstrations(tokenizer, split, max_length=max_length) for split in splits)
+    return Inputs(start, max_length, prepared, training, held_out, splits[1])
 
-    def evaluate(trained, frozen):
-        sums = np.zeros(3)
-        for _, batch in in_order(
-            held_out.rows, padded_demonstrations, batch_size=config.batch_size, multiple=max_length
-        ):
-            sums += np.array([float(total) for total in totals(trained, batch, frozen)])
-        return {
-            "loss": sums[0] / sums[2],
-            "perplexity": math.exp(min(sums[0] / sums[2], 50)),
-            "accuracy": sums[1] / sums[2],
-        }
 
-    make = packed_demonstrations if config.packed else demonstration_batches
+def _stage(config: Supervised, inputs: Inputs, trainable: Trainable) -> Stage:
+    training, held_out, max_length = inputs.training, inputs.held_out, inputs.max_length
+    # A packed row is almost full.
+    tokens = sum(len(row.tokens) for row in training.rows)
+    steps = number_of_steps(config, math.ceil(tokens / max_length) if config.packed else len(training.rows))
+    loss = supervised_loss(decoder(inputs.start.config, remat=config.remat), params_of=trainable.params_of)
+    batches = packed_demonstrations if config.packed else demonstration_batches
     shape: dict[str, Any] = {"length": max_length} if config.packed else {"multiple": min(128, max_length)}
-    batches = iter(make(fitted.rows, batch_size=config.batch_size, seed=config.seed, **shape))
-    done = train(
-        config,
-        "Supervised fine-tuning",
-        "sft",
-        loss,
-        learner,
-        batches,
+    return Stage(
+        title="Supervised fine-tuning",
+        name="sft",
+        loss=loss,
+        trainable=trainable,
+        batches=iter(batches(training.rows, batch_size=config.batch_size, seed=config.seed, **shape)),
         steps=steps,
         count=_tokens_of,
-        evaluate=evaluate,
-        told={
-            "model": f"{start.config.family}, {config.policy or 'new'}",
-            "learned from": described(fitted),
-            "held out": described(held_out),
-            "bad lines": f"{len(prepared.bad)} skipped, listed in the report" if prepared.bad else "none",
-            "steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each",
-        },
+        evaluate=_evaluation(loss, held_out.rows, batch_size=config.batch_size, max_length=max_length),
+        plan_rows={"model": f"{inputs.start.config.family}, {config.policy or 'new'}"}
+        | data_rows(training, held_out, inputs.prepared)
+        | {"steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each"},
     )
-    folder, history = done.folder, done.history
-    if not first():
-        return folder.path
-    trained = start._replace(params=learner.whole(done.params))
-    save_model(folder.path / "policy", trained, "policy")
-    if done.best is not None:
-        save_model(folder.path / "best" / "policy", start._replace(params=learner.whole(done.best)), "policy")
-    after = history.measured[-1]
+
+
+def _evaluation(
+    loss: Loss, rows: list[Encoded], *, batch_size: int, max_length: int
+) -> Callable[[Params, Params], dict[str, float]]:
+    totals = jax.jit(loss)
+
+    def evaluate(params: Params, frozen: Params) -> dict[str, float]:
+        sums = np.zeros(3)
+        for _, batch in evaluation_batches(rows, padded_demonstrations, batch_size=batch_size, multiple=max_length):
+            sums += np.array([float(total) for total in totals(params, batch, frozen)])
+        mean = sums[0] / sums[2]
+        return {"loss": mean, "perplexity": math.exp(min(mean, 50)), "accuracy": sums[1] / sums[2]}
+
+    return evaluate
+
+
+def _save(config: Supervised, inputs: Inputs, trainable: Trainable, result: StageResult, began: float) -> pathlib.Path:
+    trained = save_models(result, inputs.start, trainable, "policy")
+    folder, before, after = result.folder, result.before, result.history.metrics[-1]
     table = Table(
         "On held-out texts",
-        ("model", "loss (nats a token)", "perplexity", "next token right"),
+        ("model", "loss (nats per token)", "perplexity", "next-token accuracy"),
         [
             (name, row["loss"], row["perplexity"], row["accuracy"])
-            for name, row in (("before", done.before), ("after", after))
+            for name, row in (("before", before), ("after", after))
         ],
     )
-    seconds = time.monotonic() - began
-    folder.write_json("results.json", {"before": done.before, "after": after, "steps": steps, "seconds": seconds})
+    steps, seconds = result.steps, time.monotonic() - began
+    folder.write_json("results.json", {"before": before, "after": after, "steps": steps, "seconds": seconds})
     return finish(
         folder,
         config,
         table,
         title="Supervised fine-tuning",
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder policy.",
-        figures=draw_history(folder, history, {"loss": "nats a token", "accuracy": "share"}),
-        samples=[_samples(start, trained, kept, max_length)],
-        notes=notes + done.notes,
+        figures=draw_history(folder, result.history, {"loss": "nats per token", "accuracy": "fraction"}),
+        samples=[_samples(inputs.start, trained, inputs.held_out_records, inputs.max_length)],
+        notes=[*data_notes(inputs.training, inputs.held_out, inputs.prepared), *result.notes],
     )
 
 
-def _start(config: Supervised) -> Model:
+def _open_start(config: Supervised) -> Model:
     if (config.policy is None) == (config.tokenizer is None):
         raise ValueError("Give --policy to start from a model, or --tokenizer to start from random weights.")
     if config.policy is not None:
-        return open_model(config.policy, "policy", dtype=half_or_full(config.dtype, config.lora_rank))
-    words = open_words(find(config.tokenizer, "policy"))  # pyright: ignore[reportArgumentType]
-    shape = new_shape(words, width=config.width, layers=config.layers, heads=config.heads, context=config.max_length)
-    return Model(shape, decoder(shape).init(jax.random.key(config.seed)), words)
+        return open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
+    bundle = open_bundle(find(config.tokenizer, "policy"))  # pyright: ignore[reportArgumentType]
+    shape = new_shape(bundle, width=config.width, layers=config.layers, heads=config.heads, context=config.max_length)
+    return Model(shape, decoder(shape).init(jax.random.key(config.seed)), bundle)
 
 
-def new_shape(words: Words, *, width: int, layers: int, heads: int, context: int) -> DecoderConfig:
-    """Returns the shape of a new Llama-layout decoder over a tokenizer.
+def new_shape(bundle: TokenizerBundle, *, width: int, layers: int, heads: int, context: int) -> DecoderConfig:
+    """Returns the shape of a new Llama-style decoder for a tokenizer.
 
     Raises:
         ValueError: the heads do not divide the width.
     """
     if heads < 1 or width % heads:
         raise ValueError(f"--heads {heads} must divide --width {width}.")
-    size = max(words.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(bundle.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return DecoderConfig(
         vocabulary_size=size,
         width=width,
@@ -182,18 +213,20 @@ def _tokens_of(batch: Demonstrations) -> float:
     return float(np.sum(batch.segments > 0))
 
 
-def _samples(before: Model, after: Model, records, max_length: int) -> Samples:
-    room = max(1, min(64, max_length // 2))
+def _samples(before: Model, after: Model, records: RecordSource, max_length: int) -> Samples:
+    """Returns greedy completions of six prompts by the models before and after training."""
+    max_new_tokens = max(1, min(64, max_length // 2))
     try:
-        prompts = fit_prompts(
-            before.words.codec(), records, max_length=max(2, max_length - room), cut_prompts=True
+        prompts = tokenize_prompts(
+            before.bundle.chat_tokenizer(), records, max_length=max(2, max_length - max_new_tokens), cut_prompts=True
         ).rows[:6]
     except DataError:
-        # Whole texts have no prompt: the models begin on their own.
-        first = 0 if before.words.special.bos is None else before.words.special.bos
-        prompts = [np.array([first], np.int32)]
-    written = [write_texts(model, prompts, max_new_tokens=room, temperature=0.0) for model in (before, after)]
-    shown = before.words.tokenizer.decode_batch([prompt.tolist() for prompt in prompts])
-    return Samples(
-        "Most probable continuations", ("before", "after"), list(zip(shown, zip(*written, strict=True), strict=True))
-    )
+        # Plain texts have no prompt: start from BOS.
+        bos = 0 if before.bundle.special.bos is None else before.bundle.special.bos
+        prompts = [np.array([bos], np.int32)]
+    completions = [
+        generate_texts(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0) for model in (before, after)
+    ]
+    texts = before.bundle.tokenizer.decode_batch([prompt.tolist() for prompt in prompts])
+    rows = list(zip(texts, zip(*completions, strict=True), strict=True))
+    return Samples("Greedy completions", ("before", "after"), rows)

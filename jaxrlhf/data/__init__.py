@@ -1,17 +1,17 @@
-"""Data that people bring: records from JSONL, and HH-RLHF."""
+"""Training data: records from JSONL files, and HH-RLHF."""
 
 from jaxrlhf.data.records import (
     BadLine,
     DataError,
     Demonstration,
-    Judged,
     Message,
     Preference,
     Prompt,
-    Ranked,
+    Ranking,
     Records,
-    pairs_of,
+    UnpairedPreference,
     parse_record,
+    ranking_pairs,
     read_records,
     split_prompt,
 )
@@ -20,14 +20,14 @@ __all__ = [
     "BadLine",
     "DataError",
     "Demonstration",
-    "Judged",
     "Message",
     "Preference",
     "Prompt",
-    "Ranked",
+    "Ranking",
     "Records",
-    "pairs_of",
+    "UnpairedPreference",
     "parse_record",
+    "ranking_pairs",
     "read_records",
     "split_prompt",
 ]

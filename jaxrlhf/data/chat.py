@@ -1,13 +1,14 @@
-"""Chat templates: conversations as the text that a model was trained on, and which of it the assistant said.
+"""Chat templates: a conversation as the text that a model was trained on, and the spans that the assistant wrote.
 
-Templates are Jinja from a model's folder, so they are run in a sandbox that reaches no Python, and see messages and the
-special tokens only; no clock, so that a text is the same tomorrow.
+Templates are Jinja files from a model's folder, so they run in a sandbox without access to Python. They see messages and
+special tokens only, and no clock, so that rendering is reproducible.
 """
 
 import functools
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jinja2
@@ -17,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxrlhf.data.records import DataError, Message
 
-# Around what a template says the assistant generates; of Unicode's private use, refused inside messages.
-BEGINS, ENDS = "\uf8f0", "\uf8f1"
+# Markers around a template's generation blocks, from Unicode's private use area; refused inside messages.
+BEGIN, END = "\uf8f0", "\uf8f1"
 
 TRANSCRIPT = """\
 {%- for message in messages -%}
@@ -28,26 +29,26 @@ TRANSCRIPT = """\
 {%- else %}{{ " " + message.content }}{% endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ "\\n\\nAssistant:" }}{% endif -%}"""
-"""Human and Assistant turns as in HH-RLHF, for models that bring no template. The end of text ends the last turn; the
-space behind a colon is the speaker's, as tokenizers join it to the word that follows."""
+"""Human and Assistant turns as in HH-RLHF, for models without a template. The end-of-text token ends the last turn; the
+space after a colon belongs to the turn, as tokenizers merge it with the word that follows."""
 
 
 class Rendered(NamedTuple):
-    """A text, and the spans `(first, last + 1)` of its characters that the assistant said, in order."""
+    """A text, and the character spans `(start, stop)` that the assistant wrote, in order."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
 class ChatTemplate(NamedTuple):
-    """A Jinja source, and the special tokens that it may name, such as `bos_token` and `eos_token`."""
+    """A Jinja source, and the special tokens that it may use, such as `bos_token` and `eos_token`."""
 
     source: str
     tokens: dict[str, str]
 
 
 class _Generation(Extension):
-    """The blocks `{% generation %}...{% endgeneration %}`, which mark what the assistant says."""
+    """The blocks `{% generation %}...{% endgeneration %}`, which mark what the assistant wrote."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -57,11 +58,11 @@ class _Generation(Extension):
         return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller):
-        return BEGINS + caller() + ENDS
+        return BEGIN + caller() + END
 
 
 def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
-    """Returns a model folder's template, of `chat_template.jinja` or `tokenizer_config.json`; None where there is none.
+    """Returns a model folder's template, from `chat_template.jinja` or `tokenizer_config.json`; None if there is none.
 
     Raises:
         DataError: a file is damaged.
@@ -78,14 +79,14 @@ def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
         raise DataError(f"{path} holds no object; copy it again.")
     source = settings.get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    alone = directory / "chat_template.jinja"
-    if alone.exists():
+        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = by_name.get("default")
+    jinja_path = directory / "chat_template.jinja"
+    if jinja_path.exists():
         try:
-            source = alone.read_text(encoding="utf-8")
+            source = jinja_path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{alone} is not readable as text ({error}); copy it again.") from None
+            raise DataError(f"{jinja_path} is not readable as text ({error}); copy it again.") from None
     if source is None:
         return None
     if not isinstance(source, str):
@@ -94,54 +95,54 @@ def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
 
 
 def special_tokens(settings: dict) -> dict[str, str]:
-    """Returns the special tokens' texts of a `tokenizer_config.json`."""
-    found = {}
+    """Returns the special tokens of a `tokenizer_config.json`, as strings by name."""
+    tokens = {}
     for name, value in settings.items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
-    return found
+            tokens[name] = text
+    return tokens
 
 
 def render(template: ChatTemplate, messages: tuple[Message, ...], *, generation_prompt: bool = False) -> Rendered:
     """Returns a conversation's text and the assistant's spans.
 
-    The spans are the template's generation blocks. Where it has none, a turn of the assistant is what its message adds to
-    the text of the messages before it with a generation prompt.
+    The spans are the template's generation blocks. If it has none, an assistant's span is what its message adds to the
+    text of the preceding messages with a generation prompt.
 
     Args:
-        template: of the model.
+        template: the model's.
         messages: the conversation.
-        generation_prompt: ends with what makes the assistant speak.
+        generation_prompt: appends the generation prompt, after which the assistant replies.
 
     Raises:
-        ValueError: the template fails or refuses the conversation, a message holds the marks, or the template has no
-            generation blocks and does not write turns one behind the other.
+        ValueError: the template fails or refuses the conversation, a message contains the markers, or the template has
+            no generation blocks and does not simply append each turn.
     """
-    if any(mark in message.content for message in messages for mark in (BEGINS, ENDS)):
+    if any(marker in message.content for message in messages for marker in (BEGIN, END)):
         raise ValueError("A message holds the private characters U+F8F0 or U+F8F1; take them out.")
-    text, spans = _unmarked(_run(template, messages, generation_prompt))
+    text, spans = _strip_markers(_run(template, messages, generation_prompt))
     if not spans:
-        spans = tuple(_by_turn(template, messages, text))
+        spans = tuple(_spans_by_turn(template, messages, text))
     return Rendered(text, spans)
 
 
 def split_completion(
     template: ChatTemplate, prompt: tuple[Message, ...], completion: tuple[Message, ...]
 ) -> tuple[str, str]:
-    """Returns the text of a prompt, which asks the assistant to speak, and of what follows it.
+    """Returns the text of a prompt, with its generation prompt, and the text of the completion that follows it.
 
     Raises:
-        ValueError: as `render`; or the whole does not begin with the prompt.
+        ValueError: as `render`; or the conversation's text does not begin with the prompt's.
     """
-    before = render(template, prompt, generation_prompt=True).text
-    whole = render(template, prompt + completion).text
-    if not whole.startswith(before):
+    prompt_text = render(template, prompt, generation_prompt=True).text
+    text = render(template, prompt + completion).text
+    if not text.startswith(prompt_text):
         raise ValueError(
-            "The chat template writes the prompt differently once an answer follows, so no completion can be told apart; "
-            "mend the template."
+            "The chat template writes the prompt differently once a completion follows, so the two cannot be separated; "
+            "fix the template."
         )
-    return before, whole[len(before) :]
+    return prompt_text, text[len(prompt_text) :]
 
 
 @functools.lru_cache(maxsize=16)
@@ -157,10 +158,10 @@ def _run(template: ChatTemplate, messages: tuple[Message, ...], generation_promp
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    told = [{"role": message.role, "content": message.content} for message in messages]
+    dicts = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return _compiled(template.source).render(
-            messages=told, add_generation_prompt=generation_prompt, raise_exception=refuse, **template.tokens
+            messages=dicts, add_generation_prompt=generation_prompt, raise_exception=refuse, **template.tokens
         )
     except (
         jinja2.TemplateError,
@@ -175,36 +176,36 @@ def _run(template: ChatTemplate, messages: tuple[Message, ...], generation_promp
         raise ValueError(f"The chat template fails on a conversation of {len(messages)} messages: {error}.") from None
 
 
-def _unmarked(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Takes the marks out of a text, and returns where they stood."""
-    parts, spans, place, first = [], [], 0, 0
-    for piece in re.split(f"([{BEGINS}{ENDS}])", marked):
-        if piece == BEGINS:
-            first = place
-        elif piece == ENDS:
-            spans.append((first, place))
+def _strip_markers(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Returns a text without its markers, and the spans that they enclosed."""
+    parts, spans, position, start = [], [], 0, 0
+    for piece in re.split(f"([{BEGIN}{END}])", marked):
+        if piece == BEGIN:
+            start = position
+        elif piece == END:
+            spans.append((start, position))
         else:
             parts.append(piece)
-            place += len(piece)
+            position += len(piece)
     return "".join(parts), tuple(spans)
 
 
-def _by_turn(template: ChatTemplate, messages: tuple[Message, ...], text: str):
-    for number, message in enumerate(messages):
+def _spans_by_turn(template: ChatTemplate, messages: tuple[Message, ...], text: str) -> Iterator[tuple[int, int]]:
+    """Yields the assistant's spans of a text, from what each of its messages adds."""
+    for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = _unmarked(_run(template, messages[:number], True))[0]
-        after = _unmarked(_run(template, messages[: number + 1], False))[0]
-        end = len(after)
+        before = _strip_markers(_run(template, messages[:index], True))[0]
+        after = _strip_markers(_run(template, messages[: index + 1], False))[0]
+        start, stop = len(before), len(after)
         if not text.startswith(after):
-            # What only a last turn has behind its words, such as an end of text, is not part of an earlier one.
-            said = next(
-                (said for said in (message.content, message.content.strip()) if said in text[len(before) :]), None
-            )
-            end = -1 if said is None else text.index(said, len(before)) + len(said)
-        if end < len(before) or not (after.startswith(before) and text.startswith(before)):
+            # What a template appends to the last turn only, such as an end of text, is not part of an earlier turn.
+            candidates = (message.content, message.content.strip())
+            content = next((candidate for candidate in candidates if candidate in text[start:]), None)
+            stop = -1 if content is None else text.index(content, start) + len(content)
+        if stop < start or not (after.startswith(before) and text.startswith(before)):
             raise ValueError(
-                "The chat template has no {% generation %} blocks and does not write turns one behind the other, so the "
-                "assistant's words cannot be told apart; add the blocks around them."
+                "The chat template has no {% generation %} blocks and does not simply append each turn, so the "
+                "assistant's turns cannot be located; add the blocks around them."
             )
-        yield len(before), end
+        yield start, stop

@@ -1,8 +1,9 @@
-"""From texts to tokens, with the mask of what is to be learned, by characters.
+"""Tokenization of texts, with completion masks from character offsets.
 
-Prompt and completion are tokenised as one text, as a model sees it, and a token is the completion's if its last character
-is: one that begins before the border is learned, one that runs on into the next turn is not. Where a tokenizer joins the
-end of a prompt to what follows, the tokens before the border are fewer than the prompt's own; templates rarely end so.
+Prompt and completion are tokenized as one text, as a model sees it, and a token belongs to the completion if its last
+character does: a token that begins before the boundary is masked in, one that runs into the next turn is not. If a
+tokenizer merges the end of a prompt with what follows, the text has fewer prompt tokens than the prompt alone; templates
+rarely end that way.
 """
 
 from typing import NamedTuple
@@ -15,110 +16,115 @@ from jaxrlhf.data.records import Preference, Text
 
 
 class Encoded(NamedTuple):
-    """Tokens `[T]` int32, and True `[T]` on those of the completion (of the assistant's turns)."""
+    """Tokens `[T]` int32, and their mask `[T]` bool: True on the completion (the assistant's turns)."""
 
     tokens: np.ndarray
-    completion: np.ndarray
+    completion_mask: np.ndarray
 
 
 class EncodedPair(NamedTuple):
-    """Both texts of a preference, and the margin, NaN where there is none."""
+    """Both texts of a preference, and the margin, NaN if there is none."""
 
     chosen: Encoded
     rejected: Encoded
     margin: float
 
 
-class Codec(NamedTuple):
-    """What turns texts into tokens.
+class ChatTokenizer(NamedTuple):
+    """A tokenizer with its special tokens and chat template.
 
     Attributes:
-        tokenizer: of the model.
-        bos: the id that begins a text, or None.
-        eos: the text that ends one, such as "</s>"; empty where there is none.
-        template: of conversations.
-        size: of the model's vocabulary, or None; a text with a token beyond it cannot be encoded.
+        backend: the model's tokenizer.
+        bos: id of the token that begins a text, or None.
+        eos: the end-of-text token as a string, such as "</s>"; empty if there is none.
+        template: the chat template.
+        vocabulary_size: the model's, or None; a text with a token beyond it cannot be encoded.
     """
 
-    tokenizer: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer
     bos: int | None
     eos: str
     template: ChatTemplate
-    size: int | None = None
+    vocabulary_size: int | None = None
 
 
-def codec(
+def chat_tokenizer(
     tokenizer: tokenizers.Tokenizer,
     *,
     bos: int | None = None,
     eos: int | None = None,
     template: ChatTemplate | None = None,
-    size: int | None = None,
-) -> Codec:
-    """Returns a codec; conversations are transcripts where the model has no template.
+    vocabulary_size: int | None = None,
+) -> ChatTokenizer:
+    """Returns a chat tokenizer; without a template conversations become `TRANSCRIPT`s.
 
     Raises:
-        ValueError: a special id is not the tokenizer's.
+        ValueError: the tokenizer does not know a special id.
     """
     for name, token in (("bos", bos), ("eos", eos)):
         if token is not None and tokenizer.id_to_token(token) is None:
             raise ValueError(f"The {name} id {token} is not one of the tokenizer's; take ids of the same model.")
-    end = "" if eos is None else str(tokenizer.id_to_token(eos))
-    return Codec(tokenizer, bos, end, template or ChatTemplate(TRANSCRIPT, {"eos_token": end}), size)
+    eos_text = "" if eos is None else str(tokenizer.id_to_token(eos))
+    template = template or ChatTemplate(TRANSCRIPT, {"eos_token": eos_text})
+    return ChatTokenizer(tokenizer, bos, eos_text, template, vocabulary_size)
 
 
-def encode(codec: Codec, prompt: Text, completion: Text) -> Encoded:
-    """Returns a prompt with its completion, which ends the text.
+def encode(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded:
+    """Returns the tokens of a prompt and its completion, with an end of text.
 
-    Strings are taken as they are, the end of text put behind. Of a conversation without a prompt every turn of the
-    assistant is to be learned.
+    Strings are concatenated as they are, the end-of-text token appended. In a conversation without a prompt the mask
+    covers every turn of the assistant.
 
     Raises:
         ValueError: one is a string and the other a conversation, or the template refuses them.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _spanned(codec, prompt + completion + codec.eos, ((len(prompt), len(prompt + completion + codec.eos)),))
+        text = prompt + completion + tokenizer.eos
+        return _encode_spans(tokenizer, text, ((len(prompt), len(text)),))
     if isinstance(prompt, str) or isinstance(completion, str):
         raise ValueError("Prompt and completion must both be strings, or both conversations.")
     if not prompt:
-        rendered = render(codec.template, completion)
-        return _spanned(codec, rendered.text, rendered.spans)
-    before, after = split_completion(codec.template, prompt, completion)
-    return _spanned(codec, before + after, ((len(before), len(before + after)),))
+        rendered = render(tokenizer.template, completion)
+        return _encode_spans(tokenizer, rendered.text, rendered.spans)
+    before, after = split_completion(tokenizer.template, prompt, completion)
+    return _encode_spans(tokenizer, before + after, ((len(before), len(before + after)),))
 
 
-def encode_pair(codec: Codec, pair: Preference) -> EncodedPair:
-    """Returns both texts of a preference.
+def encode_pair(tokenizer: ChatTokenizer, pair: Preference) -> EncodedPair:
+    """Returns the tokens of both texts of a preference.
 
     Raises:
         ValueError: as `encode`.
     """
     margin = float("nan") if pair.margin is None else pair.margin
-    return EncodedPair(encode(codec, pair.prompt, pair.chosen), encode(codec, pair.prompt, pair.rejected), margin)
+    chosen, rejected = (encode(tokenizer, pair.prompt, completion) for completion in (pair.chosen, pair.rejected))
+    return EncodedPair(chosen, rejected, margin)
 
 
-def encode_prompt(codec: Codec, prompt: Text) -> np.ndarray:
-    """Returns a prompt's tokens `[P]`, a conversation's with what makes the assistant speak. No end of text.
+def encode_prompt(tokenizer: ChatTokenizer, prompt: Text) -> np.ndarray:
+    """Returns the tokens `[P]` of a prompt, a conversation's with its generation prompt. No end-of-text token.
 
     Raises:
         ValueError: the template refuses the conversation.
     """
-    text = prompt if isinstance(prompt, str) else render(codec.template, prompt, generation_prompt=True).text
-    return _spanned(codec, text, ()).tokens
+    text = prompt if isinstance(prompt, str) else render(tokenizer.template, prompt, generation_prompt=True).text
+    return _encode_spans(tokenizer, text, ()).tokens
 
 
-def _spanned(codec: Codec, text: str, spans: tuple[tuple[int, int], ...]) -> Encoded:
-    found = codec.tokenizer.encode(text, add_special_tokens=False)
-    tokens, learned, reached = list(found.ids), [], 0
-    if codec.size is not None and max(tokens, default=0) >= codec.size:
-        raise ValueError(f"A text holds the token {codec.tokenizer.id_to_token(max(tokens))}, which the model has not.")
-    for begin, end in found.offsets:
-        # A token without characters of its own belongs to where it stands; one of spaces whose offsets were trimmed, to
-        # the spaces that no other token covers.
-        ends_at = end - 1 if end > begin or reached < begin else begin
-        learned.append(any(first <= ends_at < last for first, last in spans))
-        reached = max(reached, end)
-    if codec.bos is not None and tokens[:1] != [codec.bos]:
+def _encode_spans(tokenizer: ChatTokenizer, text: str, spans: tuple[tuple[int, int], ...]) -> Encoded:
+    """Returns a text's tokens, and the mask of those whose last character lies in one of the spans."""
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    tokens, mask, covered = list(encoding.ids), [], 0
+    if tokenizer.vocabulary_size is not None and max(tokens, default=0) >= tokenizer.vocabulary_size:
+        token = tokenizer.backend.id_to_token(max(tokens))
+        raise ValueError(f"A text holds the token {token}, which is not in the model's vocabulary.")
+    for start, stop in encoding.offsets:
+        # A token without characters belongs to its position. One of spaces whose offsets were trimmed belongs to the
+        # spaces that no other token covers.
+        last = stop - 1 if stop > start or covered < start else start
+        mask.append(any(first <= last < end for first, end in spans))
+        covered = max(covered, stop)
+    if tokenizer.bos is not None and tokens[:1] != [tokenizer.bos]:
         # A template may have written it already.
-        tokens, learned = [codec.bos, *tokens], [False, *learned]
-    return Encoded(np.array(tokens, np.int32), np.array(learned, bool))
+        tokens, mask = [tokenizer.bos, *tokens], [False, *mask]
+    return Encoded(np.array(tokens, np.int32), np.array(mask, bool))

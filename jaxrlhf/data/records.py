@@ -1,19 +1,20 @@
-"""What training data holds, and reading it from JSONL in the formats that users of TRL know.
+"""Records of training data, and reading them from JSONL in TRL's dataset formats.
 
-A text is a string, or a conversation: a tuple of messages. One line of a file is one object:
+A text is a string (TRL's standard format) or a tuple of messages (its conversational format). Each line of a file is one
+object:
 
-| kind | keys | record |
+| TRL's dataset type | keys | record |
 |---|---|---|
-| paired, explicit prompt | `prompt`, `chosen`, `rejected`, optional `margin` | `Preference` |
-| paired, implicit prompt | `chosen`, `rejected` that begin alike | `Preference`; the prompt is what they share |
-| ranked | `prompt`, `completions`, best first, or with `ranks` (1 is best, equal ranks tie) | `Ranked` |
-| unpaired | `prompt`, `completion`, `label` (true is good) | `Judged` |
-| prompt and completion | `prompt`, `completion` | `Demonstration` |
-| whole texts | `text`, or `messages` | `Demonstration` without a prompt |
-| prompts alone | `prompt` | `Prompt` |
+| preference, explicit prompt | `prompt`, `chosen`, `rejected`, optional `margin` | `Preference` |
+| preference, implicit prompt | `chosen`, `rejected` with a common prefix | `Preference`; the prefix becomes the prompt |
+| (ranking, not in TRL) | `prompt`, `completions`, best first, or with `ranks` (1 is best, equal ranks tie) | `Ranking` |
+| unpaired preference | `prompt`, `completion`, `label` (true is desirable) | `UnpairedPreference` |
+| prompt-completion | `prompt`, `completion` | `Demonstration` |
+| language modeling | `text`, or `messages` | `Demonstration` without a prompt |
+| prompt-only | `prompt` | `Prompt` |
 
-Where `prompt` is a list of messages `{"role", "content"}`, completions are lists of messages too. A `.txt` file is one
-whole text a line.
+If `prompt` is a list of messages `{"role", "content"}`, completions must be lists of messages too. In a `.txt` file each
+line is one text.
 """
 
 import gzip
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 
 class DataError(Exception):
-    """Data cannot be read; the message names the file, the line and the remedy."""
+    """Data that cannot be read; the message names the file, the line and the remedy."""
 
 
 class Message(NamedTuple):
@@ -40,7 +41,7 @@ Text = str | tuple[Message, ...]
 
 
 class Preference(NamedTuple):
-    """Two completions of a prompt, of which the first was preferred, by a margin where the data says one."""
+    """Two completions of a prompt, the preferred one first, and the margin if the data has one."""
 
     prompt: Text
     chosen: Text
@@ -48,40 +49,40 @@ class Preference(NamedTuple):
     margin: float | None = None
 
 
-class Ranked(NamedTuple):
-    """Completions of a prompt and their ranks, 1 the best; equal ranks are ties."""
+class Ranking(NamedTuple):
+    """Completions of a prompt and their ranks; 1 is the best, equal ranks are ties."""
 
     prompt: Text
     completions: tuple[Text, ...]
     ranks: tuple[int, ...]
 
 
-class Judged(NamedTuple):
-    """A completion that was called good or bad by itself."""
+class UnpairedPreference(NamedTuple):
+    """A completion labelled by itself: True is desirable, False undesirable."""
 
     prompt: Text
     completion: Text
-    good: bool
+    label: bool
 
 
 class Demonstration(NamedTuple):
-    """A completion to imitate; without a prompt the whole text is one (the assistant's turns of a conversation)."""
+    """A completion to imitate. Without a prompt, that is the whole text (of a conversation, the assistant's turns)."""
 
     prompt: Text
     completion: Text
 
 
 class Prompt(NamedTuple):
-    """A prompt alone, for online sampling."""
+    """A prompt without a completion, for online sampling."""
 
     prompt: Text
 
 
-Record = Preference | Ranked | Judged | Demonstration | Prompt
+Record = Preference | Ranking | UnpairedPreference | Demonstration | Prompt
 
 
 class BadLine(NamedTuple):
-    """A line that could not be read: where it stands, and why."""
+    """A line that could not be read: its file, its number, and why."""
 
     path: pathlib.Path
     line: int
@@ -89,7 +90,7 @@ class BadLine(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What was read, in the order of files and lines, and what was skipped."""
+    """The records in the order of files and lines, and the lines that were skipped."""
 
     records: list
     bad: list[BadLine]
@@ -98,23 +99,23 @@ class Records(NamedTuple):
 def read_records(
     path: str | pathlib.Path, parse: Callable[[Any], Any] | None = None, *, skip_bad: bool = False
 ) -> Records:
-    """Reads a `.jsonl` or `.txt` file, gzipped (`.gz`) or not, or the files below a folder, by name.
+    """Reads a `.jsonl` or `.txt` file, gzipped (`.gz`) or not, or all such files below a folder, sorted by name.
 
     Args:
-        path: the file or folder. Of a folder, `.txt` files are data where there is no `.jsonl` file, else notes. Links
-            that lead out of it are refused.
-        parse: from a line's JSON value to a record, raising ValueError with a reason; `parse_record` by default.
-        skip_bad: collects bad lines in place of stopping at the first.
+        path: the file or folder. In a folder, `.txt` files are read only if there is no `.jsonl` file. Links that lead
+            out of the folder are refused.
+        parse: maps a line's JSON value to a record and raises ValueError with a reason; `parse_record` by default.
+        skip_bad: collects bad lines instead of stopping at the first.
 
     Raises:
-        DataError: there is no such data, a file is not readable, or a line is bad.
+        DataError: there is no data, a file is not readable, or a line is bad.
     """
     parse = parse_record if parse is None else parse
     records, bad = [], []
-    for file in files_of(path):
-        for number, line in lines_of(file):
+    for file in data_files(path):
+        for number, line in numbered_lines(file):
             try:
-                records.append(parse({"text": line.rstrip("\r\n")} if _is_plain(file) else _object(line)))
+                records.append(parse({"text": line.rstrip("\r\n")} if _is_plain_text(file) else _parse_json(line)))
             except ValueError as error:
                 bad.append(BadLine(file, number, str(error)))
                 if not skip_bad:
@@ -126,11 +127,11 @@ def read_records(
     return Records(records, bad)
 
 
-def files_of(path: str | pathlib.Path) -> list[pathlib.Path]:
+def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     """Returns the data files at a path, in the order of their names.
 
     Raises:
-        DataError: there are none, or one lies outside of the folder.
+        DataError: there are none, or one lies outside the folder.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -142,17 +143,17 @@ def files_of(path: str | pathlib.Path) -> list[pathlib.Path]:
     def below(*patterns: str) -> list[pathlib.Path]:
         return sorted(file for pattern in patterns for file in path.rglob(pattern) if file.is_file())
 
-    found = below("*.jsonl", "*.jsonl.gz") or below("*.txt", "*.txt.gz")
-    for file in found:
+    files = below("*.jsonl", "*.jsonl.gz") or below("*.txt", "*.txt.gz")
+    for file in files:
         if not file.resolve().is_relative_to(root):
             raise DataError(f"{file} leads out of the folder {path}; copy the file into it.")
-    if not found:
+    if not files:
         raise DataError(f"The folder {path} holds no .jsonl or .txt file, gzipped or not.")
-    return found
+    return files
 
 
-def lines_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines that are not blank, and their numbers from 1.
+def numbered_lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Yields the non-blank lines with their numbers, from 1.
 
     Raises:
         DataError: the file is not readable text.
@@ -169,10 +170,10 @@ def lines_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_record(value: Any) -> Record:
-    """Returns the record that a line's JSON object stands for, by its keys.
+    """Returns the record of a line's JSON object; its keys determine the kind.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: the object is malformed; the message says how.
     """
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}.")
@@ -180,81 +181,82 @@ def parse_record(value: Any) -> Record:
     if {"chosen", "rejected"} <= keys:
         return _preference(value)
     if {"prompt", "completions"} <= keys:
-        return _ranked(value)
+        return _ranking(value)
     if {"prompt", "completion", "label"} <= keys:
         if not isinstance(value["label"], bool):
             raise ValueError(f"label must be true or false, got {value['label']!r}.")
-        prompt, completion = _alike(value, "prompt", "completion")
-        return Judged(prompt, completion, value["label"])
+        prompt, completion = _texts(value, "prompt", "completion")
+        return UnpairedPreference(prompt, completion, value["label"])
     if {"prompt", "completion"} <= keys:
-        prompt, completion = _alike(value, "prompt", "completion")
+        prompt, completion = _texts(value, "prompt", "completion")
         return Demonstration(prompt, completion)
     if "messages" in keys:
-        return Demonstration((), text_of(value["messages"], "messages"))
+        return Demonstration((), parse_text(value["messages"], "messages"))
     if "text" in keys:
-        return Demonstration("", text_of(value["text"], "text"))
+        return Demonstration("", parse_text(value["text"], "text"))
     if "prompt" in keys:
-        return Prompt(text_of(value["prompt"], "prompt"))
+        return Prompt(parse_text(value["prompt"], "prompt"))
     raise ValueError(
         f"no known format has the keys {', '.join(sorted(keys)) or '(none)'}; preferences have chosen and rejected, "
         "demonstrations prompt and completion, text or messages."
     )
 
 
-def pairs_of(ranked: Ranked) -> list[Preference]:
-    """Returns every pair of a ranking that is no tie, the better one chosen."""
-    ordered = sorted(zip(ranked.ranks, ranked.completions, strict=True), key=lambda entry: entry[0])
+def ranking_pairs(ranking: Ranking) -> list[Preference]:
+    """Returns every pair of a ranking's completions that is not a tie, the better one chosen."""
+    ordered = sorted(zip(ranking.ranks, ranking.completions, strict=True), key=lambda entry: entry[0])
     return [
-        Preference(ranked.prompt, better, worse)
-        for (first, better), (second, worse) in itertools.combinations(ordered, 2)
-        if first < second
+        Preference(ranking.prompt, better, worse)
+        for (better_rank, better), (worse_rank, worse) in itertools.combinations(ordered, 2)
+        if better_rank < worse_rank
     ]
 
 
 def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """Returns what two texts share at their beginning, and what is left of each.
+    """Returns the common prefix of two texts, and the rest of each.
 
-    Strings share whole words: a common end of letters inside a word, and the spaces before the first difference, stay with
-    the completions. Conversations share whole messages.
+    The prefix of strings ends with a whole word: letters inside a word, and spaces before the first difference, belong to
+    the completions. The prefix of conversations is whole messages.
 
     Raises:
-        ValueError: nothing is shared, or nothing differs.
+        ValueError: the prefix is empty, or the texts are equal.
     """
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same.")
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    pairs = zip(chosen, rejected, strict=False)
+    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        while shared and (_inside_word(chosen, shared) or _inside_word(rejected, shared)):
-            shared -= 1
-        while shared and chosen[shared - 1].isspace():
-            shared -= 1
-    if not shared:
+        while length and (_inside_word(chosen, length) or _inside_word(rejected, length)):
+            length -= 1
+        while length and chosen[length - 1].isspace():
+            length -= 1
+    if not length:
         raise ValueError("chosen and rejected share no beginning to be the prompt; give one.")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return chosen[:length], chosen[length:], rejected[length:]
 
 
-def text_of(value: Any, name: str) -> Text:
-    """Returns a string, or a list of messages as a tuple.
+def parse_text(value: Any, name: str) -> Text:
+    """Returns a string as it is, or a list of messages as a tuple.
 
     Raises:
-        ValueError: the value is neither; `name` says which.
+        ValueError: the value is neither; the message calls it `name`.
     """
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a string or a list of messages, got {type(value).__name__}.")
-    for number, message in enumerate(value):
+    for index, message in enumerate(value):
         if not (
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
             and isinstance(message.get("content"), str)
         ):
-            raise ValueError(f"{name}[{number}] must be an object with the strings role and content, got {message!r}.")
+            raise ValueError(f"{name}[{index}] must be an object with the strings role and content, got {message!r}.")
     return tuple(Message(message["role"], message["content"]) for message in value)
 
 
-def _inside_word(text: str, place: int) -> bool:
-    return place < len(text) and text[place - 1].isalnum() and text[place].isalnum()
+def _inside_word(text: str, index: int) -> bool:
+    return index < len(text) and text[index - 1].isalnum() and text[index].isalnum()
 
 
 def _preference(value: dict) -> Preference:
@@ -265,15 +267,15 @@ def _preference(value: dict) -> Preference:
     if margin is not None and not math.isfinite(margin):
         raise ValueError(f"margin must be finite, got {margin}.")
     if value.get("prompt") is None:
-        chosen, rejected = _alike(value, "chosen", "rejected")
+        chosen, rejected = _texts(value, "chosen", "rejected")
         return Preference(*split_prompt(chosen, rejected), margin)
-    prompt, chosen, rejected = _alike(value, "prompt", "chosen", "rejected")
+    prompt, chosen, rejected = _texts(value, "prompt", "chosen", "rejected")
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same.")
     return Preference(prompt, chosen, rejected, margin)
 
 
-def _ranked(value: dict) -> Ranked:
+def _ranking(value: dict) -> Ranking:
     completions = value["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
         raise ValueError("completions must be a list of at least two.")
@@ -282,28 +284,28 @@ def _ranked(value: dict) -> Ranked:
         raise ValueError(f"ranks must be a list of whole numbers, got {ranks!r}.")
     if len(ranks) != len(completions):
         raise ValueError(f"there are {len(completions)} completions and {len(ranks)} ranks.")
-    named = {"prompt": value["prompt"]} | {f"completions[{n}]": text for n, text in enumerate(completions)}
-    prompt, *texts = _alike(named, *named)
-    return Ranked(prompt, tuple(texts), tuple(ranks))
+    values = {"prompt": value["prompt"]} | {f"completions[{n}]": text for n, text in enumerate(completions)}
+    prompt, *texts = _texts(values, *values)
+    return Ranking(prompt, tuple(texts), tuple(ranks))
 
 
-def _alike(value: dict, *names: str) -> list:
-    """Returns the texts of these names, all strings or all conversations."""
-    texts = [text_of(value[name], name) for name in names]
+def _texts(value: dict, *names: str) -> list:
+    """Returns the texts under these names; raises ValueError unless all are strings or all are conversations."""
+    texts = [parse_text(value[name], name) for name in names]
     kinds = {isinstance(text, str) for text in texts}
     if len(kinds) > 1:
         raise ValueError(f"{', '.join(names)} must all be strings, or all lists of messages.")
     return texts
 
 
-def _is_plain(file: pathlib.Path) -> bool:
+def _is_plain_text(file: pathlib.Path) -> bool:
     return file.name.endswith((".txt", ".txt.gz"))
 
 
-def _object(line: str) -> Any:
+def _parse_json(line: str) -> Any:
     try:
         value = json.loads(line)
-        # JSON can spell half of a surrogate pair, which no text file can hold.
+        # JSON can escape half of a surrogate pair, which UTF-8 cannot encode.
         json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}).") from None

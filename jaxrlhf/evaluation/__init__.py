@@ -1,1 +1,1 @@
-"""Evaluation on the host, in numpy: `statistics`, how rewards predict `preferences`, and the reward-KL `frontier`."""
+"""Evaluation on the host, in numpy: `statistics`, how well rewards predict `preferences`, and the reward-KL `frontier`."""

@@ -1,10 +1,11 @@
-"""The frontier of reward against KL: what a run gained for its distance from the reference, and what could be gained.
+"""The reward-KL frontier: what a run gained at its KL from the reference, and the most that could be gained.
 
-All in numpy on the host. `kl` is `KL(policy || reference)` in nats a completion, averaged over prompts. A gold reward
-judges, a proxy is what training sees; a gain is a mean gold reward less the reference's. Every interval is of 95%.
+All in numpy on the host. `kl` is `KL(policy || reference)` in nats per completion, averaged over prompts. The gold reward
+is the ground truth, the proxy is the reward that training sees; a gain is the mean gold reward minus the reference
+policy's. Every interval has a level of 95%.
 
-Every function raises ValueError for shapes that do not match, numbers that are not finite (but where NaN has a meaning),
-numbers outside of their range, and where nothing is given.
+Every function raises ValueError for shapes that do not match, non-finite numbers (except where NaN has a meaning), numbers
+out of range, and empty input.
 """
 
 import math
@@ -12,13 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
-from jaxrlhf.evaluation.preferences import NORMAL_95
+from jaxrlhf.evaluation.statistics import NORMAL_95, refuse_non_finite, same_length
 
 
 class BestOfN(NamedTuple):
-    """By size n, `[sizes]` each: the sizes, the expected gold reward of the best of n, the upper bound of its KL."""
+    """By size n, `[sizes]` each: the sizes, the expected gold reward of best-of-n, and the upper bound of its KL."""
 
     sizes: np.ndarray
     gold: np.ndarray
@@ -26,42 +26,34 @@ class BestOfN(NamedTuple):
 
 
 class ControlledWinRate(NamedTuple):
-    """How often a policy wins at equal length.
+    """A length-controlled win rate.
 
     Attributes:
         rate: `sigmoid(a)`, the win rate at equal length.
-        low, high: its interval; NaN where the lengths, or one outcome for all, separate wins from losses entirely.
-        slope: `b`, by how much the log-odds rise as the policy's text grows from equal length to far longer.
-        plain: mean label, the win rate as it stands.
-        answered, unanswered: number of labels that counted, and of those that were NaN.
+        low, high: its interval; NaN if all outcomes agree, or if length separates wins from losses perfectly.
+        length_coefficient: `b`, the increase in log-odds from equal length to a far longer text of the policy.
+        raw_rate: mean label, the win rate without length control.
+        labelled, unlabelled: number of labels used, and number of NaNs.
     """
 
     rate: float
     low: float
     high: float
-    slope: float
-    plain: float
-    answered: int
-    unanswered: int
-
-
-class Correlation(NamedTuple):
-    """Pearson's correlation and its interval."""
-
-    value: float
-    low: float
-    high: float
+    length_coefficient: float
+    raw_rate: float
+    labelled: int
+    unlabelled: int
 
 
 class OverOptimisation(NamedTuple):
-    """Where along a run the gold reward peaks, all rewards being moving averages of width 3.
+    """Where along a run the gold reward peaks; all rewards are moving averages of width 3.
 
     Attributes:
-        step, kl, peak: step and KL of the largest gold reward, and that reward; the first one if there are several.
-        fall: the peak less the gold reward at the end, never negative.
-        proxy_rose: whether the proxy is larger at the end than at the peak: with a fall, over-optimisation; a fall
-            without it is a run that broke.
-        onset: `kl` where the gold reward has fallen since; NaN where it is at its largest at the end.
+        step, kl, peak: step and KL of the largest gold reward, and that reward; the first if several are equal.
+        fall: the peak minus the final gold reward, never negative.
+        proxy_rose: whether the final proxy reward exceeds that at the peak. A fall with a rising proxy is
+            over-optimisation; a fall without it means that the run broke.
+        onset: `kl` if the gold reward has fallen since; NaN if it is largest at the end.
     """
 
     step: float
@@ -75,46 +67,46 @@ class OverOptimisation(NamedTuple):
 def best_of_n(
     pool_scores: np.ndarray, proxy_scores: np.ndarray | None = None, sizes: Sequence[int] | np.ndarray | None = None
 ) -> BestOfN:
-    """Returns the yardstick: the expected gold reward of the best of n completions of the reference.
+    """Returns the best-of-n baseline: the expected gold reward of the best of n completions of the reference.
 
-    The mean over all n-subsets of the pool, which is unbiased for n independent draws. In ascending order of the proxy
-    the completion of rank r is the best of a subset with probability `C(r-1, n-1) / C(pool, n)`; equal proxies share
-    theirs evenly, as if ties were broken at random. The weights follow from the largest, `w[pool] = n / pool`, by
-    `w[r-1] = w[r] (r-n) / (r-1)`, products of numbers at most 1 that can only vanish.
+    Averages over all n-subsets of the pool, which is unbiased for n independent samples. In ascending order of the proxy,
+    the completion of rank r is the best of a subset with probability `C(r-1, n-1) / C(pool, n)`; equal proxies split
+    theirs evenly, as if ties were broken at random. The weights start at the largest, `w[pool] = n / pool`, and follow
+    `w[r-1] = w[r] (r-n) / (r-1)`: every factor is at most 1, so they can underflow but not overflow.
 
-    The KL is `log n - (n-1)/n`: exact where scores are continuous, so that no two are equal, and otherwise an upper
-    bound (Beirami et al., arXiv 2401.01879). It holds for whichever score chooses.
+    The KL is `log n - (n-1)/n`: exact for continuous scores, where no two are equal, and otherwise an upper bound
+    (Beirami et al., arXiv 2401.01879). It holds whichever score selects.
 
     Args:
         pool_scores: `[prompts, pool]`, gold rewards of the reference's completions.
-        proxy_scores: `[prompts, pool]`, by which the best is chosen; the gold rewards by default.
-        sizes: `[sizes]`, each n from 1 to the pool; powers of two by default.
+        proxy_scores: `[prompts, pool]`, the selection score; the gold rewards by default.
+        sizes: `[sizes]`, each n from 1 to the pool size; powers of two by default.
     """
     gold = np.asarray(pool_scores, np.float64)
     proxy = gold if proxy_scores is None else np.asarray(proxy_scores, np.float64)
     if gold.ndim != 2 or gold.size == 0 or proxy.shape != gold.shape:
         raise ValueError(f"Scores must both be [prompts, pool]; they are {gold.shape} and {proxy.shape}.")
-    _refuse_not_finite(pool_scores=gold, proxy_scores=proxy)
+    refuse_non_finite(pool_scores=gold, proxy_scores=proxy)
     pool = gold.shape[1]
-    chosen = np.asarray([2**power for power in range(pool.bit_length())] if sizes is None else sizes)
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or np.any(chosen < 1) or np.any(chosen > pool):
-        raise ValueError(f"Sizes must be whole numbers from 1 to the pool of {pool}; they are {chosen.tolist()}.")
-    by_rank = np.mean([_in_order_of(*pair) for pair in zip(proxy, gold, strict=True)], axis=0)
-    rewards = np.array([_rank_weights(pool, int(n)) @ by_rank for n in chosen])
-    return BestOfN(chosen, rewards, np.log(chosen) - (chosen - 1) / chosen)
+    n = np.asarray([2**power for power in range(pool.bit_length())] if sizes is None else sizes)
+    if n.ndim != 1 or n.dtype.kind not in "iu" or np.any(n < 1) or np.any(n > pool):
+        raise ValueError(f"Sizes must be whole numbers from 1 to the pool of {pool}; they are {n.tolist()}.")
+    gold_by_rank = np.mean([_sorted_by(*scores) for scores in zip(proxy, gold, strict=True)], axis=0)
+    rewards = np.array([_rank_weights(pool, int(size)) @ gold_by_rank for size in n])
+    return BestOfN(n, rewards, np.log(n) - (n - 1) / n)
 
 
 def ideal_gain(kl: np.ndarray | float, spread: np.ndarray | float) -> np.ndarray:
     """Returns `spread sqrt(2 kl)`, the largest gain that a Gaussian reward allows at a KL.
 
-    The largest gain at a KL is that of an exponential tilt; `N(m, s^2)` tilted by `exp(a r)` is `N(m + a s^2, s^2)`:
+    An exponential tilt attains the largest gain at a given KL; `N(m, s^2)` tilted by `exp(a r)` is `N(m + a s^2, s^2)`:
     gain `a s^2`, KL `a^2 s^2 / 2`. Hence distance is measured as sqrt KL (Gao, Schulman, Hilton, arXiv 2210.10760).
-    A reward that is not Gaussian may allow more.
+    A non-Gaussian reward may allow more.
 
     Args:
         kl: at least 0, any shape.
-        spread: standard deviation of the reference's reward given the prompt; over prompts its root mean square, as
-            one tilt a serves them all.
+        spread: standard deviation of the reference's reward given the prompt; its root mean square over prompts, since
+            all prompts have the same tilt a.
     """
     if np.any(np.asarray(kl) < 0) or np.any(np.asarray(spread) < 0):
         raise ValueError("Neither a KL nor a spread can be negative.")
@@ -124,31 +116,31 @@ def ideal_gain(kl: np.ndarray | float, spread: np.ndarray | float) -> np.ndarray
 def length_controlled_win_rate(
     wins: np.ndarray, length_differences: np.ndarray, *, ridge: float = 1e-3
 ) -> ControlledWinRate:
-    """Returns the win rate of a policy against a reference at equal length.
+    """Returns the length-controlled win rate of a policy against a reference: that at equal length.
 
     Fits `P(win) = sigmoid(a + b tanh(difference / deviation))`, with the standard deviation of the differences, by
-    maximum likelihood less `ridge / 2 (a^2 + b^2)`, which matters only where the likelihood has no maximum. At equal
-    length it is `sigmoid(a)`: AlpacaEval 2 (Dubois et al., arXiv 2404.04475) with one model and without the difficulty
-    of each instruction. The interval is `sigmoid(a) -+ 1.96 sigmoid'(a) sd(a)`, cut to [0, 1] (delta method), with the
-    sandwich variance `H^-1 (sum_i g_i g_i^T) H^-1` of observed information H and scores g, right for labels between 0
-    and 1 as well.
+    maximising the likelihood minus `ridge / 2 (a^2 + b^2)`; the penalty matters only where the likelihood has no maximum.
+    The win rate at equal length is `sigmoid(a)`: AlpacaEval 2 (Dubois et al., arXiv 2404.04475) with one model and
+    without the instruction difficulty term. The interval is `sigmoid(a) -+ 1.96 sigmoid'(a) sd(a)` (delta method),
+    clipped to [0, 1], with the sandwich variance `H^-1 (sum_i g_i g_i^T) H^-1` of observed information H and scores g,
+    which also holds for labels strictly between 0 and 1.
 
     Args:
-        wins: `[N]` in [0, 1]: 1 where the policy won, 1/2 for a tie; NaN (no answer) is left out.
-        length_differences: `[N]`, tokens of the policy's text less the reference's.
+        wins: `[N]` in [0, 1]: 1 for a win of the policy, 1/2 for a tie; NaNs (no label) are left out.
+        length_differences: `[N]`, length of the policy's text minus the reference's, in tokens.
         ridge: positive; the information of one label is at most 1 / 4.
 
     Raises:
-        ValueError: also where all differences are the same other than 0: nothing follows from them for equal length.
+        ValueError: also if all differences have the same non-zero value, which says nothing about equal length.
     """
-    wins, differences = _same_length(wins=wins, length_differences=length_differences)
-    given = ~np.isnan(wins)
-    labels, differences = wins[given], differences[given]
+    wins, differences = same_length(wins=wins, length_differences=length_differences)
+    labelled = ~np.isnan(wins)
+    labels, differences = wins[labelled], differences[labelled]
     if not len(labels):
         raise ValueError("No label was given; there is nothing to measure.")
     if np.any((labels < 0) | (labels > 1)):
         raise ValueError("Labels must lie in [0, 1].")
-    _refuse_not_finite(length_differences=differences)
+    refuse_non_finite(length_differences=differences)
     if ridge <= 0:
         raise ValueError(f"The ridge must be positive; it is {ridge}.")
     if np.ptp(differences) == 0 and differences[0] != 0:
@@ -160,73 +152,41 @@ def length_controlled_win_rate(
     bread = np.linalg.inv(information)
     deviation = math.sqrt((bread @ (scores.T @ scores) @ bread)[0, 0])
     rate = float(_sigmoid(a))
-    half = math.nan if _separated(feature, labels) else NORMAL_95 * rate * (1 - rate) * deviation
-    low, high = np.clip([rate - half, rate + half], 0, 1)
+    half_width = math.nan if _separated(feature, labels) else NORMAL_95 * rate * (1 - rate) * deviation
+    low, high = np.clip([rate - half_width, rate + half_width], 0, 1)
     return ControlledWinRate(
-        rate, float(low), float(high), float(b), float(labels.mean()), len(labels), int(np.sum(~given))
+        rate=rate,
+        low=float(low),
+        high=float(high),
+        length_coefficient=float(b),
+        raw_rate=float(labels.mean()),
+        labelled=len(labels),
+        unlabelled=int(np.sum(~labelled)),
     )
 
 
-def correlation(scores: np.ndarray, lengths: np.ndarray) -> Correlation:
-    """Returns Pearson's correlation of `[N]` scores and lengths: NaN where one of them is constant.
-
-    The interval is `tanh(artanh(r) -+ 1.96 / sqrt(N - 3))` (Fisher 1921), NaN where N is at most 3.
-    """
-    scores, lengths = _same_length(scores=scores, lengths=lengths)
-    _refuse_not_finite(scores=scores, lengths=lengths)
-    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
-        return Correlation(math.nan, math.nan, math.nan)
-    one, other = scores - scores.mean(), lengths - lengths.mean()
-    value = float(np.clip(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)), -1, 1))
-    half = NORMAL_95 / math.sqrt(len(scores) - 3) if len(scores) > 3 else math.nan
-    with np.errstate(divide="ignore"):
-        low, high = np.tanh(np.arctanh(value) + np.array([-half, half]))
-    return Correlation(value, float(low), float(high))
-
-
 def at_kl(kl: np.ndarray, gold: np.ndarray, target: np.ndarray | float) -> np.ndarray:
-    """Returns a method's gain at a KL, `[...]` as the target: piecewise linear in sqrt KL through its evaluations.
+    """Returns a method's gain at a KL, with the target's shape: interpolated linearly in sqrt KL between evaluations.
 
-    The curve starts with no gain at a KL of 0, in place of anything measured there, and takes evaluations in the order
-    of their KL; those of the same KL count by their mean. Outside of what was reached the gain is NaN.
+    The curve starts at a gain of 0 at KL 0, replacing anything measured there, and visits evaluations in order of KL;
+    those of equal KL are averaged. Beyond the largest KL measured the gain is NaN.
 
     Args:
         kl: `[evaluations]`, at least 0, in any order.
         gold: `[evaluations]`, gains in gold reward.
-        target: `[...]`, the KL at which to read.
+        target: `[...]`, the KL to interpolate at.
     """
-    kl, gold = _same_length(kl=kl, gold=gold)
+    kl, gold = same_length(kl=kl, gold=gold)
     if not len(kl):
         raise ValueError("There is no evaluation to read a gain from.")
-    _refuse_not_finite(kl=kl, gold=gold)
+    refuse_non_finite(kl=kl, gold=gold)
     if np.any(kl < 0):
         raise ValueError("A KL cannot be negative; a noisy estimate of one that is must be raised to 0 first.")
-    places, inverse, counts = np.unique(kl[kl > 0], return_inverse=True, return_counts=True)
-    gains = np.bincount(inverse, weights=gold[kl > 0], minlength=len(places)) / counts
-    wanted = np.asarray(target, np.float64)
-    distance = np.sqrt(np.where(wanted < 0, np.nan, wanted))
-    return np.interp(distance, np.sqrt([0, *places]), [0, *gains], left=np.nan, right=np.nan)
-
-
-def student_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of `[seeds]` and half of its interval, `t sd / sqrt(seeds)`: NaN for one seed.
-
-    t is the quantile 0.975 of Student's distribution (1908) with `seeds - 1` degrees of freedom. A NaN stays one.
-    """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"Values must be [seeds], at least one; they are {values.shape}.")
-    count = len(values)
-    if count == 1:
-        return float(values[0]), math.nan
-    half = float(scipy.stats.t.ppf(0.975, count - 1) * values.std(ddof=1)) / math.sqrt(count)
-    return float(values.mean()), half
-
-
-def paired_gain(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of `values - others`, `[seeds]` each and seed by seed, and half of its interval."""
-    values, others = _same_length(values=values, others=others)
-    return student_interval(values - others)
+    knots, inverse, counts = np.unique(kl[kl > 0], return_inverse=True, return_counts=True)
+    gains = np.bincount(inverse, weights=gold[kl > 0], minlength=len(knots)) / counts
+    target = np.asarray(target, np.float64)
+    distance = np.sqrt(np.where(target < 0, np.nan, target))
+    return np.interp(distance, np.sqrt([0, *knots]), [0, *gains], left=np.nan, right=np.nan)
 
 
 def over_optimisation(
@@ -234,47 +194,49 @@ def over_optimisation(
 ) -> OverOptimisation:
     """Returns where along a run the gold reward peaks and what happens after (Gao et al., arXiv 2210.10760).
 
-    Rewards are averaged with their neighbours first; the two ends have one neighbour each. Noise makes some peak of
-    every plateau: a fall means something where it exceeds the error of an evaluation.
+    Rewards are first averaged with their neighbours; the two ends have one neighbour each. Noise gives every plateau some
+    peak: a fall is meaningful only if it exceeds the evaluation's error.
 
     Args:
         kl, proxy, gold: `[evaluations]`, at least 3, in the order of steps.
         steps: `[evaluations]`, 0, 1, ... by default.
     """
     steps = np.arange(np.size(kl)) if steps is None else steps
-    kl, proxy, gold, steps = _same_length(kl=kl, proxy=proxy, gold=gold, steps=steps)
+    kl, proxy, gold, steps = same_length(kl=kl, proxy=proxy, gold=gold, steps=steps)
     if len(kl) < 3:
         raise ValueError(f"A peak needs at least 3 evaluations; there are {len(kl)}.")
-    _refuse_not_finite(kl=kl, proxy=proxy, gold=gold, steps=steps)
+    refuse_non_finite(kl=kl, proxy=proxy, gold=gold, steps=steps)
     if np.any(np.diff(steps) <= 0):
         raise ValueError("Evaluations must be in the order of their steps.")
     smooth_gold, smooth_proxy = _moving_average(gold), _moving_average(proxy)
-    place = int(np.argmax(smooth_gold))
-    peak, end = float(smooth_gold[place]), float(smooth_gold[-1])
-    fell = not math.isclose(peak, end, rel_tol=1e-12, abs_tol=1e-12)  # a plateau differs by rounding alone
+    best = int(np.argmax(smooth_gold))
+    peak, end = float(smooth_gold[best]), float(smooth_gold[-1])
+    fell = not math.isclose(peak, end, rel_tol=1e-12, abs_tol=1e-12)  # values on a plateau differ by rounding only
     return OverOptimisation(
-        step=float(steps[place]),
-        kl=float(kl[place]),
+        step=float(steps[best]),
+        kl=float(kl[best]),
         peak=peak,
         fall=peak - end if fell else 0.0,
-        proxy_rose=bool(smooth_proxy[-1] > smooth_proxy[place]),
-        onset=float(kl[place]) if fell else math.nan,
+        proxy_rose=bool(smooth_proxy[-1] > smooth_proxy[best]),
+        onset=float(kl[best]) if fell else math.nan,
     )
 
 
-def _in_order_of(proxy: np.ndarray, gold: np.ndarray) -> np.ndarray:
+def _sorted_by(proxy: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Returns gold rewards in ascending order of the proxy, averaged over ties."""
     _, inverse, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     return np.repeat(np.bincount(inverse, weights=gold) / counts, counts)
 
 
 def _rank_weights(pool: int, n: int) -> np.ndarray:
+    """Returns, by ascending rank, the probability of being the best of an n-subset."""
     ranks = np.arange(pool, 1, -1)
     ratios = np.maximum(ranks - n, 0) / (ranks - 1)
     return n / pool * np.cumprod(np.concatenate([[1.0], ratios]))[::-1]
 
 
 def _fit_logistic(design: np.ndarray, labels: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the weights and the observed information there, by Newton's method with steps halved as needed."""
+    """Returns the weights and the observed information at them, by Newton's method with step halving."""
 
     def loss(weights):
         logits = design @ weights
@@ -286,18 +248,18 @@ def _fit_logistic(design: np.ndarray, labels: np.ndarray, ridge: float) -> tuple
 
     weights = np.zeros(design.shape[1])
     for _ in range(100):
-        slope = design.T @ (labels - _sigmoid(design @ weights)) - ridge * weights
-        move = np.linalg.solve(information(weights), slope)
-        while np.abs(move).max() > 1e-8 and loss(weights + move) > loss(weights):
-            move = move / 2
-        weights = weights + move
-        if np.abs(move).max() <= 1e-8:
+        gradient = design.T @ (labels - _sigmoid(design @ weights)) - ridge * weights
+        step = np.linalg.solve(information(weights), gradient)
+        while np.abs(step).max() > 1e-8 and loss(weights + step) > loss(weights):
+            step = step / 2
+        weights = weights + step
+        if np.abs(step).max() <= 1e-8:
             break
     return weights, information(weights)
 
 
 def _separated(feature: np.ndarray, labels: np.ndarray) -> bool:
-    """Returns whether a threshold of the feature parts wins from losses, so that the likelihood has no maximum."""
+    """Returns whether a threshold on the feature separates wins from losses, so that the likelihood has no maximum."""
     won, lost = feature[labels > 0], feature[labels < 1]
     if not len(won) or not len(lost):
         return True
@@ -310,17 +272,3 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(3), "same") / np.convolve(np.ones_like(values), np.ones(3), "same")
-
-
-def _same_length(**arrays: np.ndarray) -> list[np.ndarray]:
-    rows = [np.asarray(array, np.float64) for array in arrays.values()]
-    if any(row.ndim != 1 or row.shape != rows[0].shape for row in rows):
-        shapes = ", ".join(f"{name} {row.shape}" for name, row in zip(arrays, rows, strict=True))
-        raise ValueError(f"Arrays must be rows of one length; they are {shapes}.")
-    return rows
-
-
-def _refuse_not_finite(**arrays: np.ndarray) -> None:
-    for name, array in arrays.items():
-        if not np.all(np.isfinite(array)):
-            raise ValueError(f"{int(np.sum(~np.isfinite(array)))} of {name} are not finite.")

@@ -1,19 +1,19 @@
-"""How well rewards predict preferences: accuracy, likelihood, calibration, and what simpler predictions reach.
+"""How well rewards predict preferences: accuracy, likelihood, calibration, and one-feature baselines.
 
-All in numpy on the host, on differences `d = r(first) - r(second)` and labels (1: the first is better; 1/2: a tie). The
-predicted probability is `p = sigmoid(d)`, the confidence `max(p, 1 - p)`: which text stands first changes nothing.
+All in numpy on the host, on reward differences `d = r(first) - r(second)` and labels (1: the first is better; 1/2: a tie).
+The predicted probability is `p = sigmoid(d)` and the confidence `max(p, 1 - p)`, so the order of the two texts does not
+matter.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-NORMAL_95 = 1.959963984540054
+from jaxrlhf.evaluation.statistics import normal_interval, wilson
 
 
 class Reliability(NamedTuple):
-    """By bin of confidence, `[bins]` each: mean confidence, share that was right, number of pairs; empty bins are NaN."""
+    """By bin of confidence, `[bins]` each: mean confidence, accuracy, number of pairs; empty bins are NaN."""
 
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -21,13 +21,13 @@ class Reliability(NamedTuple):
 
 
 class PreferenceAccuracy(NamedTuple):
-    """What a predictor of preferences is worth.
+    """How well rewards predict preferences.
 
     Attributes:
-        pairs: number that were decided; ties are left out of everything but the likelihood.
-        accuracy: share whose better text has the larger reward; equal rewards count half.
+        pairs: number of pairs without ties; ties enter the likelihood only.
+        accuracy: fraction of pairs whose better text has the larger reward; equal rewards count 1/2.
         low, high: 95% interval of the accuracy (Wilson).
-        log_loss: mean negative log-likelihood in nats; log 2 knows nothing.
+        log_loss: mean negative log-likelihood in nats; log 2 is chance.
         calibration_error: `sum_b count_b / n |accuracy_b - confidence_b|` over bins of confidence in [1/2, 1].
         reliability: the bins.
     """
@@ -42,79 +42,72 @@ class PreferenceAccuracy(NamedTuple):
 
 
 def preference_accuracy(differences: np.ndarray, labels: np.ndarray, *, bins: int = 10) -> PreferenceAccuracy:
-    """Returns the verdict on differences of reward `[N]`, given labels `[N]` in [0, 1].
+    """Returns the accuracy, likelihood and calibration of reward differences `[N]`, given labels `[N]` in [0, 1].
 
     Raises:
-        ValueError: no pair is decided, or a difference is not finite.
+        ValueError: all pairs are ties, or a difference is not finite.
     """
     differences, labels = np.asarray(differences, np.float64), np.asarray(labels, np.float64)
     if not np.all(np.isfinite(differences)):
         raise ValueError(f"{int(np.sum(~np.isfinite(differences)))} rewards are not finite; the model has diverged.")
-    decided = labels != 0.5
-    if not decided.any():
+    if np.all(labels == 0.5):
         raise ValueError("No pair is decided; there is nothing to measure.")
-    signed = np.where(labels > 0.5, differences, -differences)[decided]
-    right = np.where(signed == 0, 0.5, signed > 0)
+    signed = _signed(differences, labels)
+    correct = _correct(signed)
     confidence = 1 / (1 + np.exp(-np.abs(signed)))
-    reliability = _reliability(confidence, right, bins)
-    shares = reliability.count / len(right)
+    reliability = _reliability(confidence, correct, bins)
+    fractions = reliability.count / len(correct)
     gaps = np.abs(reliability.accuracy - reliability.confidence)
     loss = labels * np.logaddexp(0, -differences) + (1 - labels) * np.logaddexp(0, differences)
-    low, high = wilson(float(right.sum()), len(right))
+    low, high = wilson(float(correct.sum()), len(correct))
     return PreferenceAccuracy(
-        pairs=len(right),
-        accuracy=float(right.mean()),
+        pairs=len(correct),
+        accuracy=float(correct.mean()),
         low=low,
         high=high,
         log_loss=float(loss.mean()),
-        calibration_error=float(np.nansum(np.where(shares > 0, shares * gaps, 0.0))),
+        calibration_error=float(np.nansum(np.where(fractions > 0, fractions * gaps, 0.0))),
         reliability=reliability,
     )
 
 
-def wilson(successes: float, count: int, *, z: float = NORMAL_95) -> tuple[float, float]:
-    """Returns the interval of a share, 95% by default (Wilson 1927, without continuity correction)."""
-    share, extra = successes / count, z * z / count
-    middle = (share + extra / 2) / (1 + extra)
-    half = z * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
-    return middle - half, middle + half
-
-
-def gain(differences: np.ndarray, others: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Returns by how much one predictor's accuracy exceeds another's on the same pairs, and half of its 95% interval."""
+def accuracy_gain(differences: np.ndarray, baseline: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Returns the accuracy gain of one predictor over a baseline on the same pairs, and its 95% interval's half-width."""
     labels = np.asarray(labels)
-    decided = labels != 0.5
-
-    def right(values):
-        signed = np.where(labels > 0.5, values, -np.asarray(values))[decided]
-        return np.where(signed == 0, 0.5, signed > 0)
-
-    each = right(differences) - right(others)
-    return float(each.mean()), NORMAL_95 * float(each.std(ddof=1)) / math.sqrt(len(each))
+    return normal_interval(_correct(_signed(differences, labels)) - _correct(_signed(baseline, labels)))
 
 
 def fit_one_feature(features: np.ndarray, labels: np.ndarray, *, steps: int = 50) -> float:
-    """Returns w of `P(first is better) = sigmoid(w feature)`, the most likely one: a baseline such as length.
+    """Returns the maximum-likelihood w of `P(first is better) = sigmoid(w feature)`: a baseline such as length.
 
     Args:
-        features: `[N]`, of the first text less the second's.
+        features: `[N]`, the first text's minus the second's.
         labels: `[N]`.
-        steps: Newton steps, each at most 5 long in units of 1 / (the feature's root mean square).
+        steps: Newton steps, each clipped to 5 / (the feature's root mean square).
     """
     scale = float(np.sqrt(np.mean(np.square(features)))) or 1.0
     unit, w = np.asarray(features, np.float64) / scale, 0.0
     for _ in range(steps):
         p = 1 / (1 + np.exp(-w * unit))
-        slope, curvature = np.sum((labels - p) * unit), np.sum(p * (1 - p) * unit * unit) + 1e-9
-        w += float(np.clip(slope / curvature, -5, 5))
+        gradient, curvature = np.sum((labels - p) * unit), np.sum(p * (1 - p) * unit * unit) + 1e-9
+        w += float(np.clip(gradient / curvature, -5, 5))
     return w / scale
 
 
-def _reliability(confidence: np.ndarray, right: np.ndarray, bins: int) -> Reliability:
-    place = np.minimum((2 * (confidence - 0.5) * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+def _signed(differences: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the better text's reward minus the worse one's, without ties."""
+    return np.where(labels > 0.5, differences, -np.asarray(differences))[labels != 0.5]
+
+
+def _correct(signed: np.ndarray) -> np.ndarray:
+    return np.where(signed == 0, 0.5, signed > 0)
+
+
+def _reliability(confidence: np.ndarray, correct: np.ndarray, bins: int) -> Reliability:
+    bin_index = np.minimum((2 * (confidence - 0.5) * bins).astype(int), bins - 1)
+    count = np.bincount(bin_index, minlength=bins)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean_confidence, mean_right = (
-            np.bincount(place, weights=values, minlength=bins) / count for values in (confidence, right)
+        mean_confidence, accuracy = (
+            np.bincount(bin_index, weights=values, minlength=bins) / count for values in (confidence, correct)
         )
-    return Reliability(mean_confidence, mean_right, count)
+    return Reliability(mean_confidence, accuracy, count)

@@ -1,4 +1,4 @@
-"""Exact answers where the responses to a prompt can be enumerated: `tables`, and the `bandit` as a bilevel problem."""
+"""Exact solutions where the responses to a prompt can be enumerated: `tables`, and the `bandit` as a bilevel problem."""
 
 from jaxrlhf.exact.tables import (
     PolicyEvaluation,
@@ -9,6 +9,7 @@ from jaxrlhf.exact.tables import (
     soft_policy,
     soft_value,
     upper_value,
+    win_rates,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "soft_policy",
     "soft_value",
     "upper_value",
+    "win_rates",
 ]

@@ -1,8 +1,9 @@
-"""A contextual bandit that is solved exactly: C contexts, K arms, any reward function, any policy over the arms.
+"""A contextual bandit that can be solved exactly: C contexts, K arms, any reward function, any policy over the arms.
 
-The smallest instance of a `BilevelProblem`, and the oracle of the others: its `sample` lists every pair of arms with its
-probability, so each step of `bilevel_descent` is exact. With `pairs` it draws instead; with `counts` it draws any number
-of pairs at the cost of listing them, for studies of sample complexity.
+The smallest instance of a `BilevelProblem`, and the reference that the others are tested against. By default `sample`
+lists every pair of arms with its probability, so each step of `bilevel_descent` is exact. With `pairs` it draws pairs;
+with `counts` it draws how often each pair occurs, so any number of draws costs no more than the listing (for studies of
+sample complexity).
 """
 
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 
 from jaxrlhf.base.problem import BilevelProblem, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form
+from jaxrlhf.bilevel.solvers import LowerSolver, LowerTask, closed_form
 from jaxrlhf.bilevel.stencil import Index
-from jaxrlhf.preferences import BRADLEY_TERRY, Choice, preference
+from jaxrlhf.exact.tables import cost_gradient, coupled_costs
+from jaxrlhf.preferences import BRADLEY_TERRY, Choice
 from jaxrlhf.preferences.objectives import Objective
 
 
@@ -23,7 +25,7 @@ class Bandit(NamedTuple):
     """The `frozen` argument of a bandit problem.
 
     Attributes:
-        features: `[C, K, F]`, what the learner's reward sees of an arm.
+        features: `[C, K, F]`, the features of each arm, which the learner's reward is a function of.
         gold: `[C, K]`, the annotator's hidden reward.
         reference: `[C, K]`, log-probabilities of the reference policy.
     """
@@ -31,6 +33,20 @@ class Bandit(NamedTuple):
     features: jax.Array
     gold: jax.Array
     reference: jax.Array
+
+
+class ArmPairs(NamedTuple):
+    """Pairs of arms and their weights: the part of a `Sample` that depends on how pairs are obtained.
+
+    Attributes:
+        arms: `[C, M, 2]` int.
+        measure: `[C, M]`, non-negative, sums to 1.
+        num_draws: `[]`, pairs drawn per context; infinity where all are listed.
+    """
+
+    arms: jax.Array
+    measure: jax.Array
+    num_draws: jax.Array
 
 
 def table(lower: Params, frozen: Bandit) -> jax.Array:
@@ -50,16 +66,16 @@ def bandit_problem(
 ) -> BilevelProblem:
     """Returns the bandit as a bilevel problem.
 
-    Its `data` is ignored, but with `counts`: there it is the number of pairs to draw a context, `[]`, any size, and the
-    sample lists all K^2 pairs with their share of the draws (use `preferences.counted_annotator`).
+    `data` is ignored unless `counts` is set: then it is the number of pairs to draw per context, `[]`, any size, and the
+    sample lists all K^2 pairs, each weighted by its fraction of the draws (use `preferences.counted_annotator`).
 
     Args:
         reward: `(upper, features [C, K, F]) -> [C, K]`.
         objective: the upper objective.
         policy: `(lower, frozen) -> logits [C, K]`.
         against_reference: whether the second response of a pair comes from the reference.
-        pairs: pairs drawn a context and step; None enumerates all K^2.
-        counts: whether to draw the numbers of each pair in place of the pairs.
+        pairs: pairs drawn per context and step; None lists all K^2.
+        counts: whether to draw how often each pair occurs in place of the pairs.
 
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), or pairs < 1, or counts are asked for
@@ -72,33 +88,23 @@ def bandit_problem(
         raise ValueError("Counted pairs carry one mean label; an objective of several labels needs drawn pairs.")
 
     def sample(key: Key, lower: Params, data, frozen: Bandit) -> Sample:
-        own = jax.nn.log_softmax(policy(lower, frozen), axis=-1)
-        second = frozen.reference if against_reference else own
-        contexts, arms = own.shape
-        first_arm, second_arm = (axis.ravel() for axis in jnp.indices((arms, arms)))
-        listed = jnp.broadcast_to(jnp.stack([first_arm, second_arm], axis=-1), (contexts, arms**2, 2))
+        log_policy = jax.nn.log_softmax(policy(lower, frozen), axis=-1)
+        second = frozen.reference if against_reference else log_policy
         if counts:
-            chosen, num_draws = listed, jnp.asarray(data, own.dtype)
-            measure = _counts(key, own, second, num_draws).reshape(contexts, -1) / (num_draws * contexts)
+            arms, measure, num_draws = _count_pairs(key, log_policy, second, jnp.asarray(data, log_policy.dtype))
         elif pairs is None:
-            chosen, num_draws = listed, jnp.asarray(jnp.inf, own.dtype)
-            measure = jnp.exp(own[:, first_arm] + second[:, second_arm]) / contexts
+            arms, measure, num_draws = _list_pairs(log_policy, second)
         else:
-            keys = jax.random.split(key)
-            chosen = jnp.stack(
-                [_draw(key, logits, pairs) for key, logits in zip(keys, (own, second), strict=True)], axis=-1
-            )
-            measure, num_draws = uniform_measure(contexts, pairs, dtype=own.dtype)
-        from_policy = jnp.array([1.0, 0.0 if against_reference else 1.0], own.dtype)
-        behaviour = jnp.stack([_take(own, chosen[..., 0]), _take(second, chosen[..., 1])], axis=-1)
+            arms, measure, num_draws = _draw_pairs(key, log_policy, second, pairs)
+        behaviour = jnp.stack([_gather(log_policy, arms[..., 0]), _gather(second, arms[..., 1])], axis=-1)[..., None]
         return Sample(
-            prompts=jnp.arange(contexts),
-            responses=chosen,
-            behaviour_log_prob=behaviour[..., None],
-            reference_log_prob=at_arms(frozen.reference, chosen),
-            cumulative_discount=jnp.ones_like(behaviour[..., None]),
+            prompts=jnp.arange(len(log_policy)),
+            responses=arms,
+            behaviour_log_prob=behaviour,
+            reference_log_prob=at_arms(frozen.reference, arms),
+            cumulative_discount=jnp.ones_like(behaviour),
             measure=measure,
-            from_policy=from_policy,
+            from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], log_policy.dtype),
             num_draws=num_draws,
         )
 
@@ -116,12 +122,16 @@ def bandit_problem(
 
 def at_arms(table: jax.Array, arms: jax.Array) -> jax.Array:
     """Returns the table `[C, K]` at arms `[C, M, 2]`, with a step axis: `[C, M, 2, 1]`."""
-    return _take(table, arms.reshape(arms.shape[0], -1)).reshape(*arms.shape, 1)
+    return _gather(table, arms.reshape(arms.shape[0], -1)).reshape(*arms.shape, 1)
 
 
 def _at_sample(table: jax.Array, sample: Sample) -> jax.Array:
-    # Row by row: a sample from a buffer holds contexts in any order, some twice.
+    # Indexed by prompt: a sample from a buffer holds contexts in any order, possibly repeated.
     return at_arms(table[sample.prompts], sample.responses)
+
+
+def _gather(table: jax.Array, arms: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(table, arms, axis=1)
 
 
 def gold_score(sample: Sample, frozen: Bandit) -> jax.Array:
@@ -141,11 +151,11 @@ def best_response(
 ) -> LowerSolver:
     """Returns the exact solver of the tilted problem argmin s G - J, for the tabular policy and labels by `choice`.
 
-    It knows the gold reward: with drawn pairs its tilted policies hold what no label has told, the limit of a noiseless
-    inner problem. With `from_labels` the mean cost of an arm is taken over the step's own pairs instead (an arm that was
-    not drawn has the mean of its context), and the solver is one that a learner could have; against the reference only.
+    It reads the gold reward: with drawn pairs its tilted policies use information that no label carries, the limit of a
+    noiseless inner problem. With `from_labels` the mean cost of an arm is taken over the step's own pairs instead (an arm
+    that was not drawn gets the mean of its context), which a learner could compute too; against the reference only.
 
-    Its solution satisfies pi proportional to reference * exp((R - s dG/dpi) / (beta + s kappa)), where dG/dpi is the
+    The solution satisfies pi proportional to reference * exp((R - s dG/dpi) / (beta + s kappa)), where dG/dpi is the
     mean coupled cost of an arm. Against the reference that is explicit; on policy-policy pairs it is iterated, a
     contraction while |s| times the range of the cost is below beta.
 
@@ -157,73 +167,88 @@ def best_response(
 
     def solution(task: LowerTask, index: Index) -> Params:
         frozen: Bandit = task.frozen
-        upper = task.upper_of(index)
+        upper = task.upper
         rewards = reward(upper, frozen.features)
-        tilt = task.tilt_of(index).astype(rewards.dtype)
-        price = beta + tilt * objective.kl_price
-        start = frozen.reference + rewards / beta
+        tilt = task.tilts[index].astype(rewards.dtype)
+
+        def tilted_logits(gradient):
+            return frozen.reference + (rewards - tilt * gradient) / (beta + tilt * objective.kl_price)
+
         if from_labels:
-            slope = _mean_costs(objective, upper, reward, index, task)
-            return frozen.reference + (rewards - tilt * slope) / price
-
-        def both(table):
-            return jnp.stack(jnp.broadcast_arrays(table[:, :, None], table[:, None, :]), axis=-1)
-
-        labels = jnp.repeat(preference(both(frozen.gold), choice)[..., None], objective.labels, axis=-1)
-        costs = objective.at(both(rewards), labels).coupled
+            return tilted_logits(_cost_gradient_from_labels(objective, upper, rewards, index, task))
+        costs = coupled_costs(objective, rewards, frozen.gold, choice)
 
         def improve(_, logits):
-            own = jnp.exp(jax.nn.log_softmax(logits, axis=-1))
-            if against_reference:
-                slope = jnp.einsum("cij,cj->ci", costs, jnp.exp(frozen.reference))
-            else:
-                slope = jnp.einsum("cij,cj->ci", costs + costs.swapaxes(1, 2), own)
-            return frozen.reference + (rewards - tilt * slope) / price
+            log_policy = jax.nn.log_softmax(logits, axis=-1)
+            return tilted_logits(
+                cost_gradient(costs, log_policy, frozen.reference, against_reference=against_reference)
+            )
 
-        return jax.lax.fori_loop(0, 1 if against_reference else iterations, improve, start)
+        untilted = frozen.reference + rewards / beta
+        return jax.lax.fori_loop(0, 1 if against_reference else iterations, improve, untilted)
 
     return closed_form(solution)
 
 
-def _mean_costs(objective: Objective, upper: Params, reward: Callable, index: Index, task: LowerTask) -> jax.Array:
+def _cost_gradient_from_labels(
+    objective: Objective, upper: Params, rewards: jax.Array, index: Index, task: LowerTask
+) -> jax.Array:
     """Returns `[C, K]`, the mean coupled cost of the pairs in which the policy chose each arm, less the context's mean."""
-    labelled, frozen = task.labelled, task.frozen
+    labelled = task.labelled
     if labelled.labels.ndim > 3:  # a sample for each tilt
         labelled = jax.tree.map(lambda leaf: leaf[index], labelled)
-    sample, table = labelled.sample, reward(upper, frozen.features)
-    cost = objective.cost(upper, at_arms(table, sample.responses), labelled, frozen).coupled
+    sample = labelled.sample
+    cost = objective.cost(upper, at_arms(rewards, sample.responses), labelled, task.frozen).coupled
     mean = jnp.sum(sample.measure * cost, axis=-1, keepdims=True) / jnp.sum(sample.measure, axis=-1, keepdims=True)
-    chosen = jax.nn.one_hot(sample.responses[:, :, 0], table.shape[-1], dtype=table.dtype)
+    chosen = jax.nn.one_hot(sample.responses[:, :, 0], rewards.shape[-1], dtype=rewards.dtype)
     weight = jnp.einsum("cm,cmk->ck", sample.measure, chosen)
     excess = jnp.einsum("cm,cmk->ck", sample.measure * (cost - mean), chosen)
     return excess / jnp.where(weight > 0, weight, 1.0)
 
 
-def _draw(key: Key, logits: jax.Array, pairs: int) -> jax.Array:
-    return jax.random.categorical(key, logits[:, None, :], axis=-1, shape=(logits.shape[0], pairs))
+def _all_pairs(contexts: int, arms: int) -> jax.Array:
+    """Returns every pair of arms in every context, `[C, K^2, 2]`."""
+    first, second = (axis.ravel() for axis in jnp.indices((arms, arms)))
+    return jnp.broadcast_to(jnp.stack([first, second], axis=-1), (contexts, arms**2, 2))
 
 
-def _counts(key: Key, first: jax.Array, second: jax.Array, num_draws: jax.Array) -> jax.Array:
-    """Returns `[C, K, K]`, how often each pair occurs among `draws` pairs a context."""
+def _list_pairs(first: jax.Array, second: jax.Array) -> ArmPairs:
+    """Lists all pairs with their probabilities under log-probabilities `[C, K]` of the first and the second response."""
+    contexts, arms = first.shape
+    measure = jnp.exp(first[:, :, None] + second[:, None, :]).reshape(contexts, -1) / contexts
+    return ArmPairs(_all_pairs(contexts, arms), measure, jnp.asarray(jnp.inf, first.dtype))
+
+
+def _draw_pairs(key: Key, first: jax.Array, second: jax.Array, pairs: int) -> ArmPairs:
+    """Draws `pairs` pairs per context. Consumes the key."""
+    contexts = len(first)
+    arms = [
+        jax.random.categorical(key, logits[:, None, :], axis=-1, shape=(contexts, pairs))
+        for key, logits in zip(jax.random.split(key), (first, second), strict=True)
+    ]
+    return ArmPairs(jnp.stack(arms, axis=-1), *uniform_measure(contexts, pairs, dtype=first.dtype))
+
+
+def _count_pairs(key: Key, first: jax.Array, second: jax.Array, num_draws: jax.Array) -> ArmPairs:
+    """Lists all pairs with their fraction of `num_draws` draws per context. Consumes the key."""
+    contexts, arms = first.shape
     first_key, second_key = jax.random.split(key)
-    once = _multinomial(first_key, jnp.broadcast_to(num_draws, first.shape[:1]), jnp.exp(first))
-    chances = jnp.broadcast_to(jnp.exp(second)[:, None, :], (*once.shape, second.shape[-1]))
-    return _multinomial(second_key, once, chances)
+    first_counts = _multinomial(first_key, jnp.broadcast_to(num_draws, (contexts,)), jnp.exp(first))
+    probability = jnp.broadcast_to(jnp.exp(second)[:, None, :], (contexts, arms, arms))
+    counts = _multinomial(second_key, first_counts, probability)
+    measure = counts.reshape(contexts, -1) / (num_draws * contexts)
+    return ArmPairs(_all_pairs(contexts, arms), measure, num_draws)
 
 
-def _multinomial(key: Key, num_draws: jax.Array, chances: jax.Array) -> jax.Array:
-    """Returns counts `[..., K]` that sum to `draws` `[...]`: each arm takes its share of what the arms before it left."""
-    behind = jnp.cumsum(chances[..., ::-1], axis=-1)[..., ::-1]
-    shares = jnp.moveaxis(jnp.clip(chances / jnp.maximum(behind, 1e-30), 0.0, 1.0), -1, 0)[:-1]
+def _multinomial(key: Key, num_draws: jax.Array, probability: jax.Array) -> jax.Array:
+    """Returns counts `[..., K]` that sum to `num_draws` `[...]`, by one conditional binomial draw per arm."""
+    tail = jnp.cumsum(probability[..., ::-1], axis=-1)[..., ::-1]
+    conditional = jnp.moveaxis(jnp.clip(probability / jnp.maximum(tail, 1e-30), 0.0, 1.0), -1, 0)[:-1]
 
-    def take(left, now):
-        key, share = now
-        taken = jax.random.binomial(key, left, share, dtype=chances.dtype)
-        return left - taken, taken
+    def draw_arm(remaining, key_and_probability):
+        key, probability = key_and_probability
+        count = jax.random.binomial(key, remaining, probability, dtype=tail.dtype)
+        return remaining - count, count
 
-    left, counts = jax.lax.scan(take, num_draws, (jax.random.split(key, len(shares)), shares))
-    return jnp.concatenate([jnp.moveaxis(counts, 0, -1), left[..., None]], axis=-1)
-
-
-def _take(table: jax.Array, arms: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(table, arms, axis=1)
+    remaining, counts = jax.lax.scan(draw_arm, num_draws, (jax.random.split(key, len(conditional)), conditional))
+    return jnp.concatenate([jnp.moveaxis(counts, 0, -1), remaining[..., None]], axis=-1)

@@ -1,8 +1,8 @@
 """Exact quantities where the responses to a prompt can be enumerated.
 
 Everything is a table `[B, N]` over prompts and responses: rewards, gold rewards, log-probabilities. A bandit and an
-enumerable language both come down to such tables; prompts weigh the same. Pairs are summed one first response at a time,
-so that memory stays linear in N.
+enumerable language both reduce to such tables. Prompts have equal weight. Sums over pairs loop over the first response,
+so memory stays linear in N (`coupled_costs` is the exception).
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from jaxrlhf.preferences.objectives import Objective
 
 
 class PolicyEvaluation(NamedTuple):
-    """What a policy is worth; scalars, means over prompts.
+    """Exact metrics of a policy: scalars, averaged over prompts.
 
     Attributes:
         true_return: E gold.
         win_rate: P(its response is preferred to a reference response) under Bradley-Terry on gold.
         kl: KL(policy || reference) in nats.
-        entropy: in nats a response.
-        gap: J*_gold - J_gold >= 0, with J_gold = E gold - beta KL: what is missing to the best policy at this beta.
+        entropy: in nats per response.
+        gap: J*_gold - J_gold >= 0, with J_gold = E gold - beta KL: how far the policy is from the best one at this beta.
     """
 
     true_return: jax.Array
@@ -39,9 +39,9 @@ def soft_policy(reward: jax.Array, reference: jax.Array, beta: float | jax.Array
 
 
 def mean_under(policy: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `[B]`, the mean of `values` `[B, N]` under log-probabilities `policy`; 0 weighs 0 even at -infinity."""
+    """Returns `[B]`, the mean of `values` `[B, N]` under log-probabilities `policy`; 0 * infinity counts as 0."""
     probability = jnp.exp(policy)
-    # Zeroed before the product too, so that no gradient meets 0 * infinity.
+    # Masked before the product, so that gradients never contain 0 * infinity.
     return jnp.sum(probability * jnp.where(probability > 0, values, 0.0), axis=-1)
 
 
@@ -53,13 +53,12 @@ def soft_value(reward: jax.Array, reference: jax.Array, beta: float | jax.Array)
 def evaluate_policy(
     policy: jax.Array, reference: jax.Array, gold: jax.Array, beta: float | jax.Array
 ) -> PolicyEvaluation:
-    """Returns the exact worth of the log-probabilities `policy` `[B, N]`."""
+    """Returns exact metrics of the log-probabilities `policy` `[B, N]`."""
     true_return = jnp.mean(mean_under(policy, gold))
     kl = jnp.mean(mean_under(policy, policy - reference))
-    beaten = row_mean(lambda own, other: jax.nn.sigmoid(own - other), reference, gold)
     return PolicyEvaluation(
         true_return=true_return,
-        win_rate=jnp.mean(mean_under(policy, beaten)),
+        win_rate=jnp.mean(mean_under(policy, win_rates(reference, gold))),
         kl=kl,
         entropy=-jnp.mean(mean_under(policy, policy)),
         gap=soft_value(gold, reference, beta) - (true_return - beta * kl),
@@ -70,21 +69,45 @@ def row_mean(function, second: jax.Array, *tables: jax.Array) -> jax.Array:
     """Returns `[B, N]`: for each first response the mean of `function` over second responses drawn from `second`.
 
     Args:
-        function: elementwise, called as `function(first_0, second_0, first_1, second_1, ...)` with broadcast tables.
+        function: elementwise, called as `function(first_0, second_0, first_1, second_1, ...)`, one pair of arguments per
+            table; the first of each is a scalar, the second `[N]`.
         second: log-probabilities `[B, N]` of the second response.
         *tables: `[B, N]` each.
     """
 
     def one_prompt(arguments):
-        weights, *rows = arguments
+        probability, *rows = arguments
 
-        def one_response(own):
-            interleaved = [part for pair in zip(own, rows, strict=True) for part in pair]
-            return jnp.sum(weights * function(*interleaved))
+        def one_response(first):
+            interleaved = [value for pair in zip(first, rows, strict=True) for value in pair]
+            return jnp.sum(probability * function(*interleaved))
 
         return jax.lax.map(one_response, tuple(rows), batch_size=64)
 
     return jax.lax.map(one_prompt, (jnp.exp(second), *tables))
+
+
+def win_rates(reference: jax.Array, gold: jax.Array) -> jax.Array:
+    """Returns `[B, N]`: P(the response is preferred to one drawn from `reference`) under Bradley-Terry on gold."""
+    return row_mean(lambda first, second: jax.nn.sigmoid(first - second), reference, gold)
+
+
+def _pair_cost(
+    objective: Objective,
+    choice: Choice,
+    reward_0: jax.Array,
+    reward_1: jax.Array,
+    gold_0: jax.Array,
+    gold_1: jax.Array,
+) -> PairCost:
+    """Returns the cost of pairs at the expected labels, broadcast over the rewards and gold rewards of both responses."""
+    expected = preference(_stack_pair(gold_0, gold_1), choice)
+    labels = jnp.repeat(expected[..., None], objective.labels, axis=-1)
+    return objective.at(_stack_pair(reward_0, reward_1), labels)
+
+
+def _stack_pair(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.stack(jnp.broadcast_arrays(first, second), axis=-1)
 
 
 def expected_cost(
@@ -103,17 +126,30 @@ def expected_cost(
     """
     second = reference if against_reference else policy
 
-    def both(own, other, own_gold, other_gold):
-        own, own_gold = jnp.broadcast_arrays(own, other)[0], jnp.broadcast_arrays(own_gold, other_gold)[0]
-        expected = preference(jnp.stack([own_gold, other_gold], axis=-1), choice)
-        labels = jnp.repeat(expected[..., None], objective.labels, axis=-1)
-        return objective.at(jnp.stack([own, other], axis=-1), labels)
-
-    def part(name):
-        rows = row_mean(lambda *tables: getattr(both(*tables), name), second, reward, gold)
+    def mean_of(part):
+        rows = row_mean(lambda *tables: getattr(_pair_cost(objective, choice, *tables), part), second, reward, gold)
         return jnp.mean(mean_under(policy, rows))
 
-    return PairCost(part("coupled"), part("uncoupled"))
+    return PairCost(mean_of("coupled"), mean_of("uncoupled"))
+
+
+def coupled_costs(
+    objective: Objective, reward: jax.Array, gold: jax.Array, choice: Choice = BRADLEY_TERRY
+) -> jax.Array:
+    """Returns the expected coupled cost of every pair of responses, `[B, N, N]`, from rewards and gold `[B, N]`."""
+    return _pair_cost(
+        objective, choice, reward[:, :, None], reward[:, None, :], gold[:, :, None], gold[:, None, :]
+    ).coupled
+
+
+def cost_gradient(costs: jax.Array, policy: jax.Array, reference: jax.Array, *, against_reference: bool) -> jax.Array:
+    """Returns dG/dpi, `[B, N]`: the gradient of the mean of `costs` `[B, N, N]` in the policy's probabilities.
+
+    `policy` and `reference` are log-probabilities `[B, N]`. On policy-policy pairs both responses contribute.
+    """
+    if against_reference:
+        return jnp.einsum("bij,bj->bi", costs, jnp.exp(reference))
+    return jnp.einsum("bij,bj->bi", costs + costs.swapaxes(1, 2), jnp.exp(policy))
 
 
 def upper_value(
@@ -128,7 +164,7 @@ def upper_value(
 ) -> jax.Array:
     """Returns Phi = G at the exactly optimal policy, coupled and uncoupled parts and the KL price.
 
-    Its derivative is the field that `bilevel_descent` follows: the policy inside the uncoupled part is held fixed.
+    Its gradient is what `bilevel_descent` estimates: the policy inside the uncoupled part is held fixed.
     """
     policy = soft_policy(reward, reference, beta)
 

@@ -1,4 +1,4 @@
-"""Problems with known answers: the ground that estimators, objectives and convergence are measured on."""
+"""Problems with known solutions, on which estimators, objectives and convergence are measured."""
 
 from jaxrlhf.known.bandits import hard_bandit, linear_reward, network_policy, random_bandit
 from jaxrlhf.known.episodes import random_mdp

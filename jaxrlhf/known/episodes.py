@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import mdp, preferences
-from jaxrlhf.bilevel import bilevel_descent
-from jaxrlhf.known.problem import KnownProblem
+from jaxrlhf import mdp
+from jaxrlhf.known.problem import KnownProblem, annotator, descend
 from jaxrlhf.preferences import objectives
 from jaxrlhf.preferences.objectives import Objective
 
@@ -13,7 +12,7 @@ from jaxrlhf.preferences.objectives import Objective
 def random_mdp(
     *, seed: int = 0, objective: Objective | None = None, against_reference: bool = True, beta: float = 0.5
 ) -> KnownProblem:
-    """A random Markov decision process of three steps with preferences over whole trajectories; 64 from each start."""
+    """A random process of three steps with preferences over whole trajectories, of which each start state has 32."""
     objective = objectives.utility(kl_price=beta / 4) if objective is None else objective
     frozen = mdp.random_episodes(jax.random.key(seed))
 
@@ -22,13 +21,12 @@ def random_mdp(
 
     def algorithm(rule, solver, upper_optimizer, pairs=None, **options):
         problem = mdp.episode_problem(reward, objective, against_reference=against_reference, pairs=pairs)
-        kind = preferences.expected_annotator if pairs is None else preferences.gold_annotator
-        annotate = kind(mdp.gold_score, labels=objective.labels)
-        return bilevel_descent(problem, rule, solver, upper_optimizer, beta=beta, annotate=annotate, **options)
+        annotate = annotator(mdp.gold_score, labels=objective.labels, pairs=pairs)
+        return descend(problem, rule, solver, upper_optimizer, beta=beta, annotate=annotate, **options)
 
-    def worth(log_policy):
-        verdict = mdp.evaluate_policy(log_policy, frozen, beta=beta)
-        return verdict.true_return - beta * verdict.kl
+    def gold_value(lower):
+        evaluation = mdp.evaluate_policy(lower, frozen, beta=beta)
+        return evaluation.true_return - beta * evaluation.kl
 
     return KnownProblem(
         algorithm=algorithm,
@@ -42,9 +40,11 @@ def random_mdp(
         phi=lambda upper: mdp.upper_value(
             reward, objective, upper, frozen, beta=beta, against_reference=against_reference
         ),
-        exploited=lambda upper: worth(mdp.soft_policy(reward(upper, frozen.features), frozen, beta)[0]),
-        worth=worth,
-        best_worth=jnp.mean(mdp.soft_policy(frozen.gold, frozen, beta)[1]),
+        gold_value_of_best_response=lambda upper: gold_value(
+            mdp.soft_policy(reward(upper, frozen.features), frozen, beta)[0]
+        ),
+        gold_value=gold_value,
+        best_gold_value=jnp.mean(mdp.soft_policy(frozen.gold, frozen, beta)[1]),
         optimum=None,
         beta=beta,
         exact_solver=True,

@@ -1,12 +1,18 @@
-"""An enumerable language with transformers for policy and reward."""
+"""A language small enough to enumerate, with transformers for policy and reward."""
+
+from typing import NamedTuple
 
 import jax
 
-from jaxrlhf import exact, preferences
-from jaxrlhf.bilevel import bilevel_descent, gradient, shared_adam
-from jaxrlhf.known.problem import KnownProblem
+from jaxrlhf import exact
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Key, Params
+from jaxrlhf.bilevel import Algorithm, gradient, shared_adam
+from jaxrlhf.known.problem import KnownProblem, annotator, descend
+from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.language import (
     STOP,
+    Language,
     alphabet_gold,
     alphabet_language,
     listed_pairs,
@@ -14,11 +20,92 @@ from jaxrlhf.lm.language import (
     reward_table,
     table_of,
 )
+from jaxrlhf.lm.pairing import Against
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
-from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
+from jaxrlhf.lm.reward import RewardModel, reward_model
+from jaxrlhf.lm.transformer.model import DecoderConfig, LanguageModel, decoder
 from jaxrlhf.preferences import objectives
 from jaxrlhf.preferences.objectives import Objective
+
+
+class LanguageSetting(NamedTuple):
+    """An enumerable language together with its models and its objective.
+
+    Attributes:
+        language: all prompts and completions.
+        letters: size of the alphabet.
+        policy: the policy's model.
+        reward: the reward model.
+        frozen: parameters of the reference, and the gold table.
+        gold: `[B, N]`, the annotator's hidden reward of every completion.
+        reference: `[B, N]`, log-probabilities of the reference policy.
+        objective: the upper objective.
+        against: where the second response of a pair comes from.
+        beta: weight of the lower level's KL.
+    """
+
+    language: Language
+    letters: int
+    policy: LanguageModel
+    reward: RewardModel
+    frozen: LanguageFrozen
+    gold: jax.Array
+    reference: jax.Array
+    objective: Objective
+    against: Against
+    beta: float
+
+    def algorithm(self, rule, solver, upper_optimizer, pairs: int | None = None, **options) -> Algorithm:
+        """Returns the algorithm on pairs that are listed, or drawn (`pairs`)."""
+        max_new_tokens = self.language.completions.tokens.shape[-1]
+        problem = language_problem(
+            self.policy,
+            self.reward,
+            self.objective,
+            pairs=pairs or 1,
+            generation=Generation(max_new_tokens=max_new_tokens, stop_ids=(STOP,)),
+            against=self.against,
+        )
+        if pairs is None:
+            problem = problem._replace(sample=listed_pairs(self.policy, self.language, against=self.against))
+        annotate = annotator(self.gold_score, labels=self.objective.labels, pairs=pairs)
+        return descend(problem, rule, solver, upper_optimizer, beta=self.beta, annotate=annotate, **options)
+
+    def gold_score(self, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
+        """The annotator's hidden score of both responses, `[B, M, 2]`."""
+        del frozen
+        return alphabet_gold(sample.prompts, sample.responses, letters=self.letters)
+
+    def start(self, key: Key, scale: float) -> tuple[Params, Params]:
+        """Returns a reward model with a random head of that scale, and the policy at the reference."""
+        upper_key, head_key = jax.random.split(key)
+        upper = self.reward.init(upper_key)
+        head = scale * jax.random.normal(head_key, upper["head"].shape)
+        return upper | {"head": head}, self.frozen.reference
+
+    def rewards(self, upper: Params) -> jax.Array:
+        """Returns the learned reward of every completion, `[B, N]`."""
+        return reward_table(self.reward, upper, self.language)
+
+    def phi(self, upper: Params) -> jax.Array:
+        """Returns Phi, exact."""
+        return exact.upper_value(
+            self.objective,
+            self.rewards(upper),
+            self.gold,
+            self.reference,
+            beta=self.beta,
+            against_reference=self.against == "reference",
+        )
+
+    def gold_value(self, log_policy: jax.Array) -> jax.Array:
+        """Returns E gold - beta KL of log-probabilities `[B, N]`."""
+        evaluation = exact.evaluate_policy(log_policy, self.reference, self.gold, self.beta)
+        return evaluation.true_return - self.beta * evaluation.kl
+
+    def gold_value_of_best_response(self, upper: Params) -> jax.Array:
+        """Returns the gold value of the policy that is optimal for a reward model."""
+        return self.gold_value(exact.soft_policy(self.rewards(upper), self.reference, self.beta))
 
 
 def small_language(
@@ -30,54 +117,34 @@ def small_language(
     against_reference: bool = True,
     beta: float = 0.5,
 ) -> KnownProblem:
-    """Words over a few letters; policy and reward are transformers, the code that runs the real models."""
-    objective = objectives.utility(kl_price=beta / 4) if objective is None else objective
+    """Short strings over a few letters; policy and reward are transformers, run by the same code as real models."""
     language = alphabet_language(letters=letters, length=length, prompts=2, prompt_length=1)
-    shape = DecoderConfig(letters + 1, 16, 1, 2, 1, 8, 32, context_length=length + 2)
-    policy, reward = decoder(shape), reward_model(decoder(shape))
+    config = DecoderConfig(letters + 1, 16, 1, 2, 1, 8, 32, context_length=length + 2)
+    policy, reward = decoder(config), reward_model(decoder(config))
     reference = policy.init(jax.random.key(seed))
     gold = table_of(lambda prompts, responses: alphabet_gold(prompts, responses, letters=letters), language)
-    reference_table = policy_table(policy, reference, language)
-    frozen = LanguageFrozen(reference=reference, annotator=gold)
-
-    def gold_score(sample, frozen):
-        return alphabet_gold(sample.prompts, sample.responses, letters=letters)
-
-    def algorithm(rule, solver, upper_optimizer, pairs=None, **options):
-        problem = language_problem(
-            policy, reward, objective, pairs=pairs or 1, max_new_tokens=length, stop_ids=(STOP,),
-            against_reference=against_reference,
-        )  # fmt: skip
-        if pairs is None:
-            problem = problem._replace(sample=listed_pairs(policy, language, against_reference=against_reference))
-        kind = preferences.expected_annotator if pairs is None else preferences.gold_annotator
-        annotate = kind(gold_score, labels=objective.labels)
-        return bilevel_descent(problem, rule, solver, upper_optimizer, beta=beta, annotate=annotate, **options)
-
-    def start(key, scale):
-        upper_key, head_key = jax.random.split(key)
-        upper = reward.init(upper_key)
-        return upper | {"head": scale * jax.random.normal(head_key, upper["head"].shape)}, reference
-
-    def worth(table):
-        verdict = exact.evaluate_policy(table, reference_table, gold, beta)
-        return verdict.true_return - beta * verdict.kl
-
-    def rewards(upper):
-        return reward_table(reward, upper, language)
-
+    setting = LanguageSetting(
+        language=language,
+        letters=letters,
+        policy=policy,
+        reward=reward,
+        frozen=LanguageFrozen(reference=reference, annotator=gold),
+        gold=gold,
+        reference=policy_table(policy, reference, language),
+        objective=objectives.utility(kl_price=beta / 4) if objective is None else objective,
+        against="reference" if against_reference else "policy",
+        beta=beta,
+    )
     return KnownProblem(
-        algorithm=algorithm,
-        frozen=frozen,
+        algorithm=setting.algorithm,
+        frozen=setting.frozen,
         data=language.prompts,
-        start=start,
+        start=setting.start,
         solver=gradient(shared_adam(0.01), steps=200),
-        phi=lambda upper: exact.upper_value(
-            objective, rewards(upper), gold, reference_table, beta=beta, against_reference=against_reference
-        ),
-        exploited=lambda upper: worth(exact.soft_policy(rewards(upper), reference_table, beta)),
-        worth=lambda lower: worth(policy_table(policy, lower, language)),
-        best_worth=exact.soft_value(gold, reference_table, beta),
+        phi=setting.phi,
+        gold_value_of_best_response=setting.gold_value_of_best_response,
+        gold_value=lambda lower: setting.gold_value(policy_table(policy, lower, language)),
+        best_gold_value=exact.soft_value(gold, setting.reference, beta),
         optimum=None,
         beta=beta,
         exact_solver=False,

@@ -1,4 +1,6 @@
-"""Two quadratics: the problem whose every answer fits on a line."""
+"""Two quadratic losses: everything about the problem is known in closed form."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,43 +9,61 @@ from jaxrlhf.bilevel import bilevel_descent_on_losses, closed_form
 from jaxrlhf.known.problem import KnownProblem
 
 
-def quadratic(*, conditioning: float = 4.0) -> KnownProblem:
-    """G = |lower - target|^2 / 2 and -J = |lower - A upper|^2 / 2; the answer is A upper, Phi* = 0.
+class Quadratic(NamedTuple):
+    """The `frozen` argument: G = |lower - target|^2 / 2 and -J = |lower - matrix upper|^2 / 2.
 
-    The worth of a policy is -G. `conditioning` is the ratio of A's singular values, squared in Phi.
+    Attributes:
+        matrix: `[2, 2]`.
+        target: `[2]`.
     """
-    turn = jnp.array([[0.8, -0.6], [0.6, 0.8]])
-    matrix = turn @ jnp.diag(jnp.array([1.0, conditioning]))
-    target = jnp.array([1.0, -1.0])
 
-    def upper_loss(upper, lower, data, frozen):
-        return 0.5 * jnp.sum((lower - frozen[1]) ** 2)
+    matrix: jax.Array
+    target: jax.Array
 
-    def lower_loss(upper, lower, data, frozen):
-        return 0.5 * jnp.sum((lower - frozen[0] @ upper) ** 2)
 
-    def solution(task, index):
-        matrix, target = task.frozen
-        tilt = task.tilt_of(index)
-        return (matrix @ task.upper_of(index) + tilt * target) / (1.0 + tilt)
+def _upper_loss(upper, lower, data, frozen: Quadratic) -> jax.Array:
+    return 0.5 * jnp.sum((lower - frozen.target) ** 2)
 
-    def algorithm(rule, solver, upper_optimizer, pairs=None, **options):
-        del pairs
-        return bilevel_descent_on_losses(upper_loss, lower_loss, rule, solver, upper_optimizer, **options)
+
+def _lower_loss(upper, lower, data, frozen: Quadratic) -> jax.Array:
+    return 0.5 * jnp.sum((lower - frozen.matrix @ upper) ** 2)
+
+
+def _solution(task, index) -> jax.Array:
+    matrix, target = task.frozen
+    tilt = task.tilts[index]
+    return (matrix @ task.upper + tilt * target) / (1.0 + tilt)
+
+
+def _algorithm(rule, solver, upper_optimizer, pairs=None, **options):
+    del pairs
+    return bilevel_descent_on_losses(_upper_loss, _lower_loss, rule, solver, upper_optimizer, **options)
+
+
+def quadratic(*, conditioning: float = 4.0) -> KnownProblem:
+    """G = |lower - target|^2 / 2 and -J = |lower - A upper|^2 / 2; the best response is A upper, Phi* = 0.
+
+    The gold value of a policy is -G. `conditioning` is the ratio of A's singular values, squared in Phi.
+    """
+    rotation = jnp.array([[0.8, -0.6], [0.6, 0.8]])
+    frozen = Quadratic(
+        matrix=rotation @ jnp.diag(jnp.array([1.0, conditioning])),
+        target=jnp.array([1.0, -1.0]),
+    )
 
     def phi(upper):
-        return 0.5 * jnp.sum((matrix @ upper - target) ** 2)
+        return _upper_loss(upper, frozen.matrix @ upper, None, frozen)
 
     return KnownProblem(
-        algorithm=algorithm,
-        frozen=(matrix, target),
+        algorithm=_algorithm,
+        frozen=frozen,
         data=None,
         start=lambda key, scale: (scale * jax.random.normal(key, (2,)), jnp.zeros(2)),
-        solver=closed_form(solution),
+        solver=closed_form(_solution),
         phi=phi,
-        exploited=lambda upper: -phi(upper),
-        worth=lambda lower: -0.5 * jnp.sum((lower - target) ** 2),
-        best_worth=jnp.zeros(()),
+        gold_value_of_best_response=lambda upper: -phi(upper),
+        gold_value=lambda lower: -_upper_loss(None, lower, None, frozen),
+        best_gold_value=jnp.zeros(()),
         optimum=0.0,
         beta=1.0,
         exact_solver=True,

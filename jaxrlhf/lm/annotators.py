@@ -5,8 +5,7 @@ from pathlib import Path
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Params
 from jaxrlhf.lm.hugging_face.weights import WeightsError, load_reward_model
-from jaxrlhf.lm.problem import reward_of
-from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.reward import reward_model, score_responses
 from jaxrlhf.lm.transformer.model import decoder
 
 
@@ -15,12 +14,12 @@ def reward_model_annotator(
 ) -> tuple[preferences.Annotator, Params]:
     """Returns an annotator that prefers by a reward model's score, and the parameters it needs.
 
-    The parameters go into `LanguageFrozen.annotator`: as an argument of the step they are not compiled into it. Labels
-    follow `P(response 0 preferred) = sigmoid(score_0 - score_1)`; their number is in `BilevelInfo.labels`.
+    The parameters go into `LanguageFrozen.annotator`: as an argument of the step they do not become constants of the
+    program. Labels follow `P(response 0 preferred) = sigmoid(score_0 - score_1)`; `BilevelInfo.labels` counts them.
 
     Args:
         directory: a Hugging Face sequence classifier with one label; see `load_reward_model`.
-        vocabulary_size: the policy's. The annotator reads the policy's tokens as they are.
+        vocabulary_size: the policy's. The annotator reads the policy's token ids unchanged.
         labels: independent labels a pair.
 
     Raises:
@@ -35,6 +34,6 @@ def reward_model_annotator(
     model = reward_model(decoder(shape))
 
     def score(sample, frozen):
-        return reward_of(model, frozen.annotator, sample.prompts, sample.responses)
+        return score_responses(model, frozen.annotator, sample.prompts, sample.responses)
 
     return preferences.gold_annotator(score, labels=labels), params

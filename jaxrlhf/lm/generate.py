@@ -1,5 +1,6 @@
-"""Sampling completions: one forward pass over the prompts, then one token a row and step from the cache."""
+"""Sampling completions: prefill the cache with the prompts, then decode one token a row and step."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,18 +9,35 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.lm.microbatch import divided, in_microbatches, rows_of_a_cpu
+from jaxrlhf.lm.memory import tree_bytes
+from jaxrlhf.lm.microbatch import fewest_microbatches, in_microbatches, rows_per_cpu_device
 from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 
-PART = 2**22
-"""Bytes of keys and values that rows written together on a CPU may take, if not the weights take more."""
+CPU_CACHE_BYTES = 2**22
+"""Limit on the key/value cache of one microbatch on a CPU; where the weights are larger, their size is the limit."""
 
-LOOK = 8
-"""Tokens from one look at whether every row has ended to the next: at each, devices wait for one another."""
+STOP_CHECK_INTERVAL = 8
+"""Tokens between checks whether every row has ended: each check synchronises the devices."""
+
+
+class Generation(NamedTuple):
+    """Sampling settings of a problem; arguments of `generate`.
+
+    Attributes:
+        max_new_tokens: largest length of a completion, stop token included.
+        stop_ids: tokens that end a completion.
+        temperature: divides the logits.
+        pad_id: fills rows after the end of a completion.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 1.0
+    pad_id: int = 0
 
 
 class Completions(NamedTuple):
-    """What a policy wrote.
+    """Sampled completions.
 
     Attributes:
         tokens: `[N, L]` int32; `pad_id` after the end of a row.
@@ -50,23 +68,24 @@ def generate(
     """Samples one completion a prompt; the key is consumed.
 
     `y_t = min { v : sum_{w <= v} p(w) > u_t }`, with `p = softmax(logits / temperature)` cut to its nucleus
-    and one uniform `u_t` a row and step. A row ends with its first stop token, which counts as part of it; the
-    loop ends soon after the last row (`LOOK`). No row depends on another. The function may be jitted; keywords are static.
+    and one uniform `u_t` a row and step. A row ends with its first stop token, which is part of the completion; the loop
+    ends within `STOP_CHECK_INTERVAL` steps of the last row's end. Rows are independent. The function may be jitted, with
+    its keywords static.
 
     Args:
         model: the language model.
         params: its parameters.
         key: PRNG key.
-        prompts: `[N, P]` int32, padded on either side. Every row needs a real token: that cannot be checked
-            under `jit`, where what follows an empty prompt means nothing.
+        prompts: `[N, P]` int32, padded on either side. Every row needs a real token; under `jit` that cannot be checked,
+            and the completion of an empty prompt is meaningless.
         prompt_mask: `[N, P]`, True on real tokens.
         max_new_tokens: L, the largest length of a completion, stop token included.
         stop_ids: tokens that end a row; may be empty.
-        temperature: divides the logits; 0 takes the most probable token.
+        temperature: divides the logits; 0 is greedy decoding.
         top_p: mass of the nucleus, in (0, 1]; 1 samples from the whole distribution.
-        pad_id: written after the end of a row.
-        microbatches: pieces that the rows are written in, one after another; the cache of one is held at a time. All rows at
-            once by default, but on a CPU `microbatches_of`.
+        pad_id: fills a row after its end.
+        microbatches: into how many the rows are split, sampled one after another; only one's cache is held at a time.
+            Default `sampling_microbatches`: 1, except on a CPU.
 
     Returns:
         `Completions`. `log_prob` is that of the tempered, nucleus-renormalised distribution, or of the
@@ -75,49 +94,48 @@ def generate(
 
     Raises:
         ValueError: a keyword is out of range, a stop or pad id lies outside the vocabulary, prompt and
-            completion together exceed the model's context, the microbatches do not divide the rows, or (outside `jit`) a prompt
-            is empty.
+            completion together exceed the model's context, the microbatches do not divide the rows, or (outside `jit`) a
+            prompt is empty.
     """
     check_arguments(model, prompts, prompt_mask, max_new_tokens, stop_ids, temperature, top_p, pad_id)
-    # All uniforms are drawn up front: nothing depends on which rows still run, or are written together.
+    # All uniforms are drawn up front: samples depend neither on which rows have ended nor on the microbatches.
     uniforms = jax.random.uniform(key, (max_new_tokens, len(prompts)), jnp.float32).T
 
-    def write(params, prompts, prompt_mask, uniforms):
-        rows = (prompts, prompt_mask, uniforms)
-        return write_rows(model, params, *rows, stop_ids=stop_ids, temperature=temperature, top_p=top_p, pad_id=pad_id)
+    sample = functools.partial(
+        sample_rows, model, stop_ids=stop_ids, temperature=temperature, top_p=top_p, pad_id=pad_id
+    )
+    if microbatches is None:
+        microbatches = sampling_microbatches(model, params, prompts, max_new_tokens)
+    return in_microbatches(sample, microbatches)(params, prompts, prompt_mask, uniforms)
 
-    microbatches = microbatches_of(model, params, prompts, max_new_tokens) if microbatches is None else microbatches
-    return in_microbatches(write, microbatches)(params, prompts, prompt_mask, uniforms)
 
+def sampling_microbatches(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
+    """Returns the default number of microbatches of a sampler: 1, except on a CPU.
 
-def microbatches_of(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
-    """Returns the number of microbatches that rows are written in on this machine: 1, but on a CPU.
-
-    Every token reads the weights once, for however many rows, and the cache of every row. Rows whose caches outweigh the
-    weights save no reading, and on a CPU push one another out of the processor's: twice the time a row. There a part has
-    as many rows as divide all and whose caches take at most `PART`, or what the weights take; but at least 8.
+    Each step reads the weights once, however many rows there are, and the cache of every row. Once the caches outweigh the
+    weights, more rows save no traffic; on a CPU they evict one another from the processor's caches, at twice the time a
+    row. There a microbatch has as many rows as divide all and fit `CPU_CACHE_BYTES` or the size of the weights, but at
+    least 8.
     """
-    held = rows_of_a_cpu(len(prompts))
-    if held is None:
+    per_device = rows_per_cpu_device(len(prompts))
+    if per_device is None:
         return 1
     length = prompts.shape[1] + max_new_tokens
 
-    def filled(params, tokens):
+    def prefilled(params, tokens):
         return model.prefill(params, tokens, jnp.ones_like(tokens, bool), length)[1]
 
-    def taken(rows):
+    def cache_bytes(rows):
         tokens = jax.ShapeDtypeStruct((rows, prompts.shape[1]), prompts.dtype)
-        return _bytes(jax.eval_shape(filled, params, tokens))
+        return tree_bytes(jax.eval_shape(prefilled, params, tokens))
 
-    # What another row takes: a cache may hold what is the same for all.
-    return divided(held, most=max(PART, _bytes(params)) // max(1, taken(3) - taken(2)), least=8)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    # A difference: a cache may also hold arrays that do not grow with the rows.
+    row_bytes = max(1, cache_bytes(3) - cache_bytes(2))
+    max_rows = max(CPU_CACHE_BYTES, tree_bytes(params)) // row_bytes
+    return fewest_microbatches(per_device, max_rows=max_rows, min_rows=8)
 
 
-def write_rows(
+def sample_rows(
     model: LanguageModel,
     params: Any,
     prompts: jax.Array,
@@ -129,52 +147,52 @@ def write_rows(
     top_p: float,
     pad_id: int,
 ) -> Completions:
-    """As `generate`, all rows at once, from given uniforms `[N, L]`."""
+    """Does as `generate`, for all rows at once and with the uniforms `[N, L]` as an argument."""
     (rows, prompt_length), max_new_tokens = prompts.shape, uniforms.shape[1]
     prompts, prompt_mask = pad_left(prompts, prompt_mask)
     hidden, cache = model.prefill(params, prompts, prompt_mask, prompt_length + max_new_tokens)
-    # Time comes first inside the loop, where a step writes one line.
-    blank = Completions(
+    # Time is the first axis inside the loop, so that a step writes one contiguous row.
+    empty = Completions(
         tokens=jnp.full((max_new_tokens, rows), pad_id, jnp.int32),
         mask=jnp.zeros((max_new_tokens, rows), bool),
         log_prob=jnp.zeros((max_new_tokens, rows), jnp.float32),
     )
 
     def advance(step, carry):
-        hidden, cache, ended, written = carry
+        hidden, cache, ended, completions = carry
         token, log_prob = choose(model.logits(params, hidden), uniforms[:, step], temperature, top_p)
-        line = Completions(
+        column = Completions(
             tokens=jnp.where(ended, pad_id, token),
             mask=~ended,
             log_prob=jnp.where(ended, 0.0, log_prob).astype(jnp.float32),
         )
-        written = jax.tree.map(lambda lines, line: lines.at[step].set(line), written, line)
+        completions = jax.tree.map(lambda rows, new: rows.at[step].set(new), completions, column)
         for stop_id in stop_ids:
             ended = ended | (token == stop_id)
-        hidden, cache = model.decode(params, line.tokens, cache)
-        return hidden, cache, ended, written
+        hidden, cache = model.decode(params, column.tokens, cache)
+        return hidden, cache, ended, completions
 
     def running(carry):
         step, (_, _, ended, _) = carry
         return (step < max_new_tokens) & ~jnp.all(ended)
 
-    def several(carry):
-        step, rest = carry
-        until = jnp.minimum(step + LOOK, max_new_tokens)
-        return until, jax.lax.fori_loop(step, until, advance, rest)
+    def advance_to_check(carry):
+        step, state = carry
+        until = jnp.minimum(step + STOP_CHECK_INTERVAL, max_new_tokens)
+        return until, jax.lax.fori_loop(step, until, advance, state)
 
-    start = (jnp.int32(0), (hidden, cache, jnp.zeros(rows, bool), blank))
-    _, (*_, written) = jax.lax.while_loop(running, several, start)
-    return jax.tree.map(jnp.transpose, written)
+    start = (jnp.int32(0), (hidden, cache, jnp.zeros(rows, bool), empty))
+    _, (*_, completions) = jax.lax.while_loop(running, advance_to_check, start)
+    return jax.tree.map(jnp.transpose, completions)
 
 
 def choose(logits: jax.Array, uniforms: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """One token a row, and its log-probability under the distribution it was drawn from.
+    """Returns one token a row, and its log-probability under the distribution it was drawn from.
 
     Args:
         logits: `[N, V]`, nats.
         uniforms: `[N]` in [0, 1); not read when `temperature` is 0.
-        temperature: divides the logits; 0 takes the most probable token.
+        temperature: divides the logits; 0 is greedy decoding.
         top_p: mass of the nucleus, in (0, 1].
 
     Returns:
@@ -194,7 +212,7 @@ def choose(logits: jax.Array, uniforms: jax.Array, temperature: float, top_p: fl
 
 
 def nucleus(weights: jax.Array, top_p: float) -> jax.Array:
-    """The smallest set of most probable tokens whose mass reaches `top_p`; ties at its edge are all in it.
+    """Returns the smallest set of most probable tokens whose mass reaches `top_p`; ties at its edge are all in it.
 
     Args:
         weights: `[N, V]`, not negative, of any total.
@@ -211,10 +229,10 @@ def nucleus(weights: jax.Array, top_p: float) -> jax.Array:
 
 
 def inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """First token whose cumulative weight exceeds `uniform * total`; never a token of weight zero.
+    """Returns the first token whose cumulative weight exceeds `uniform * total`; never a token of weight zero.
 
-    The search goes by blocks, then by the tokens of one block: a cumulative sum over a whole vocabulary costs
-    more than all the rest of a small model's step.
+    Searches blocks first, then the tokens of one block: a cumulative sum over the whole vocabulary would cost more than
+    the rest of a small model's step.
 
     Args:
         weights: `[N, V]`, not negative, not all zero in a row.
@@ -229,14 +247,14 @@ def inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     table = jnp.pad(weights, ((0, 0), (0, blocks * block - size))).reshape(rows, blocks, block)
     sums = jnp.sum(table, axis=-1)
     target = uniforms * jnp.sum(sums, axis=-1)
-    chosen_block, before = first_above(sums, target)
-    line = jnp.take_along_axis(table, chosen_block[:, None, None], axis=1)[:, 0]
-    chosen, _ = first_above(line, target - before)
+    chosen_block, before = first_exceeding(sums, target)
+    tokens = jnp.take_along_axis(table, chosen_block[:, None, None], axis=1)[:, 0]
+    chosen, _ = first_exceeding(tokens, target - before)
     return chosen_block * block + chosen
 
 
-def first_above(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the cumulative weight first exceeds a target, and the weight before that.
+def first_exceeding(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where the cumulative weight first exceeds a target, and the cumulative weight before that.
 
     Args:
         weights: `[N, M]`, not negative.
@@ -247,17 +265,17 @@ def first_above(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
     """
     size = weights.shape[-1]
     columns = jnp.arange(size, dtype=jnp.int32)[None, :]
-    # In full precision: accelerators would round the weights, and draw from others than those reported.
+    # In full precision: accelerators would round the weights, and sample from others than log_prob reports.
     cumulative = jnp.matmul(weights, jnp.triu(jnp.ones((size, size), weights.dtype)), precision="highest")
     above = (weights > 0) & (cumulative > target[:, None])
-    # Rounding can leave every cumulative weight at or below the target: the last positive one is meant then.
+    # Rounding can leave every cumulative weight at or below the target: then take the last positive one.
     last = jnp.max(jnp.where(weights > 0, columns, 0), axis=-1)
     index = jnp.minimum(jnp.min(jnp.where(above, columns, size), axis=-1), last)
     return index, jnp.sum(jnp.where(columns < index[:, None], weights, 0.0), axis=-1)
 
 
 def check_arguments(model, prompts, prompt_mask, max_new_tokens, stop_ids, temperature, top_p, pad_id) -> None:
-    """Raises ValueError for what `generate` cannot do; it runs while tracing."""
+    """Raises ValueError for arguments that `generate` cannot serve; runs at trace time."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if not temperature >= 0:

@@ -1,10 +1,11 @@
 """An enumerable language: small enough that every expectation is a sum, run by the code that runs the real model.
 
-Words over an alphabet, at most `length` tokens, ended by a stop token or by the length. The policy and the reward are the
-transformers of `lm.model`, sampled by `lm.generate`; only the evaluation differs: it visits every completion of every
-prompt, so that return, KL, win rate, Phi and the optimum carry no sampling error.
+Completions are words over an alphabet, at most `length` tokens, ended by a stop token or by the length. Policy and reward
+are the transformers of `lm.transformer`, sampled by `lm.generate`. Only the evaluation differs: it sums over every
+completion of every prompt, so that return, KL, win rate, Phi and the optimum carry no sampling error.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from jaxrlhf import exact
 from jaxrlhf.base.problem import Sample
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, reward_of
-from jaxrlhf.lm.reward import RewardModel
+from jaxrlhf.lm.pairing import Against, Prompts, Responses, from_policy
+from jaxrlhf.lm.problem import LanguageFrozen
+from jaxrlhf.lm.reward import RewardModel, score_responses
+from jaxrlhf.lm.steps import cumulative_discount, step_log_probs
 from jaxrlhf.lm.transformer.model import LanguageModel
 from jaxrlhf.preferences.objectives import Objective
 
@@ -30,7 +33,7 @@ class Language(NamedTuple):
 
     Attributes:
         prompts: tokens `[B, P]` and mask.
-        completions: tokens `[N, L]` and mask; after the stop token `STOP` is repeated, masked.
+        completions: tokens `[N, L]` and mask; padded with `STOP`, masked, after the stop token.
     """
 
     prompts: Prompts
@@ -38,10 +41,10 @@ class Language(NamedTuple):
 
 
 def alphabet_language(*, letters: int = 7, length: int = 4, prompts: int = 4, prompt_length: int = 2) -> Language:
-    """Returns the language of words over `letters` letters (tokens 1 to `letters`; 0 stops).
+    """Returns the language of words over `letters` letters (tokens 1 to `letters`; 0 is the stop token).
 
-    It has `sum_{l < length} letters^l + letters^length` completions: 2,801 with the defaults. Prompt number b ends with
-    letter b + 1 and repeats it.
+    It has `sum_{l < length} letters^l + letters^length` completions: 2,801 with the defaults. Prompt number b repeats
+    letter b + 1.
 
     Raises:
         ValueError: a size is not positive, or there are more prompts than letters.
@@ -56,9 +59,9 @@ def alphabet_language(*, letters: int = 7, length: int = 4, prompts: int = 4, pr
             tokens[row, :size] = word
             mask[row, : size + 1] = True
             row += 1
-    given = np.repeat(np.arange(1, prompts + 1, dtype=np.int32)[:, None], prompt_length, axis=1)
+    questions = np.repeat(np.arange(1, prompts + 1, dtype=np.int32)[:, None], prompt_length, axis=1)
     return Language(
-        Prompts(jnp.asarray(given), jnp.ones(given.shape, bool)),
+        Prompts(jnp.asarray(questions), jnp.ones(questions.shape, bool)),
         Responses(jnp.asarray(tokens), jnp.asarray(mask)),
     )
 
@@ -66,8 +69,9 @@ def alphabet_language(*, letters: int = 7, length: int = 4, prompts: int = 4, pr
 def alphabet_gold(prompts: Prompts, responses: Responses, *, letters: int = 7) -> jax.Array:
     """Returns the annotator's hidden score `[B, M, K]` of responses `[B, M, K, L]`.
 
-    It likes a word that starts with the letter after the prompt's last one (+1.5) and climbs the alphabet (+0.5 a rise),
-    dislikes repeats (-1 each), and likes an end within the length (+0.5). The letters are a circle.
+    +1.5 for a word that starts with the letter after the prompt's last one (the first follows the last), +0.5 for each
+    letter that is later in the alphabet than the one before it, -1 for each immediate repeat, and +0.5 for a stop token
+    within the length.
     """
     tokens, letter = responses.tokens, responses.tokens != STOP
     wanted = prompts.tokens[:, -1] % letters + 1
@@ -88,61 +92,58 @@ def token_table(model: LanguageModel, params: Params, language: Language, *, tem
     """Returns the log-probability of every token of every completion given those before it, `[B, N, L]`."""
     tokens, mask = language.completions
 
-    def one(prompt):
-        rows = Prompts(*(jnp.broadcast_to(part[None], (tokens.shape[0], *part.shape)) for part in prompt))
+    def of_prompt(prompt):
+        rows = Prompts(*(jnp.broadcast_to(leaf[None], (tokens.shape[0], *leaf.shape)) for leaf in prompt))
         return completion_log_probs(model, params, *rows, tokens, mask, temperature=temperature)
 
-    return jax.lax.map(one, language.prompts)
+    return jax.lax.map(of_prompt, language.prompts)
 
 
 def table_of(score: Callable[[Prompts, Responses], jax.Array], language: Language) -> jax.Array:
     """Returns `score` of every completion of every prompt, `[B, N]`; `score` takes responses `[1, N, 1, L]`."""
-    whole = Responses(*(part[None, :, None] for part in language.completions))
+    responses = Responses(*(leaf[None, :, None] for leaf in language.completions))
     return jax.lax.map(
-        lambda prompt: score(Prompts(*(part[None] for part in prompt)), whole)[0, :, 0], language.prompts
+        lambda prompt: score(Prompts(*(leaf[None] for leaf in prompt)), responses)[0, :, 0], language.prompts
     )
 
 
 def reward_table(reward: RewardModel, params: Params, language: Language) -> jax.Array:
     """Returns the learned reward of every completion, `[B, N]`."""
-    return table_of(lambda prompts, responses: reward_of(reward, params, prompts, responses), language)
+    return table_of(lambda prompts, responses: score_responses(reward, params, prompts, responses), language)
 
 
 def listed_pairs(
-    model: LanguageModel, language: Language, *, against_reference: bool, per_token: bool = False
+    model: LanguageModel, language: Language, *, against: Against, per_token: bool = False
 ) -> Callable[[Key, Params, Prompts, LanguageFrozen], Sample]:
     """Returns a `sample` for a `BilevelProblem` that lists all N^2 pairs of completions with their probabilities.
 
-    Put it in place of a `language_problem`'s own, and every step is exact. For languages of a few dozen completions.
+    In place of a `language_problem`'s own it makes every step exact. For languages of a few dozen completions.
     """
 
     def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
         del key
-        asked = language._replace(prompts=data)
-        own, reference = token_table(model, lower, asked), token_table(model, frozen.reference, asked)
-        first, second = (axis.ravel() for axis in jnp.indices((own.shape[1], own.shape[1])))
-        other = reference if against_reference else own
-        chances = jnp.sum(own, axis=-1)[:, first] + jnp.sum(other, axis=-1)[:, second]
+        of_data = language._replace(prompts=data)
+        policy, reference = token_table(model, lower, of_data), token_table(model, frozen.reference, of_data)
+        first, second = (axis.ravel() for axis in jnp.indices((policy.shape[1], policy.shape[1])))
+        opponent = reference if against == "reference" else policy
+        pair_log_prob = jnp.sum(policy, axis=-1)[:, first] + jnp.sum(opponent, axis=-1)[:, second]
 
         def pair(of_first, of_second):
             return jnp.stack([of_first[:, first], of_second[:, second]], axis=2)
 
-        def steps(table):
-            return table if per_token else jnp.sum(table, axis=-1, keepdims=True)
-
+        steps = functools.partial(step_log_probs, per_token=per_token)
         responses = Responses(
-            *(pair(*[jnp.broadcast_to(part[None], (len(own), *part.shape))] * 2) for part in language.completions)
+            *(pair(*[jnp.broadcast_to(leaf[None], (len(policy), *leaf.shape))] * 2) for leaf in language.completions)
         )
-        behaviour = pair(steps(own), steps(other))
         return Sample(
             prompts=data,
             responses=responses,
-            behaviour_log_prob=behaviour,
+            behaviour_log_prob=pair(steps(policy), steps(opponent)),
             reference_log_prob=pair(steps(reference), steps(reference)),
-            cumulative_discount=responses.mask.astype(own.dtype) if per_token else jnp.ones_like(behaviour),
-            measure=jnp.exp(chances) / len(own),
-            from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], own.dtype),
-            num_draws=jnp.asarray(jnp.inf, own.dtype),
+            cumulative_discount=cumulative_discount(responses.mask, policy.dtype, per_token=per_token),
+            measure=jnp.exp(pair_log_prob) / len(policy),
+            from_policy=from_policy(against, policy.dtype),
+            num_draws=jnp.asarray(jnp.inf, policy.dtype),
         )
 
     return sample
@@ -152,10 +153,10 @@ class LanguageEvaluation(NamedTuple):
     """Exact quantities of a policy and a reward; scalars.
 
     Attributes:
-        policy: what the policy is worth.
+        policy: evaluation of the policy.
         upper_loss: G of the policy and the reward, KL price included.
-        phi: G at the exactly optimal policy of that reward.
-        phi_gap: the gap of that optimal policy: what the reward would give once fully exploited.
+        phi: G at the best response to that reward.
+        phi_gap: the gap of that best response: what optimising the reward to the end would cost in true value.
     """
 
     policy: exact.PolicyEvaluation
@@ -174,13 +175,13 @@ def evaluate_language(
     beta: float,
     against_reference: bool = True,
 ) -> LanguageEvaluation:
-    """Returns the exact worth of tables `[B, N]`: log-probabilities of policy and reference, rewards and gold."""
-    verdict = exact.evaluate_policy(policy, reference, gold, beta)
+    """Returns the exact evaluation of tables `[B, N]`: log-probabilities of policy and reference, rewards and gold."""
+    evaluation = exact.evaluate_policy(policy, reference, gold, beta)
     cost = exact.expected_cost(objective, policy, reference, reward, gold, against_reference=against_reference)
     phi = exact.upper_value(objective, reward, gold, reference, beta=beta, against_reference=against_reference)
     return LanguageEvaluation(
-        policy=verdict,
-        upper_loss=cost.coupled + cost.uncoupled + objective.kl_price * verdict.kl,
+        policy=evaluation,
+        upper_loss=cost.coupled + cost.uncoupled + objective.kl_price * evaluation.kl,
         phi=phi,
         phi_gap=exact.evaluate_policy(exact.soft_policy(reward, reference, beta), reference, gold, beta).gap,
     )

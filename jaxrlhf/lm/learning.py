@@ -1,12 +1,12 @@
-"""Supervised fine-tuning and reward learning: two losses, one pure step.
+"""Supervised fine-tuning and reward learning: two losses and one training step.
 
     algorithm = learning(supervised_loss(model), optimizer)
     algorithm = learning(preference_loss(reward), optimizer)
     state = algorithm.init(params)
     state, info = jax.jit(algorithm.update)(state, batch, frozen)
 
-A loss is a pair of sums, so that its mean is over the tokens or pairs that count: padding, the way a batch is cut into
-microbatches, and the number of devices do not change it.
+A loss returns sums, and is averaged over the tokens or pairs that count: padding, the split into microbatches and the
+number of devices do not change it.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ ParamsOf = Callable[[Params, Params], Params]
 
 
 class LearningState(NamedTuple):
-    """Updates taken `[]`, parameters, and their optimiser's state."""
+    """Number of updates `[]`, parameters, and the optimiser's state."""
 
     step: jax.Array
     params: Params
@@ -45,7 +45,7 @@ class LearningState(NamedTuple):
 
 
 class LearningInfo(NamedTuple):
-    """Of the batch before the update, all `[]`: mean loss in nats, accuracy, their weight, and the gradient's norm."""
+    """Of the batch, before the update, all `[]`: mean loss in nats, accuracy, their weight, and the gradient's norm."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -57,7 +57,7 @@ class LearningAlgorithm(NamedTuple):
     """Pure functions.
 
     Attributes:
-        init: `(params) -> LearningState`. Copies.
+        init: `(params) -> LearningState`; copies the parameters.
         update: `(state, batch, frozen) -> (LearningState, LearningInfo)`.
     """
 
@@ -65,8 +65,8 @@ class LearningAlgorithm(NamedTuple):
     update: Callable[[LearningState, Batch, Params], tuple[LearningState, LearningInfo]]
 
 
-def itself(params: Params, frozen: Params) -> Params:
-    """Returns the parameters: those that are trained are the model's."""
+def full_params(params: Params, frozen: Params) -> Params:
+    """Returns `params`: in full fine-tuning the trained parameters are the model's own."""
     del frozen
     return params
 
@@ -74,74 +74,73 @@ def itself(params: Params, frozen: Params) -> Params:
 def learning(
     loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int | None = None
 ) -> LearningAlgorithm:
-    """Descends `sum of losses / sum of weights` of a batch, computed in one piece or several.
+    """Returns the algorithm that minimises `sum of losses / sum of weights` of a batch, in one microbatch or several.
 
     Args:
         loss: `(params, batch, frozen) -> Totals`.
         optimizer: of the parameters.
-        microbatches: pieces of equal rows that a batch is computed in, one after the other, to save memory; by default
+        microbatches: into how many a batch is split, one after another, to save memory; by default
             `default_microbatches`.
 
     Raises:
         ValueError: microbatches < 1; or at trace time, rows that do not divide into the microbatches.
     """
     if microbatches is not None and microbatches < 1:
-        raise ValueError(f"A batch is computed in at least 1 part, got {microbatches}.")
+        raise ValueError(f"microbatches must be at least 1, got {microbatches}.")
 
     def init(params):
-        # The dtype is said, so that a weakly typed leaf becomes a strong one and the step is not compiled twice.
+        # Strip weak types, so that the step compiles once.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), params)
         return LearningState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     def totals_and_gradient(params, batch, frozen):
-        def summed(params, part):
-            totals = loss(params, part, frozen)
+        def total_loss(params, rows):
+            totals = loss(params, rows, frozen)
             return totals.loss, totals
 
-        gradient_of = jax.grad(summed, has_aux=True)
-        largest = max(jax.tree.leaves(batch), key=jnp.size)
-        pieces = (
-            default_microbatches(len(largest), largest.size // len(largest)) if microbatches is None else microbatches
-        )
-        if pieces == 1:
+        gradient_of = jax.grad(total_loss, has_aux=True)
+        largest, number = max(jax.tree.leaves(batch), key=jnp.size), microbatches
+        if number is None:
+            number = default_microbatches(len(largest), largest.size // len(largest))
+        if number == 1:
             gradient, totals = gradient_of(params, batch)
             return totals, gradient
-        pieces = split(batch, pieces)
+        rows = split(batch, number)
 
-        def one(sums, part):
-            gradient, totals = gradient_of(params, part)
+        def accumulate(sums, microbatch):
+            gradient, totals = gradient_of(params, microbatch)
             return jax.tree.map(jnp.add, sums, (totals, gradient)), None
 
-        shapes = jax.eval_shape(lambda: gradient_of(params, jax.tree.map(lambda leaf: leaf[0], pieces))[::-1])
+        shapes = jax.eval_shape(lambda: gradient_of(params, jax.tree.map(lambda leaf: leaf[0], rows))[::-1])
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(one, zero, pieces)[0]
+        return jax.lax.scan(accumulate, zero, rows)[0]
 
     def update(state, batch, frozen=()):
         totals, gradient = totals_and_gradient(state.params, batch, frozen)
-        # A batch in which nothing counts moves nothing.
+        # A batch of weight zero gives a zero gradient instead of NaN.
         weight = jnp.maximum(totals.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradient)
-        move, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         info = LearningInfo(totals.loss / weight, totals.correct / weight, totals.weight, optax.tree.norm(gradient))
-        return LearningState(state.step + 1, optax.apply_updates(state.params, move), optimizer_state), info
+        return LearningState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), info
 
     return LearningAlgorithm(init, update)
 
 
-def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = itself) -> Loss:
-    """Returns the negative log-likelihood of the tokens to be learned, in nats; its weight is their number.
+def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = full_params) -> Loss:
+    """Returns the negative log-likelihood of the tokens in the loss mask, in nats; its weight is their number.
 
-    Its batch has `tokens`, `segments` and `learned`, `[N, T]`, of `data.batches.Demonstrations`. The accuracy counts
-    tokens that were the most probable.
+    The batch has `tokens`, `segments` and `loss_mask`, `[N, T]`, as `data.batches.Demonstrations`. The accuracy is the
+    fraction of those tokens to which the model gives the highest probability.
 
     Args:
         model: the language model.
-        params_of: `(params, frozen) -> ` the model's parameters; such as `lambda adapter, base: attach(base, adapter)`.
+        params_of: `(params, frozen) -> the model's parameters`; such as `lambda adapter, base: attach(base, adapter)`.
     """
 
     def loss(params, batch, frozen):
         params = params_of(params, frozen)
-        tokens, counted = batch.tokens[:, 1:], batch.learned[:, 1:]
+        tokens, counted = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
         hidden = model.hidden(params, batch.tokens, batch.segments)[:, :-1]
         chunk_size = max(1, MAX_LOGITS // (len(tokens) * model.vocabulary_size))
         log_prob, best = token_log_probs(model, params, hidden, tokens, 1.0, chunk_size)
@@ -158,25 +157,25 @@ def preference_loss(
     margins: bool = True,
     choice: preferences.Choice = preferences.BRADLEY_TERRY,
     centre: float = 0.0,
-    params_of: ParamsOf = itself,
+    params_of: ParamsOf = full_params,
 ) -> Loss:
     """Returns the negative log-likelihood of the labels of pairs, in nats; its weight is the number of pairs.
 
         d = r(first) - r(second) - margin
         Bradley-Terry:   -z log sigmoid(d) - (1 - z) log sigmoid(-d),    z = label (1 - smoothing) + (1 - label) smoothing
 
-    A tie is the label 1/2: half of each under Bradley-Terry; with `choice.tie` an outcome of its own (Rao and Kupper).
-    `centre` adds `centre (r(first) + r(second))^2`, which fixes the level that differences leave free (arXiv 2312.09244).
-    The accuracy counts pairs whose better text has the higher reward; ties count half.
+    A tie is the label 1/2: half of each outcome under Bradley-Terry; with `choice.tie` an outcome of its own (Rao and
+    Kupper). `centre` adds `centre (r(first) + r(second))^2`, which fixes the level that differences leave free (arXiv
+    2312.09244). The accuracy is the fraction of pairs whose preferred text has the higher reward; ties count half.
 
     Args:
         reward: the reward model.
-        smoothing: probability in [0, 1/2) that a label is the wrong way round, to be ignored; robust to what
-            `choice.mistake` would model.
-        margins: whether the batch's margins are asked for (arXiv 2307.09288, equation 2).
-        choice: how the labels are taken to have been chosen.
+        smoothing: label smoothing in [0, 1/2), the probability that a label is flipped; robust to what `choice.mistake`
+            would model.
+        margins: whether to use the batch's margins (arXiv 2307.09288, equation 2).
+        choice: model of how the annotator chooses.
         centre: weight of the squared sum.
-        params_of: `(params, frozen) -> ` the reward model's parameters.
+        params_of: `(params, frozen) -> the reward model's parameters`.
 
     Raises:
         ValueError: smoothing or centre is out of range.
@@ -189,8 +188,8 @@ def preference_loss(
 
     def loss(params, batch, frozen):
         scores = pair_scores(reward, params_of(params, frozen), batch)
-        labels, asked = batch.labels, batch.margins if margins else jnp.zeros_like(batch.margins)
-        outcomes = preferences.log_outcomes(scores - jnp.stack([asked, jnp.zeros_like(asked)], axis=1), choice)
+        labels, margin = batch.labels, batch.margins if margins else jnp.zeros_like(batch.margins)
+        outcomes = preferences.log_outcomes(scores - jnp.stack([margin, jnp.zeros_like(margin)], axis=1), choice)
         wins = jnp.where(labels == 0.5, labels, labels * (1 - smoothing) + (1 - labels) * smoothing)
         tied = outcomes[:, 1] if choice.tie > 0 else 0.5 * (outcomes[:, 0] + outcomes[:, 2])
         decided = wins * outcomes[:, 2] + (1 - wins) * outcomes[:, 0]
@@ -204,6 +203,6 @@ def preference_loss(
 
 
 def pair_scores(reward: RewardModel, params: Params, batch: Batch) -> jax.Array:
-    """Returns the rewards `[N, 2]` of pairs of whole texts; `batch` has `tokens` and `mask`, `[N, 2, T]`."""
+    """Returns the rewards `[N, 2]` of pairs of texts; `batch` has `tokens` and `mask`, `[N, 2, T]`."""
     length = batch.tokens.shape[-1]
     return reward.score(params, batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given completions, as the sampler saw them, and differentiable."""
+"""Differentiable log-probabilities of given completions, under the sampler's distribution."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,17 @@ import jax.numpy as jnp
 from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
 from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 
-# Logits that may exist at once when no chunk size is given: 128 MiB of float32.
 MAX_LOGITS = 2**25
+"""Logits materialised at once where no chunk size is given: 128 MiB of float32."""
 
 
 class TokenScores(NamedTuple):
-    """Of every token, `[N, L]`: its log-probability, float32, nats; and whether no token is more probable."""
+    """Scores of given tokens, each `[N, L]`.
+
+    Attributes:
+        log_prob: of the token, float32, nats.
+        best: whether no token is more probable.
+    """
 
     log_prob: jax.Array
     best: jax.Array
@@ -31,11 +36,11 @@ def completion_log_probs(
     chunk_size: int | None = None,
     microbatches: int | None = None,
 ) -> jax.Array:
-    """`log softmax(logits / temperature)[y_t]` of every completion token.
+    """Returns `log softmax(logits / temperature)[y_t]` of every completion token.
 
-    Logits are computed only where a completion token is predicted, a chunk of columns at a time, and once
-    more in the backward pass, so that `[N, L, V]` never exists for a large vocabulary. Chunks cut columns, not
-    rows: a batch that is sharded over rows stays so.
+    Logits are computed only where a completion token is predicted, a chunk of columns at a time, and recomputed in the
+    backward pass, so that `[N, L, V]` is never materialised for a large vocabulary. Chunks split columns, not rows: a
+    batch that is sharded over rows stays so.
 
     Args:
         model: the language model.
@@ -44,18 +49,17 @@ def completion_log_probs(
         prompt_mask: `[N, P]`, True on real tokens.
         completions: `[N, L]` int32, padded on the right.
         completion_mask: `[N, L]`, True on real tokens, the stop token included.
-        temperature: the sampler's, so that both mean the same distribution.
-        chunk_size: columns whose logits exist at once; None takes all of them if they are few, else a bounded
-            number.
-        microbatches: pieces that the rows are read in, one after another, each once more in a backward pass; `default_microbatches` by
-            default.
+        temperature: the sampler's, so that both refer to the same distribution.
+        chunk_size: columns whose logits are materialised at once; by default as many as `MAX_LOGITS` allows.
+        microbatches: into how many the rows are split, one after another, recomputed in the backward pass; by default
+            `default_microbatches`.
 
     Returns:
         `[N, L]` float32, nats, never positive; 0 where `completion_mask` is False.
 
     Raises:
-        ValueError: `temperature` or `chunk_size` is not positive, the rows exceed the model's context, or the microbatches do
-            not divide them.
+        ValueError: `temperature` or `chunk_size` is not positive, the columns exceed the model's context, or the
+            microbatches do not divide the rows.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to have log-probabilities, got {temperature}.")
@@ -72,7 +76,7 @@ def completion_log_probs(
     def read(params, prompts, prompt_mask, completions, completion_mask):
         prompts, prompt_mask = pad_left(prompts, prompt_mask)
         completion_mask = completion_mask.astype(bool)
-        # The last completion token predicts nothing that is asked for.
+        # The last completion token predicts no other.
         tokens = jnp.concatenate([prompts, completions[:, :-1]], axis=1)
         mask = jnp.concatenate([prompt_mask, completion_mask[:, :-1]], axis=1)
         hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
@@ -92,24 +96,24 @@ def token_log_probs(
     temperature: float,
     chunk_size: int,
 ) -> TokenScores:
-    """`log softmax(logits(hidden) / temperature)[tokens]`, at most `chunk_size` columns at a time.
+    """Returns `log softmax(logits(hidden) / temperature)[tokens]`, at most `chunk_size` columns at a time.
 
     Args:
         model: the language model.
         params: its parameters.
-        hidden: `[N, L, D]`, the states that predict `tokens`.
+        hidden: `[N, L, D]`, states that predict `tokens`.
         tokens: `[N, L]` int32.
         temperature: divides the logits.
-        chunk_size: columns whose logits exist at once.
+        chunk_size: columns whose logits are materialised at once.
 
     Returns:
-        The log-probabilities, and which tokens are the most probable ones.
+        `TokenScores`.
     """
     rows, length = tokens.shape
 
     def log_prob(hidden, tokens):
         logits = model.logits(params, hidden) / temperature
-        # A masked sum instead of a gather: its gradient is elementwise, not a scatter.
+        # A masked sum instead of a gather: its gradient is elementwise instead of a scatter.
         vocabulary = jnp.arange(model.vocabulary_size, dtype=tokens.dtype)[None, None, :]
         chosen = jnp.sum(jnp.where(tokens[..., None] == vocabulary, logits, 0.0), axis=-1)
         log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -122,5 +126,5 @@ def token_log_probs(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk_size, -1)
     tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
     by_chunk = (jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(tokens, 0, 1))
-    microbatches = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
-    return jax.tree.map(lambda part: jnp.swapaxes(part, 0, 1).reshape(rows, -1)[:, :length], microbatches)
+    scores = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(rows, -1)[:, :length], scores)

@@ -1,16 +1,16 @@
-"""Low-rank adapters: one base, and for every iterate a pair of thin matrices beside each product of its layers.
+"""Low-rank adapters (LoRA): a shared base, and for every iterate two factors beside each linear map of its layers.
 
-    W x  becomes  W x + up down x,     up = 0 at first, so that an adapter starts as the base itself
+    W x  becomes  W x + up down x,     up = 0 at initialisation, so that training starts from the base
 
-(LoRA, arXiv 2106.09685, with alpha equal to the rank). The base is in `frozen` and never copied: lower iterates, reward
-and their optimisers are adapters, and the reference is the base without one. On a base in half precision build the
-policy with `decoder(config, dtype=jnp.float32)`: adapters alone would compute more precisely than their reference, and
-rounding count as KL.
+(arXiv 2106.09685, with alpha equal to the rank). The base is in `frozen` and never copied: lower iterates, reward and
+their optimisers hold adapters, and the reference is the base without one. On a base in half precision build the policy
+with `decoder(config, dtype=jnp.float32)`: otherwise only the adapted policy would compute in float32, and the reference's
+rounding would count as KL.
 
     problem = language_problem(policy, reward, objective, ..., policy_params=policy_on_reference,
                                reward_params=reward_on_reference)
-    state = algorithm.init(key, {"adapter": init_adapter(one, base, rank=16), "head": jnp.zeros(width)},
-                           init_adapter(other, base, rank=16))
+    state = algorithm.init(key, {"adapter": init_adapter(upper_key, base, rank=16), "head": jnp.zeros(width)},
+                           init_adapter(lower_key, base, rank=16))
 """
 
 from typing import Any
@@ -19,13 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.base.types import Key, Params
-
-UNREAD = ("output_head",)
-"""Of a language model's parameters, what its hidden states do not depend on."""
+from jaxrlhf.lm.reward import NOT_IN_TRUNK
 
 
 def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
-    """Returns an adapter of every product in the layers of a `decoder`, in float32; its leaves follow the base's names.
+    """Returns an adapter of every linear map in the layers of a `decoder`, in float32, under the base's names.
 
     `down ~ N(0, 1 / inputs)`, `[layers, in, rank]`; `up = 0`, `[layers, rank, ...]`. Consumes the key.
 
@@ -35,43 +33,43 @@ def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
         rank: R.
 
     Raises:
-        ValueError: the rank is not positive, or the parameters hold no product.
+        ValueError: the rank is not positive, or the parameters have no linear maps.
     """
     if rank < 1:
         raise ValueError(f"The rank of an adapter must be at least 1, got {rank}.")
     shapes = _shapes(base.get("layers", {})) if isinstance(base, dict) else {}
     if not jax.tree.leaves(shapes):
         raise ValueError("These parameters have no layers with products: adapters are for `decoder` models.")
-    places = list(_places(shapes))
-    keys = jax.random.split(key, len(places))
+    weights = list(_linear_weights(shapes))
+    keys = jax.random.split(key, len(weights))
     adapter: dict[str, Any] = {}
-    for one, (path, shape) in zip(keys, places, strict=True):
-        place = adapter
+    for weight_key, (path, shape) in zip(keys, weights, strict=True):
+        factors = adapter
         for name in path:
-            place = place.setdefault(name, {})
+            factors = factors.setdefault(name, {})
         layers, inputs, *outputs = shape
-        place["down"] = inputs**-0.5 * jax.random.normal(one, (layers, inputs, rank), jnp.float32)
-        place["up"] = jnp.zeros((layers, rank, *outputs), jnp.float32)
+        factors["down"] = inputs**-0.5 * jax.random.normal(weight_key, (layers, inputs, rank), jnp.float32)
+        factors["up"] = jnp.zeros((layers, rank, *outputs), jnp.float32)
     return {"layers": adapter}
 
 
 def attach(base: Params, adapter: Params) -> Params:
-    """Returns the base with an adapter beside its products, for the functions of `decoder`; nothing is copied."""
+    """Returns the base with an adapter beside its linear maps, for the functions of `decoder`; nothing is copied."""
     if not isinstance(base, dict) or not isinstance(adapter, dict):
         return adapter
-    return base | {name: attach(base.get(name, {}), part) for name, part in adapter.items()}
+    return base | {name: attach(base.get(name, {}), leaf) for name, leaf in adapter.items()}
 
 
 def merge(base: Params, adapter: Params) -> Params:
-    """Returns plain parameters that compute what base and adapter do: `W + down up`, added in float32, in W's dtype.
+    """Returns plain parameters equivalent to base and adapter: `W + down up`, added in float32, in W's dtype.
 
-    In half precision the sum is rounded; adapters small against the base then change less than they did.
+    In half precision the sum is rounded: adapters that are small against the base lose part of their effect.
     """
     if "down" in adapter:
         weight = base["weight"]
         change = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1))(adapter["down"], adapter["up"])
         return base | {"weight": (weight.astype(change.dtype) + change).astype(weight.dtype)}
-    return base | {name: merge(base[name], part) for name, part in adapter.items()}
+    return base | {name: merge(base[name], leaf) for name, leaf in adapter.items()}
 
 
 def policy_on_reference(lower: Params, frozen: Any) -> Params:
@@ -81,7 +79,7 @@ def policy_on_reference(lower: Params, frozen: Any) -> Params:
 
 def reward_on_reference(upper: Params, frozen: Any) -> Params:
     """Returns the reward model's parameters: its adapter on the frozen reference, and its head."""
-    base = {name: part for name, part in frozen.reference.items() if name not in UNREAD}
+    base = {name: leaf for name, leaf in frozen.reference.items() if name not in NOT_IN_TRUNK}
     return {"trunk": attach(base, upper["adapter"]), "head": upper["head"]}
 
 
@@ -89,11 +87,11 @@ def _shapes(layers: Params) -> Params:
     return jax.tree.map(lambda leaf: tuple(leaf.shape), layers)
 
 
-def _places(shapes: Any, path: tuple[str, ...] = ()):
-    """Yields the paths of the products and the shapes of their weights."""
+def _linear_weights(shapes: Any, path: tuple[str, ...] = ()):
+    """Yields the paths of the linear maps and the shapes of their weights."""
     if isinstance(shapes, dict):
         if isinstance(shapes.get("weight"), tuple):
             yield path, shapes["weight"]
         else:
             for name in sorted(shapes):
-                yield from _places(shapes[name], (*path, name))
+                yield from _linear_weights(shapes[name], (*path, name))

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, said before anything is allocated: every array's bytes, by their shapes alone."""
+"""Memory plan of a run: the bytes of every array, computed from shapes before anything is allocated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,32 +7,32 @@ import jax
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes by what they are for; `total` and `of_base` sum them up."""
+    """Bytes by purpose, such as `reference` or `reward`."""
 
-    parts: dict[str, int]
+    sizes: dict[str, int]
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return sum(self.parts.values())
+        return sum(self.sizes.values())
 
-    def of_base(self, name: str = "reference") -> float:
-        """All bytes as a multiple of one part's, by default the base weights'."""
-        return self.total / self.parts[name]
+    def relative_to(self, purpose: str = "reference") -> float:
+        """All bytes as a multiple of those of one purpose, by default the base weights'."""
+        return self.total / self.sizes[purpose]
 
 
-def bytes_of(tree: Any) -> int:
-    """Bytes of a pytree of arrays, or of their shapes."""
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of a pytree of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def plan_bilevel(init: Callable[..., Any], key: Any, upper: Any, lower: Any, frozen: Any) -> MemoryPlan:
-    """Returns the plan of a bilevel state and what it is trained on.
+    """Returns the plan of a bilevel state and its frozen arrays.
 
-    The arrays of a step in progress (activations, samples, the sampler's cache) come on top.
+    Temporaries of a step (activations, samples, the sampler's cache) are not included.
 
     Args:
-        init: of a `BilevelAlgorithm`.
+        init: of a bilevel algorithm.
         key: PRNG key, or its shape.
         upper: the reward's parameters, or their shapes.
         lower: the policy's.
@@ -44,13 +44,13 @@ def plan_bilevel(init: Callable[..., Any], key: Any, upper: Any, lower: Any, fro
 
 def plan_of(state: Any, frozen: Any) -> MemoryPlan:
     """Returns the plan of a `BilevelState` and `LanguageFrozen`, of arrays or shapes."""
-    parts = {
-        "reference": bytes_of(frozen.reference),
-        "annotator": bytes_of(frozen.annotator),
-        "reward": bytes_of(state.upper),
-        "reward's optimiser": bytes_of(state.upper_optimizer),
-        "lower iterates": bytes_of(state.lowers),
-        "lower solver": bytes_of(state.solver),
-        "counters": bytes_of((state.step, state.inner_error)),
+    sizes = {
+        "reference": tree_bytes(frozen.reference),
+        "annotator": tree_bytes(frozen.annotator),
+        "reward": tree_bytes(state.upper),
+        "reward's optimiser": tree_bytes(state.upper_optimizer),
+        "lower iterates": tree_bytes(state.lowers),
+        "lower solver": tree_bytes(state.solver),
+        "counters": tree_bytes((state.step, state.inner_error)),
     }
-    return MemoryPlan({name: size for name, size in parts.items() if size})
+    return MemoryPlan({purpose: size for purpose, size in sizes.items() if size})

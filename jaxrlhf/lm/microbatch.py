@@ -1,4 +1,4 @@
-"""Rows computed some at a time, one part after the other: memory of one part, and the same values."""
+"""Microbatches: rows computed a few at a time, for the memory of one microbatch and the same values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from jaxrlhf.base.types import Params
 
-TOKENS = 1024
-"""Of a part on a CPU, in all of its cores; half as many where a core is a device and has microbatches of its own."""
+CPU_TOKENS = 1024
+"""Tokens a microbatch on a CPU that is one device; half as many where each core is a device of its own."""
 
 
 def split(rows: Any, microbatches: int) -> Any:
     """Returns arrays `[N, ...]` as `[microbatches, N / microbatches, ...]`.
 
-    Row r goes to part r mod microbatches: each part then has rows of every device that the rows are split over.
+    Row r goes to microbatch r mod microbatches: each then has rows of every device that the rows are sharded over.
 
     Raises:
         ValueError: the microbatches do not divide the rows.
@@ -28,59 +28,60 @@ def split(rows: Any, microbatches: int) -> Any:
     )
 
 
-def joined(rows: Any) -> Any:
-    """Returns what `split` took apart: `[N, ...]` from `[microbatches, N / microbatches, ...]`."""
+def join(rows: Any) -> Any:
+    """Inverts `split`: `[N, ...]` from `[microbatches, N / microbatches, ...]`."""
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), rows)
 
 
 def default_microbatches(rows: int, length: int) -> int:
-    """Returns the number of microbatches that rows of some length are read in where nobody says it.
+    """Returns the number of microbatches for rows of this length where the caller gives none.
 
-    One; but on a CPU as many as leave about `TOKENS` tokens in each: what a layer computes for more leaves the
-    processor's caches before the next layer reads it, at twice the time for a small model, and computing a part again
+    1 on accelerators. On a CPU, as many as leave about `CPU_TOKENS` tokens in each: the activations of more fall out of
+    the processor's caches from one layer to the next, which doubles the time of a small model. Recomputing each microbatch
     in the backward pass costs less than that.
     """
-    held = rows_of_a_cpu(rows)
-    if held is None:
+    per_device = rows_per_cpu_device(rows)
+    if per_device is None:
         return 1
-    tokens = TOKENS if held == rows else TOKENS // 2
-    return divided(held, most=max(1, tokens // length))
+    tokens = CPU_TOKENS if per_device == rows else CPU_TOKENS // 2
+    return fewest_microbatches(per_device, max_rows=max(1, tokens // length))
 
 
-def rows_of_a_cpu(rows: int) -> int | None:
-    """Returns how many of the rows each device will have that what is traced runs on; None where that is no CPU.
+def rows_per_cpu_device(rows: int) -> int | None:
+    """Returns the rows per CPU device in the current trace; None elsewhere.
 
-    A CPU may be several devices, a core or more each, with all weights and their share of the rows (`JAX_NUM_CPU_DEVICES`,
-    the mesh axis `data`). None too where a mesh splits anything else: CPUs then stand for other devices.
+    A CPU may be several devices, of a core or more each, that replicate the weights and share the rows
+    (`JAX_NUM_CPU_DEVICES`, the mesh axis `data`). A mesh with any other axis gives None too: CPUs then stand in for
+    accelerators.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    copies = mesh.shape.get("data", 1)
-    if jax.default_backend() != "cpu" or mesh.size > copies:
+    replicas = mesh.shape.get("data", 1)
+    if jax.default_backend() != "cpu" or mesh.size > replicas:
         return None
-    return rows // copies if rows % copies == 0 else rows
+    return rows // replicas if rows % replicas == 0 else rows
 
 
-def divided(rows: int, *, most: int, least: int = 1) -> int:
-    """Returns the smallest number of equal microbatches with at most so many rows each; 1 if that takes fewer than `least`."""
-    sizes = range(min(most, rows), least - 1, -1)
+def fewest_microbatches(rows: int, *, max_rows: int, min_rows: int = 1) -> int:
+    """Returns the smallest number of equal microbatches of at most `max_rows` rows; 1 if fewer than `min_rows`."""
+    sizes = range(min(max_rows, rows), min_rows - 1, -1)
     return next((rows // size for size in sizes if size and rows % size == 0), 1)
 
 
 def in_microbatches(function: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
-    """Returns `(params, *rows) -> ` what `function` does, `[N, ...]` from rows `[N, ...]`, computed in microbatches.
+    """Returns `(params, *rows) -> [N, ...]`, the given function computed in microbatches.
 
-    A backward pass computes each part again when its turn comes and adds up the gradients: it holds the activations of
-    one part, for the price of one more forward pass.
+    The backward pass recomputes each microbatch in turn and accumulates the gradients: it holds the activations of one
+    microbatch, for the price of one more forward pass.
 
     Args:
-        function: `(params, *rows) -> `, row by row.
-        microbatches: how many; 1 is the function itself.
+        function: `(params, *rows [N, ...]) -> [N, ...]`, independent from row to row.
+        microbatches: how many; 1 returns the function unchanged.
     """
     if microbatches == 1:
         return function
-    piece = jax.checkpoint(function)
+    rematerialised = jax.checkpoint(function)
 
     def run(params: Params, *rows: Any) -> Any:
-        return joined(jax.lax.map(lambda part: piece(params, *part), split(rows, microbatches)))
+        return join(jax.lax.map(lambda microbatch: rematerialised(params, *microbatch), split(rows, microbatches)))
 
     return run

@@ -1,10 +1,12 @@
 """Online RLHF of a language model as a `BilevelProblem`.
 
-A completion is one step: its log-probability is the sum over its tokens, stop token included, and the reward judges it
-whole. Or every token is one, for lower levels that look at them apart (a critic, clipped ratios). The policy answers
-each prompt M times; each answer is paired with one from the reference policy, or with a second of its own.
+By default a completion is one step: its log-probability is the sum over its tokens, stop token included, and the reward
+scores it as a whole. With per_token=True every token is a step, for lower levels that treat tokens separately (a critic,
+clipped ratios). The policy gives M responses to each prompt; each is paired with a response of the reference policy, or
+with a second one of its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,31 +15,14 @@ import jax.numpy as jnp
 
 from jaxrlhf.base.problem import BilevelProblem, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.lm.generate import Completions, generate
+from jaxrlhf.lm.generate import Generation, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.microbatch import in_microbatches
-from jaxrlhf.lm.reward import RewardModel
+from jaxrlhf.lm.pairing import Against, Prompts, Responses, both_sides, flatten_pairs, from_policy
+from jaxrlhf.lm.reward import RewardModel, score_responses
+from jaxrlhf.lm.steps import cumulative_discount, step_log_probs, step_rewards
 from jaxrlhf.lm.transformer.model import LanguageModel
 from jaxrlhf.preferences.objectives import Objective
-
-
-class Prompts(NamedTuple):
-    """The `data` of a step.
-
-    Attributes:
-        tokens: `[B, P]` int32, padded on either side.
-        mask: `[B, P]`, True on real tokens.
-    """
-
-    tokens: jax.Array
-    mask: jax.Array
-
-
-class Responses(NamedTuple):
-    """The `responses` of a sample: tokens `[B, M, 2, L]` and their mask, stop token included."""
-
-    tokens: jax.Array
-    mask: jax.Array
 
 
 class LanguageFrozen(NamedTuple):
@@ -53,15 +38,31 @@ class LanguageFrozen(NamedTuple):
 
 
 class RolloutModel(NamedTuple):
-    """Who samples in the policy's place: the same model in a cheaper precision.
+    """A model that samples in the policy's place: the same model in a cheaper precision.
 
     Attributes:
-        model: that samples.
-        params_of: `(the policy's parameters) -> ` its own, once a sample, such as `lambda params: cast(params, bfloat16)`.
+        model: samples the responses.
+        params_of: `(policy's parameters) -> rollout model's`, called once a sample; such as
+            `lambda params: cast(params, bfloat16)`.
     """
 
     model: LanguageModel
     params_of: Callable[[Params], Params]
+
+
+class _Setup(NamedTuple):
+    """Arguments of `language_problem` that its functions need."""
+
+    policy: LanguageModel
+    reward: RewardModel
+    generation: Generation
+    pairs: int
+    against: Against
+    per_token: bool
+    microbatches: int
+    rollout: RolloutModel | None
+    policy_params: Callable[[Params, LanguageFrozen], Params]
+    reward_params: Callable[[Params, LanguageFrozen], Params]
 
 
 def language_problem(
@@ -70,16 +71,11 @@ def language_problem(
     objective: Objective,
     *,
     pairs: int,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    against_reference: bool = True,
-    self_play: bool = False,
-    pad_id: int = 0,
+    generation: Generation,
+    against: Against = "reference",
     per_token: bool = False,
     microbatches: int = 1,
-    writer: RolloutModel | None = None,
+    rollout: RolloutModel | None = None,
     policy_params: Callable[[Params, LanguageFrozen], Params] = lambda lower, frozen: lower,
     reward_params: Callable[[Params, LanguageFrozen], Params] = lambda upper, frozen: upper,
 ) -> BilevelProblem:
@@ -89,149 +85,109 @@ def language_problem(
         policy: the model behind the lower iterates and the reference.
         reward: the model behind the upper parameters.
         objective: the upper objective.
-        pairs: M, pairs a prompt and step. At least 2 give every response a baseline of its own prompt.
-        max_new_tokens: longest completion.
-        stop_ids: tokens that end a completion.
-        temperature: of the policy: it samples and is trained at this temperature, and so is the reference.
-        top_p: must be 1. A nucleus changes the support, and no density ratio exists outside of it.
-        against_reference: whether the second response of a pair comes from the reference.
-        self_play: whether updates see every pair from both sides, `preferences.from_both_sides`, each response against the
-            other held fixed; with against_reference=False.
-        pad_id: written after the end of a completion.
-        per_token: whether every token is a step (T = L) in place of the whole completion (T = 1). The reward comes with
-            the last; the problem is the same one.
-        microbatches: pieces that the models read a batch of responses in (`microbatches.in_microbatches`); it divides B M. The activations of
-            one piece are held at a time.
-        writer: samples in the policy's place. The recorded log-probabilities are the policy's own all the same, from one
-            more forward pass: ratios of iterates are then free of the writer's rounding, which in bfloat16 is about 0.2
-            nats over a hundred tokens. That draws are the rounded model's is neglected.
-        policy_params: `(lower, frozen) -> ` the policy model's parameters; the lower iterate itself by default.
+        pairs: M, pairs a prompt and step. At least 2 give every response a baseline from its own prompt.
+        generation: length, stop tokens and temperature of completions. The temperature is part of the policy: it samples
+            and is trained at this temperature, and so is the reference.
+        against: where the second response of a pair comes from: "reference"; "policy", whose log-probabilities are trained
+            for both responses; or "self", for updates that see every pair from both sides
+            (`preferences.from_both_sides`), each response against the other held fixed.
+        per_token: whether every token is a step (T = L) in place of the whole completion (T = 1). The reward arrives with
+            the last token; the problem is the same one.
+        microbatches: into how many the models split a batch of responses (`microbatch.in_microbatches`); must divide B M.
+            Only one microbatch's activations are held at a time.
+        rollout: samples in the policy's place. The recorded log-probabilities are still the policy's own, from one more
+            forward pass: ratios of iterates are then free of the rollout model's rounding, about 0.2 nats over a hundred
+            tokens in bfloat16. That the responses follow the rounded model's distribution is neglected.
+        policy_params: `(lower, frozen) -> policy model's parameters`; by default the lower iterate is those.
             `lora.policy_on_reference` makes iterates adapters.
-        reward_params: `(upper, frozen) -> ` the reward model's, likewise.
+        reward_params: `(upper, frozen) -> reward model's parameters`, likewise.
 
     Raises:
-        ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, or temperature is not
-            positive; at trace time, rows that do not divide into the microbatches.
+        ValueError: the objective does not suit the pairs (`Objective.check`), pairs < 1, `against` is unknown, or the
+            temperature is not positive; at trace time, as `generate`, or if the microbatches do not divide the rows.
     """
-    if self_play and against_reference:
-        raise ValueError(
-            "A policy plays against itself or against the reference, not both; set against_reference=False."
-        )
-    objective.check(against_reference=against_reference or self_play, exact=False)
+    if against not in ("reference", "policy", "self"):
+        raise ValueError(f"A pair is against the reference, the policy or self, not {against!r}.")
+    objective.check(against_reference=against != "policy", exact=False)
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}.")
-    if not temperature > 0:
-        raise ValueError(f"The policy's temperature must be positive, got {temperature}.")
-    if top_p != 1.0:
-        raise ValueError(
-            f"top_p {top_p:g} cannot be trained with: what lies outside of its nucleus has no log-probability. Sample "
-            "with temperature, and keep top_p for `generate` after training."
-        )
-
-    def write(key: Key, params: Params, prompts: Prompts) -> Completions:
-        return generate(
-            policy if writer is None else writer.model,
-            params if writer is None else writer.params_of(params),
-            key,
-            *prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            temperature=temperature,
-            pad_id=pad_id,
-        )
-
-    def steps_of(by_token: jax.Array) -> jax.Array:
-        return by_token if per_token else jnp.sum(by_token, axis=-1, keepdims=True)
-
-    def log_probs(params: Params, prompts: Prompts, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        def read(params, *rows):
-            return completion_log_probs(policy, params, *rows, temperature=temperature)
-
-        return steps_of(in_microbatches(read, microbatches)(params, *prompts, tokens, mask))
-
-    def recorded(params: Params, prompts: Prompts, written: Completions) -> jax.Array:
-        return (
-            steps_of(written.log_prob) if writer is None else log_probs(params, prompts, written.tokens, written.mask)
-        )
-
-    def sample(key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
-        batch, slots = data.tokens.shape[0], 1 if against_reference else 2
-        rows = Prompts(*(jnp.repeat(part, pairs * slots, axis=0) for part in data))
-        own_key, reference_key = jax.random.split(key)
-
-        def given(key, params):
-            written = write(key, params, rows)
-            return Responses(written.tokens, written.mask), recorded(params, rows, written)
-
-        def shaped(tree):
-            return jax.tree.map(lambda leaf: leaf.reshape(batch, pairs, slots, *leaf.shape[1:]), tree)
-
-        responses, behaviour = given(own_key, policy_params(lower, frozen))
-        both = shaped((responses, behaviour, log_probs(frozen.reference, rows, *responses)))
-        if against_reference:
-            others, other_behaviour = given(reference_key, frozen.reference)
-            second = shaped((others, other_behaviour, other_behaviour))
-            both = jax.tree.map(lambda *slots: jnp.concatenate(slots, axis=2), both, second)
-        responses, behaviour, reference = both
-        measure, num_draws = uniform_measure(batch, pairs, dtype=behaviour.dtype)
-        return Sample(
-            prompts=data,
-            responses=responses,
-            behaviour_log_prob=behaviour,
-            reference_log_prob=reference,
-            cumulative_discount=responses.mask.astype(behaviour.dtype) if per_token else jnp.ones_like(behaviour),
-            measure=measure,
-            from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], behaviour.dtype),
-            num_draws=num_draws,
-        )
-
-    def log_prob(lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
-        # The reference's responses do not depend on the policy, nor do an opponent's.
-        slots = 1 if against_reference or self_play else 2
-        responses = Responses(*(part[:, :, :slots] for part in sample.responses))
-        prompts, (tokens, mask) = flat(sample.prompts, responses)
-        params = policy_params(lower, frozen)
-        own = log_probs(params, prompts, tokens, mask).reshape(*responses.tokens.shape[:3], -1)
-        if self_play:
-            return both_sides(own[:, :, 0])
-        return jnp.pad(own, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
-
-    def score(upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
-        params = reward_params(upper, frozen)
-        if self_play:
-            first = Responses(*(part[:, :, :1] for part in sample.responses))
-            whole = both_sides(reward_of(reward, params, sample.prompts, first, microbatches=microbatches))
-        else:
-            whole = reward_of(reward, params, sample.prompts, sample.responses, microbatches=microbatches)[..., None]
-        if not per_token:
-            return whole
-        mask = sample.responses.mask.astype(whole.dtype)
-        following = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], axis=-1)
-        return whole * (mask - following)  # 1 at the last token
-
-    return BilevelProblem(sample, log_prob, score, objective.cost, objective.kl_price)
+    if not generation.temperature > 0:
+        raise ValueError(f"The policy's temperature must be positive, got {generation.temperature}.")
+    setup = _Setup(
+        policy, reward, generation, pairs, against, per_token, microbatches, rollout, policy_params, reward_params
+    )
+    return BilevelProblem(
+        sample=functools.partial(_sample, setup),
+        log_prob=functools.partial(_log_prob, setup),
+        reward=functools.partial(_reward, setup),
+        cost=objective.cost,
+        kl_price=objective.kl_price,
+    )
 
 
-def both_sides(first: jax.Array) -> jax.Array:
-    """Returns values of both slots `[B, 2M, 2, ...]` from those of the first, for pairs seen from both sides.
+def _sample(setup: _Setup, key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
+    batch, slots = data.tokens.shape[0], 1 if setup.against == "reference" else 2
+    rows = Prompts(*(jnp.repeat(leaf, setup.pairs * slots, axis=0) for leaf in data))
+    policy_key, reference_key = jax.random.split(key)
 
-    Each response is the first of one pair and the second of that pair's other side, M places on.
-    """
-    return jnp.stack([first, jnp.roll(first, first.shape[1] // 2, axis=1)], axis=2)
+    def by_pair(tree):
+        return jax.tree.map(lambda leaf: leaf.reshape(batch, setup.pairs, slots, *leaf.shape[1:]), tree)
+
+    responses, behaviour = _sample_responses(setup, policy_key, setup.policy_params(lower, frozen), rows)
+    filled = by_pair((responses, behaviour, _log_probs(setup, frozen.reference, rows, responses)))
+    if setup.against == "reference":
+        responses, behaviour = _sample_responses(setup, reference_key, frozen.reference, rows)
+        second = by_pair((responses, behaviour, behaviour))
+        filled = jax.tree.map(lambda *slots: jnp.concatenate(slots, axis=2), filled, second)
+    responses, behaviour, reference = filled
+    measure, num_draws = uniform_measure(batch, setup.pairs, dtype=behaviour.dtype)
+    return Sample(
+        prompts=data,
+        responses=responses,
+        behaviour_log_prob=behaviour,
+        reference_log_prob=reference,
+        cumulative_discount=cumulative_discount(responses.mask, behaviour.dtype, per_token=setup.per_token),
+        measure=measure,
+        from_policy=from_policy(setup.against, behaviour.dtype),
+        num_draws=num_draws,
+    )
 
 
-def flat(prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
-    """Returns one row a response: prompts `[B * M * K, P]` and responses `[B * M * K, L]` from `[B, M, K, L]`."""
-    count = responses.tokens.shape[1] * responses.tokens.shape[2]
-    rows = Prompts(*(jnp.repeat(part, count, axis=0) for part in prompts))
-    return rows, Responses(*(part.reshape(-1, part.shape[-1]) for part in responses))
+def _log_prob(setup: _Setup, lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
+    # The reference's responses do not depend on the policy, nor do a fixed opponent's.
+    slots = 2 if setup.against == "policy" else 1
+    responses = Responses(*(leaf[:, :, :slots] for leaf in sample.responses))
+    log_prob = _log_probs(setup, setup.policy_params(lower, frozen), *flatten_pairs(sample.prompts, responses))
+    log_prob = log_prob.reshape(*responses.tokens.shape[:3], -1)
+    if setup.against == "self":
+        return both_sides(log_prob[:, :, 0])
+    return jnp.pad(log_prob, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
 
 
-def reward_of(
-    reward: RewardModel, params: Params, prompts: Prompts, responses: Responses, *, microbatches: int = 1
-) -> jax.Array:
-    """Returns the reward model's score of each response with its prompt, `[B, M, K]`, read in so many microbatches."""
-    rows, (tokens, mask) = flat(prompts, responses)
-    whole = jnp.concatenate([rows.tokens, tokens], axis=1)
-    seen = jnp.concatenate([rows.mask, mask], axis=1)
-    return in_microbatches(reward.score, microbatches)(params, whole, seen).reshape(responses.tokens.shape[:3])
+def _reward(setup: _Setup, upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
+    responses, params = sample.responses, setup.reward_params(upper, frozen)
+    score = functools.partial(score_responses, setup.reward, params, sample.prompts, microbatches=setup.microbatches)
+    if setup.against == "self":
+        rewards = both_sides(score(Responses(*(leaf[:, :, :1] for leaf in responses)))[:, :, 0])
+    else:
+        rewards = score(responses)
+    return step_rewards(rewards, responses.mask, per_token=setup.per_token)
+
+
+def _sample_responses(setup: _Setup, key: Key, params: Params, rows: Prompts) -> tuple[Responses, jax.Array]:
+    """Returns one response a row, and its log-probabilities `[N, T]` under the policy model with these parameters."""
+    model, rollout_params = setup.policy, params
+    if setup.rollout is not None:
+        model, rollout_params = setup.rollout.model, setup.rollout.params_of(params)
+    completions = generate(model, rollout_params, key, *rows, **setup.generation._asdict())
+    responses = Responses(completions.tokens, completions.mask)
+    if setup.rollout is not None:
+        return responses, _log_probs(setup, params, rows, responses)
+    return responses, step_log_probs(completions.log_prob, per_token=setup.per_token)
+
+
+def _log_probs(setup: _Setup, params: Params, rows: Prompts, responses: Responses) -> jax.Array:
+    """Returns the log-probabilities `[N, T]` of one response a row."""
+    read = functools.partial(completion_log_probs, setup.policy, temperature=setup.generation.temperature)
+    by_token = in_microbatches(read, setup.microbatches)(params, *rows, *responses)
+    return step_log_probs(by_token, per_token=setup.per_token)

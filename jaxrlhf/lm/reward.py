@@ -1,4 +1,4 @@
-"""Reward models: a language model's trunk with one number on top of the last token, or of their mean."""
+"""Reward models: a language model's trunk with a linear head on the last token's state, or on the mean of all."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -6,9 +6,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.base.types import Params
 from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
+from jaxrlhf.lm.pairing import Prompts, Responses, flatten_pairs
 from jaxrlhf.lm.transformer.layers import wide
 from jaxrlhf.lm.transformer.model import LanguageModel
+
+NOT_IN_TRUNK = ("output_head",)
+"""Top-level parameters of a language model that its hidden states do not depend on; a reward model leaves them out."""
 
 
 class RewardModel(NamedTuple):
@@ -30,7 +35,7 @@ def reward_model(
     model: LanguageModel,
     *,
     pooling: Literal["last", "mean"] = "last",
-    unused: tuple[str, ...] = ("output_head",),
+    unused: tuple[str, ...] = NOT_IN_TRUNK,
 ) -> RewardModel:
     """Reward `head . hidden(x, y)[last real token]`, or of the mean over all real tokens.
 
@@ -38,8 +43,8 @@ def reward_model(
     policy, not from the noise of a random head (whose scale would also set the pace of the lower level).
 
     Args:
-        model: whose `hidden` is the trunk.
-        pooling: "last" is what `...ForSequenceClassification` has, and the one that is exported; "mean" learns from fewer
+        model: its `hidden` is the trunk.
+        pooling: "last" is what `...ForSequenceClassification` computes, and the one that is exported; "mean" needs fewer
             labels where a small model must count what a text contains.
         unused: top-level names among the model's parameters that `hidden` does not read; the reward leaves them
             out.
@@ -55,32 +60,24 @@ def reward_model(
 
     def trunk_of(params):
         if isinstance(params, dict):
-            return {name: part for name, part in params.items() if name not in unused}
+            return {name: leaf for name, leaf in params.items() if name not in unused}
         return params
 
-    def one_state(key):
-        one_token = jnp.zeros((1, 1), jnp.int32)
-        return model.hidden(model.init(key), one_token, jnp.ones((1, 1), bool))
+    def hidden_of_one_token(key):
+        return model.hidden(model.init(key), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
 
-    width = jax.eval_shape(one_state, jax.random.key(0)).shape[-1]
+    width = jax.eval_shape(hidden_of_one_token, jax.random.key(0)).shape[-1]
 
     def init(key):
         return {"trunk": trunk_of(model.init(key)), "head": jnp.zeros(width, jnp.float32)}
 
     def score(params, tokens, mask):
-        return in_microbatches(read, default_microbatches(*tokens.shape))(params, tokens, mask)
+        return in_microbatches(score_microbatch, default_microbatches(*tokens.shape))(params, tokens, mask)
 
-    def read(params, tokens, mask):
+    def score_microbatch(params, tokens, mask):
         hidden = model.hidden(params["trunk"], tokens, mask)
         precise = wide(hidden.dtype)
-        if pooling == "mean":
-            real = mask.astype(precise)[..., None]
-            state = jnp.sum(hidden.astype(precise) * real, axis=1) / jnp.sum(real, axis=1)
-        else:
-            columns = jnp.arange(tokens.shape[1])[None, :]
-            last = jnp.max(jnp.where(mask.astype(bool), columns, 0), axis=1)
-            state = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return state.astype(precise) @ params["head"].astype(precise)
+        return pool(hidden, mask, pooling).astype(precise) @ params["head"].astype(precise)
 
     def from_trunk(params):
         # Copies: a step that donates the policy's buffers must not take the reward's with them.
@@ -88,3 +85,23 @@ def reward_model(
         return {"trunk": trunk, "head": jnp.zeros(width, jnp.float32)}
 
     return RewardModel(init, score, from_trunk)
+
+
+def pool(hidden: jax.Array, mask: jax.Array, pooling: Literal["last", "mean"]) -> jax.Array:
+    """Returns one state a row, `[N, D]` from `[N, T, D]`: that of the last real token, or the mean of all in float32."""
+    if pooling == "mean":
+        precise = wide(hidden.dtype)
+        real = mask.astype(precise)[..., None]
+        return jnp.sum(hidden.astype(precise) * real, axis=1) / jnp.sum(real, axis=1)
+    columns = jnp.arange(mask.shape[1])[None, :]
+    last = jnp.max(jnp.where(mask.astype(bool), columns, 0), axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def score_responses(
+    reward: RewardModel, params: Params, prompts: Prompts, responses: Responses, *, microbatches: int = 1
+) -> jax.Array:
+    """Returns the reward model's score of each response with its prompt, `[B, M, K]`, computed in microbatches."""
+    rows, (tokens, mask) = flatten_pairs(prompts, responses)
+    tokens, mask = jnp.concatenate([rows.tokens, tokens], axis=1), jnp.concatenate([rows.mask, mask], axis=1)
+    return in_microbatches(reward.score, microbatches)(params, tokens, mask).reshape(responses.tokens.shape[:3])

@@ -1,6 +1,6 @@
 """Environments as pure functions, and adapters for gymnax, brax and tabular processes.
 
-An environment is asked for two functions only, so a user's own is a few lines:
+An environment needs two functions only, so a custom one takes a few lines:
 
     Environment("name", reset, step, actions=2, observation_size=4)
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.mdp.tabular import TabularMDP, check_reward
+from jaxrlhf.mdp.tabular import TabularMDP, at_actions, check_reward
 from jaxrlhf.mdp.tabular import check as check_mdp
 
 
@@ -23,11 +23,12 @@ class Environment(NamedTuple):
     Attributes:
         name: for messages.
         reset: `(key) -> (observation [O], state)`. Consumes the key.
-        step: `(key, state, action) -> (observation [O], state, reward [], ends [])`; `ends` says that the episode is over
-            after this step, by the task's own rule and not by a time limit. No automatic reset. Consumes the key.
-        actions: how many there are, or the dimensions of a continuous one.
+        step: `(key, state, action) -> (observation [O], state, reward [], terminated [])`; `terminated` says that the
+            episode is over after this step, by the task's own rule and not by a time limit. No automatic reset. Consumes
+            the key.
+        actions: number of discrete actions, or dimensions of a continuous one.
         observation_size: O.
-        continuous: whether an action is a vector `[actions]` of reals in place of an integer.
+        continuous: whether an action is a vector `[actions]` of reals rather than an integer.
     """
 
     name: str
@@ -56,9 +57,9 @@ class Rollouts(NamedTuple):
     Attributes:
         observations: `[N, T, O]`, before each action.
         actions: `[N, T]` int, or `[N, T, D]`.
-        log_prob: of each action under the policy that took it.
+        log_prob: of each action under the policy that chose it.
         reward: the environment's.
-        alive: 1 on the steps taken.
+        alive: 1 until the episode ends, 0 after.
     """
 
     observations: jax.Array
@@ -72,11 +73,11 @@ def gymnax_environment(environment: Any, parameters: Any = None) -> Environment:
     """Returns a gymnax environment (or any object with its `reset_env` and `step_env`); observations are flattened.
 
     Args:
-        environment: as `gymnax.make` returns first.
-        parameters: as it returns second; the environment's `default_params` by default.
+        environment: the first value that `gymnax.make` returns.
+        parameters: the second; the environment's `default_params` by default.
 
     Raises:
-        ValueError: the environment does not do what it must (`check`).
+        ValueError: the environment breaks the interface (`check`).
     """
     parameters = environment.default_params if parameters is None else parameters
     name = str(getattr(environment, "name", type(environment).__name__))
@@ -88,8 +89,8 @@ def gymnax_environment(environment: Any, parameters: Any = None) -> Environment:
         return jnp.ravel(observation).astype(float), state
 
     def step(key, state, action):
-        observation, state, reward, ends, *_ = environment.step_env(key, state, action, parameters)
-        return jnp.ravel(observation).astype(float), state, jnp.asarray(reward, float), ends
+        observation, state, reward, terminated, *_ = environment.step_env(key, state, action, parameters)
+        return jnp.ravel(observation).astype(float), state, jnp.asarray(reward, float), terminated
 
     size = jax.eval_shape(reset, jax.random.key(0))[0].size
     actions = int(np.prod(space.shape)) if continuous else int(space.n)
@@ -100,7 +101,7 @@ def brax_environment(environment: Any, name: str = "brax") -> Environment:
     """Returns a brax environment (an object with brax's `reset(key)` and `step(state, action)`), unwrapped.
 
     Raises:
-        ValueError: the environment does not do what it must (`check`).
+        ValueError: the environment breaks the interface (`check`).
     """
 
     def reset(key):
@@ -118,10 +119,10 @@ def brax_environment(environment: Any, name: str = "brax") -> Environment:
 
 
 def tabular_environment(mdp: TabularMDP, reward: jax.Array, *, name: str = "a tabular process") -> Environment:
-    """Returns a process of one context with a reward `[S, A]`; observations are one-hot states.
+    """Returns the environment of a tabular process with a reward `[S, A]`; observations are one-hot states.
 
     Raises:
-        ValueError: the process or the reward is none (`tabular.check`, `tabular.check_reward`).
+        ValueError: the process or the reward is invalid (`tabular.check`, `tabular.check_reward`).
     """
     check_mdp(mdp, name=name)
     check_reward(reward, mdp, name=name)
@@ -135,39 +136,39 @@ def tabular_environment(mdp: TabularMDP, reward: jax.Array, *, name: str = "a ta
         return jax.nn.one_hot(state, size), state
 
     def step(key, state, action):
-        following = draw(key, mdp.transition[state, action])
-        return jax.nn.one_hot(following, size), following, reward[state, action], mdp.ends[state] > 0
+        next_state = draw(key, mdp.transition[state, action])
+        return jax.nn.one_hot(next_state, size), next_state, reward[state, action], mdp.terminal[state] > 0
 
     return Environment(name, reset, step, mdp.transition.shape[1], size)
 
 
 def check(environment: Environment) -> Environment:
-    """Returns the environment, if a reset and a step do what they must.
+    """Returns the environment after checking the results of one reset and one step.
 
     Raises:
-        ValueError: naming the environment and the field: an observation of another shape, a reward or an end that is no
-            scalar, a state that changes its structure, values that are not finite.
+        ValueError: naming the environment and the field: an observation of another shape, a reward or termination that is
+            no scalar, a state that changes its structure, values that are not finite.
     """
     name, key = environment.name, jax.random.key(0)
     action = jnp.zeros(environment.actions) if environment.continuous else jnp.zeros((), int)
     if environment.actions < 1:
         raise ValueError(f"{name}: actions must be at least 1, got {environment.actions}.")
     observation, state = environment.reset(key)
-    after, later, reward, ends = environment.step(key, state, action)
+    next_observation, next_state, reward, terminated = environment.step(key, state, action)
     expected = (environment.observation_size,)
     for field, value, shape in (
         ("the first observation", observation, expected),
-        ("the observation after a step", after, expected),
+        ("the observation after a step", next_observation, expected),
         ("the reward", reward, ()),
-        ("the end of the episode", ends, ()),
+        ("the end of the episode", terminated, ()),
     ):
         if jnp.shape(value) != shape:
             raise ValueError(f"{name}: {field} has the shape {jnp.shape(value)}, expected {shape}.")
         if not np.all(np.isfinite(np.asarray(value, float))):
             raise ValueError(f"{name}: {field} is not finite.")
-    if jax.tree.structure(state) != jax.tree.structure(later) or any(
+    if jax.tree.structure(state) != jax.tree.structure(next_state) or any(
         jnp.shape(old) != jnp.shape(new)
-        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(later), strict=True)
+        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(next_state), strict=True)
     ):
         raise ValueError(f"{name}: the state changes its structure or shapes from reset to step.")
     return environment
@@ -182,34 +183,35 @@ def roll_out(key: Key, actor: Actor, lower: Params, environment: Environment, *,
         observation, state, alive = carry
         act_key, step_key = jax.random.split(key)
         action, log_prob = actor.sample(act_key, lower, observation)
-        after, following, reward, ends = jax.vmap(environment.step)(jax.random.split(step_key, episodes), state, action)
-        seen = (observation, action, log_prob, reward, alive)
-        # A step may return other dtypes than the reset did; the loop carries the reset's.
-        following = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype), following, state)
-        return (after, following, alive * (1.0 - ends.astype(alive.dtype))), seen
+        step_keys = jax.random.split(step_key, episodes)
+        next_observation, next_state, reward, terminated = jax.vmap(environment.step)(step_keys, state, action)
+        record = (observation, action, log_prob, reward, alive)
+        # A step may return other dtypes than the reset; the scan needs those of the reset.
+        next_state = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype), next_state, state)
+        return (next_observation, next_state, alive * (1.0 - terminated.astype(alive.dtype))), record
 
     alive = jnp.ones(episodes, observation.dtype)
-    _, seen = jax.lax.scan(advance, (observation, state, alive), jax.random.split(key, steps))
-    observations, actions, log_prob, reward, alive = (jnp.swapaxes(leaf, 0, 1) for leaf in seen)
+    _, history = jax.lax.scan(advance, (observation, state, alive), jax.random.split(key, steps))
+    observations, actions, log_prob, reward, alive = (jnp.swapaxes(leaf, 0, 1) for leaf in history)
 
-    def living(leaf):
-        shaped = alive.reshape(alive.shape + (1,) * (leaf.ndim - 2))
-        return jnp.where(shaped > 0, leaf, jnp.zeros((), leaf.dtype))
+    def zero_after_end(leaf):
+        mask = alive.reshape(alive.shape + (1,) * (leaf.ndim - 2)) > 0
+        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
-    return Rollouts(living(observations), living(actions), living(log_prob), living(reward), alive)
+    observations, actions, log_prob, reward = map(zero_after_end, (observations, actions, log_prob, reward))
+    return Rollouts(observations, actions, log_prob, reward, alive)
 
 
 def categorical_actor(logits: Callable[[Params, jax.Array], jax.Array]) -> Actor:
     """Returns the actor of integer actions from `(lower, observations [..., O]) -> [..., A]`."""
 
     def log_prob(lower, observations, actions):
-        table = jax.nn.log_softmax(logits(lower, observations))
-        return jnp.take_along_axis(table, actions[..., None], axis=-1)[..., 0]
+        return at_actions(jax.nn.log_softmax(logits(lower, observations)), actions)
 
     def sample(key, lower, observations):
-        table = jax.nn.log_softmax(logits(lower, observations))
-        actions = jax.random.categorical(key, table)
-        return actions, jnp.take_along_axis(table, actions[..., None], axis=-1)[..., 0]
+        log_policy = jax.nn.log_softmax(logits(lower, observations))
+        actions = jax.random.categorical(key, log_policy)
+        return actions, at_actions(log_policy, actions)
 
     return Actor(sample, log_prob)
 
@@ -217,7 +219,7 @@ def categorical_actor(logits: Callable[[Params, jax.Array], jax.Array]) -> Actor
 def gaussian_actor(moments: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]) -> Actor:
     """Returns the actor of real actions from `(lower, observations [..., O]) -> (means, log deviations) [..., D]`.
 
-    Densities are those of the unbounded normal; an environment that clips actions clips them after they were drawn.
+    Log-probabilities are those of the unbounded normal, also where an environment clips the drawn actions.
     """
 
     def log_prob(lower, observations, actions):

@@ -1,7 +1,7 @@
-"""Episodes of a finite Markov decision process, with a horizon short enough to list every trajectory.
+"""Episodes of a finite Markov decision process with a horizon short enough to enumerate every trajectory.
 
 Shape legend of this package: `S` states, `A` actions, `K` states that may follow a state and an action, `B` prompts
-(start states), `T` steps (the horizon), `M` pairs a prompt, `F` features.
+(start states), `T` steps (the horizon), `M` pairs per prompt, `F` features.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ class Episodes(NamedTuple):
     """The `frozen` argument of an episode problem.
 
     Attributes:
-        starts: `[B]` int, the start state of each prompt; prompts weigh the same.
-        successors: `[S, A, K]` int, the states that may follow, different ones for each state and action.
+        starts: `[B]` int, the start state of each prompt; prompts have equal weight.
+        successors: `[S, A, K]` int, the states that may follow; distinct for each state and action.
         transition: `[S, A, K]`, their probabilities; they sum to 1 over K.
         discount: `[T]`, gamma^t, positive. Its length is the horizon.
-        features: `[S, A, F]`, what the learner's reward sees of a step.
+        features: `[S, A, F]`, the features of a step, which the learner's reward is a function of.
         gold: `[S, A]`, the annotator's hidden reward of a step.
         reference: `[S, A]`, log-probabilities of the reference policy in nats.
     """
@@ -36,7 +36,7 @@ class Episodes(NamedTuple):
 
 
 class Trajectories(NamedTuple):
-    """The `responses` of a sample. The state after the last action is left out: nothing judges it.
+    """The `responses` of a sample. The state after the last action is left out: no reward depends on it.
 
     Attributes:
         states: `[B, M, 2, T]` int.
@@ -58,10 +58,9 @@ def random_episodes(
     features: int = 4,
     gamma: float = 0.9,
 ) -> Episodes:
-    """Returns a random instance with `actions (actions successors)^(horizon - 1)` trajectories a prompt.
+    """Returns a random instance with `actions (actions successors)^(horizon - 1)` trajectories per prompt.
 
-    Consumes the key.
-    Features and gold rewards are standard normal, the reference's and the environment's logits too.
+    Features, gold rewards and the logits of the reference and of the transitions are standard normal. Consumes the key.
 
     Raises:
         ValueError: more successors than states, a horizon below 1, or gamma outside (0, 1].
@@ -96,5 +95,5 @@ def gold_score(sample: Sample, frozen: Episodes) -> jax.Array:
 
 
 def gold_steps(sample: Sample, frozen: Episodes) -> jax.Array:
-    """The hidden reward of each step, not discounted, `[B, M, 2, T]`; `preferences.myopic` makes a score of it."""
+    """The hidden reward of each step, undiscounted, `[B, M, 2, T]`; `preferences.myopic` turns it into a score."""
     return at_steps(frozen.gold, sample.responses)

@@ -1,14 +1,15 @@
 """Four-Rooms incentive design, the benchmark of "Contextual Bilevel Reinforcement Learning" (arXiv 2406.01575).
 
-An agent crosses four rooms to a goal, for a reward of 1; a leader who wants it to pass one cell may charge it for every
-other. The leader's parameters are weights w, one a free cell and a spare one:
+An agent (the follower) crosses four rooms to a goal, for a reward of 1. A leader who wants it to pass a target cell may
+charge it for each cell that it visits. The leader's parameters are weights w, one for each free cell and a spare one:
 
     charge(cell) = 0.2 softmax(w)[cell]           so all charges together are at most 0.2
     follower's reward: 1 on the goal, -charge(cell) elsewhere; plus weighted entropy; the goal ends the episode
     leader's reward: 1 on the target cell; minus regulariser * sum of all charges on the goal
 
 The goal is one of two, drawn uniformly and known to the follower; both discount by 0.99. Actions succeed with probability
-0.56 and slip to each of the other three with 0.44 / 3; into a wall is staying (the published transition matrix).
+0.56 and slip to each of the other three with 0.44 / 3; a move into a wall stays in place (the published transition
+matrix).
 """
 
 from typing import NamedTuple
@@ -48,16 +49,16 @@ GOALS = ((1, 9), (11, 11))
 TARGET = (8, 4)
 SLIP = 0.44
 DISCOUNT = 0.99
-LARGEST_CHARGE = 0.2
+MAX_TOTAL_CHARGE = 0.2
 
 
 class FourRooms(NamedTuple):
-    """The `frozen` argument: one context a goal.
+    """The `frozen` argument: one context per goal.
 
     Attributes:
         mdp: leaves `[C, ...]`.
         goal: `[C, S]`, 1 on the goal.
-        target: `[C, S]`, 1 on the cell that the leader wants passed.
+        target: `[C, S]`, 1 on the cell that the leader wants the follower to pass.
     """
 
     mdp: TabularMDP
@@ -65,13 +66,13 @@ class FourRooms(NamedTuple):
     target: jax.Array
 
 
-class Terms(NamedTuple):
-    """The `data` argument of a step: what may change from step to step and from run to run; one context a goal.
+class Coefficients(NamedTuple):
+    """The `data` argument of a step: coefficients that may change from step to step, one context per goal.
 
     Attributes:
-        weight: `[C]`, probability of each goal; one of them alone where a goal is drawn.
-        entropy_weight: `[C]`, of the follower's entropy, in units of its reward; the same for every goal.
-        regulariser: `[C]`, what the leader pays for a unit of charges; the same for every goal.
+        weight: `[C]`, probability of each goal; one-hot where a single goal is drawn.
+        entropy_weight: `[C]`, weight of the follower's entropy, in units of its reward; the same for every goal.
+        regulariser: `[C]`, the leader's cost per unit of charges; the same for every goal.
     """
 
     weight: jax.Array
@@ -85,44 +86,46 @@ def four_rooms() -> FourRooms:
     transition = np.zeros((len(CELLS), len(MOVES), len(CELLS)))
     for state, (row, column) in enumerate(CELLS):
         for slipped, (down, right) in enumerate(MOVES):
-            following = index.get((row + down, column + right), state)
+            next_state = index.get((row + down, column + right), state)
             for action in range(len(MOVES)):
-                transition[state, action, following] += 1 - SLIP if action == slipped else SLIP / (len(MOVES) - 1)
+                transition[state, action, next_state] += 1 - SLIP if action == slipped else SLIP / (len(MOVES) - 1)
     goal = np.array([[cell == goal for cell in CELLS] for goal in GOALS], float)
     start = np.array([cell == START for cell in CELLS], float)
-    both = len(GOALS)
+    contexts = len(GOALS)
     return FourRooms(
         mdp=TabularMDP(
-            transition=jnp.asarray(np.stack([transition] * both)),
-            start=jnp.asarray(np.stack([start] * both)),
-            ends=jnp.asarray(goal),
-            discount=jnp.full(both, DISCOUNT),
+            transition=jnp.asarray(np.stack([transition] * contexts)),
+            start=jnp.asarray(np.stack([start] * contexts)),
+            terminal=jnp.asarray(goal),
+            discount=jnp.full(contexts, DISCOUNT),
         ),
         goal=jnp.asarray(goal),
-        target=jnp.asarray([[cell == TARGET for cell in CELLS]] * both, float),
+        target=jnp.asarray([[cell == TARGET for cell in CELLS]] * contexts, float),
     )
 
 
-def terms(entropy_weight: float | jax.Array, regulariser: float | jax.Array) -> Terms:
-    """Returns the terms of a cell of the published table, both goals alike."""
-    both = len(GOALS)
-    return Terms(jnp.full(both, 1.0 / both), jnp.full(both, entropy_weight), jnp.full(both, regulariser))
+def coefficients(entropy_weight: float | jax.Array, regulariser: float | jax.Array) -> Coefficients:
+    """Returns the coefficients of a cell of the published table, the same for both goals."""
+    contexts = len(GOALS)
+    return Coefficients(
+        jnp.full(contexts, 1.0 / contexts), jnp.full(contexts, entropy_weight), jnp.full(contexts, regulariser)
+    )
 
 
 def charges(upper: jax.Array) -> jax.Array:
-    """Returns the charge of each free cell, `[S]`, at least 0 and together at most `LARGEST_CHARGE`."""
-    return LARGEST_CHARGE * jax.nn.softmax(upper)[:-1]
+    """Returns the charge of each free cell, `[S]`, non-negative, in total at most `MAX_TOTAL_CHARGE`."""
+    return MAX_TOTAL_CHARGE * jax.nn.softmax(upper)[:-1]
 
 
-def follower_reward(upper: jax.Array, data: Terms, frozen: FourRooms) -> jax.Array:
-    """Returns `[S, A]`, of one goal: 1 on the goal, minus the charge elsewhere."""
+def follower_reward(upper: jax.Array, data: Coefficients, frozen: FourRooms) -> jax.Array:
+    """Returns `[S, A]`, for one goal: 1 on the goal, minus the charge elsewhere."""
     del data
-    return _of_state(frozen.goal - (1.0 - frozen.goal) * charges(upper))
+    return _for_all_actions(frozen.goal - (1.0 - frozen.goal) * charges(upper))
 
 
-def leader_reward(upper: jax.Array, data: Terms, frozen: FourRooms) -> jax.Array:
-    """Returns `[S, A]`, of one goal: 1 on the target, minus `regulariser * sum of all charges` on the goal."""
-    return _of_state(frozen.target - data.regulariser * jnp.sum(charges(upper)) * frozen.goal)
+def leader_reward(upper: jax.Array, data: Coefficients, frozen: FourRooms) -> jax.Array:
+    """Returns `[S, A]`, for one goal: 1 on the target, minus `regulariser * sum of all charges` on the goal."""
+    return _for_all_actions(frozen.target - data.regulariser * jnp.sum(charges(upper)) * frozen.goal)
 
 
 def draw_incentives(key: jax.Array, *, scale: float | jax.Array = 1.0) -> Params:
@@ -131,12 +134,12 @@ def draw_incentives(key: jax.Array, *, scale: float | jax.Array = 1.0) -> Params
 
 
 def on_grid(table: np.ndarray) -> np.ndarray:
-    """Returns a table `[S]` as a picture `[13, 13]`, not-a-number on walls."""
+    """Returns a table `[S]` as a picture `[13, 13]`, NaN on walls."""
     picture = np.full((len(GRID), len(GRID[0])), np.nan)
     for value, cell in zip(np.asarray(table), CELLS, strict=True):
         picture[cell] = value
     return picture
 
 
-def _of_state(table: jax.Array) -> jax.Array:
+def _for_all_actions(table: jax.Array) -> jax.Array:
     return jnp.broadcast_to(table[:, None], (len(CELLS), len(MOVES)))

@@ -1,6 +1,6 @@
-"""Exact solutions on the tree of histories: best responses, the upper value and its gradient, what a policy is worth.
+"""Exact solutions on the tree of histories: best responses, the upper value and its gradient, metrics of a policy.
 
-With `b` the price of a nat of KL, a table of returns at the leaves and absolute discounting, backward induction gives
+With `b` the price of a nat of KL and discounts counted from the start, backward induction gives
 
     Q(n, a) = gamma^t r(s, a) + sum_k P(k | s, a) V(child)
     V(n)    = gamma^t b log sum_a ref(a | s) exp(Q(n, a) / (gamma^t b))
@@ -15,15 +15,17 @@ import jax.numpy as jnp
 
 from jaxrlhf import exact
 from jaxrlhf.base.types import Params
-from jaxrlhf.bilevel.lower import LowerSolver, LowerTask, closed_form
+from jaxrlhf.bilevel.solvers import LowerSolver, LowerTask, closed_form
 from jaxrlhf.bilevel.stencil import Index
+from jaxrlhf.exact.tables import cost_gradient, coupled_costs
 from jaxrlhf.mdp.episodes import Episodes
 from jaxrlhf.mdp.problem import Policy, at_nodes, history_table
-from jaxrlhf.mdp.tree import Tree, grow
-from jaxrlhf.preferences import BRADLEY_TERRY, Choice, preference
+from jaxrlhf.mdp.tree import Tree, history_tree
+from jaxrlhf.preferences import BRADLEY_TERRY, Choice
 from jaxrlhf.preferences.objectives import Objective
 
 Reward = Callable[[Params, jax.Array], jax.Array]
+"""`(upper, features [S, A, F]) -> [S, A]`, the reward of a step."""
 
 
 def soft_policy(
@@ -37,16 +39,16 @@ def soft_policy(
     """Returns the policy that maximises `E[sum_t gamma^t (r - price log(pi / ref)) + bonus]`, and that maximum.
 
     Args:
-        reward: `[S, A]`, of a step.
+        reward: `[S, A]`, the reward of a step.
         frozen: the episodes.
         price: of a nat of KL, positive.
         bonus: `[B, P]`, an undiscounted addition to the return of each whole trajectory.
-        tree: of the same episodes, where it is at hand.
+        tree: `history_tree(frozen)`, if already computed.
 
     Returns:
-        Log-probabilities `[B, N, A]`, normalised, and the value `[B]` from each start.
+        Normalised log-probabilities `[B, N, A]` and the value `[B]` from each start.
     """
-    tree = grow(frozen) if tree is None else tree
+    tree = history_tree(frozen) if tree is None else tree
     batch, actions = len(frozen.starts), reward.shape[1]
     future = jnp.broadcast_to(bonus, (batch, len(tree.nodes))).reshape(batch, -1, actions)
     policies, value = [], jnp.zeros((batch, 1), reward.dtype)
@@ -57,8 +59,8 @@ def soft_policy(
         policies.append(jax.nn.log_softmax(logits, axis=-1))
         value = scale * jax.nn.logsumexp(logits, axis=-1)
         if step > 0:
-            before = frozen.transition[tree.states[:, tree.levels[step - 1]]]
-            future = jnp.sum(before * value.reshape(before.shape), axis=-1)
+            transition = frozen.transition[tree.states[:, tree.levels[step - 1]]]
+            future = jnp.sum(transition * value.reshape(transition.shape), axis=-1)
     return jnp.concatenate(policies[::-1], axis=1), value[:, 0]
 
 
@@ -74,29 +76,26 @@ def best_response(
     """Returns the exact solver, for the policy `history_table` and labels by `choice`, of argmin s G - J.
 
     It is `soft_policy` at price `beta + s kappa` with bonus `-s dG/dpi(tau)`, where dG/dpi is the mean coupled cost of
-    a trajectory, in either place of a pair that the policy fills. Against the reference that is explicit; on
-    policy-policy pairs it is iterated, a contraction while |s| times the range of the cost is small against beta times
-    the last step's discount.
+    a trajectory, summed over the slots of a pair that the policy fills. Against the reference that is explicit; on
+    policy-policy pairs it is iterated, a contraction while |s| times the range of the cost is small compared to beta
+    times the last step's discount.
     """
 
     def solution(task: LowerTask, index: Index) -> Params:
         frozen: Episodes = task.frozen
-        tree = grow(frozen)
-        rewards = reward(task.upper_of(index), frozen.features)
-        tilt = task.tilt_of(index).astype(rewards.dtype)
-        costs = _coupled_costs(objective, choice, tree.returns(rewards, frozen.discount), _gold_returns(tree, frozen))
-        reference = jnp.exp(tree.log_prob(frozen.reference[tree.states]))
+        tree = history_tree(frozen)
+        rewards = reward(task.upper, frozen.features)
+        tilt = task.tilts[index].astype(rewards.dtype)
+        costs = coupled_costs(objective, tree.returns(rewards, frozen.discount), _gold_returns(tree, frozen), choice)
+        log_reference = frozen.reference[tree.states]
+        reference = tree.log_prob(log_reference)
         price = beta + tilt * objective.kl_price
 
         def improve(_, log_policy):
-            if against_reference:
-                slope = jnp.einsum("bij,bj->bi", costs, reference)
-            else:
-                own = jnp.exp(tree.log_prob(log_policy))
-                slope = jnp.einsum("bij,bj->bi", costs + costs.swapaxes(1, 2), own)
-            return soft_policy(rewards, frozen, price, bonus=-tilt * slope, tree=tree)[0]
+            gradient = cost_gradient(costs, tree.log_prob(log_policy), reference, against_reference=against_reference)
+            return soft_policy(rewards, frozen, price, bonus=-tilt * gradient, tree=tree)[0]
 
-        return jax.lax.fori_loop(0, 1 if against_reference else iterations, improve, frozen.reference[tree.states])
+        return jax.lax.fori_loop(0, 1 if against_reference else iterations, improve, log_reference)
 
     return closed_form(solution)
 
@@ -113,10 +112,10 @@ def upper_value(
 ) -> jax.Array:
     """Returns Phi = G at the exactly optimal policy, `[]`: coupled and uncoupled parts and the KL price.
 
-    Its derivative in `upper` is the field that `bilevel_descent` follows: the policy inside the uncoupled part is held
-    fixed. Labels follow `choice` on discounted gold returns.
+    Its gradient in `upper` is what `bilevel_descent` estimates: the policy inside the uncoupled part is held fixed. Labels
+    follow `choice` on discounted gold returns.
     """
-    tree, rewards = grow(frozen), reward(upper, frozen.features)
+    tree, rewards = history_tree(frozen), reward(upper, frozen.features)
     log_policy, _ = soft_policy(rewards, frozen, beta, tree=tree)
     reference = tree.log_prob(frozen.reference[tree.states])
     returns, gold = tree.returns(rewards, frozen.discount), _gold_returns(tree, frozen)
@@ -134,35 +133,26 @@ def upper_value(
 def evaluate_policy(
     lower: Params, frozen: Episodes, *, beta: float | jax.Array, policy: Policy = history_table
 ) -> exact.PolicyEvaluation:
-    """Returns the exact worth of a policy, as `exact.evaluate_policy` does for tables.
+    """Returns exact metrics of a policy, as `exact.evaluate_policy` does for tables.
 
     The true return, KL and entropy are discounted by step, `E sum_t gamma^t (...)`; the gap is to the best of all
-    policies, history dependent ones included, for the gold reward at this beta.
+    policies, history-dependent ones included, for the gold reward at this beta.
     """
-    tree = grow(frozen)
+    tree = history_tree(frozen)
     log_policy, log_reference = at_nodes(policy, lower, tree, frozen), frozen.reference[tree.states]
-    own, reference, gold = tree.log_prob(log_policy), tree.log_prob(log_reference), _gold_returns(tree, frozen)
-    true_return = jnp.mean(exact.mean_under(own, gold))
-    kl = _discounted_mean(tree, own, log_policy - log_reference, frozen)
-    beaten = exact.row_mean(lambda first, second: jax.nn.sigmoid(first - second), reference, gold)
-    _, best = soft_policy(frozen.gold, frozen, beta, tree=tree)
+    trajectory_log_prob, reference = tree.log_prob(log_policy), tree.log_prob(log_reference)
+    gold = _gold_returns(tree, frozen)
+    true_return = jnp.mean(exact.mean_under(trajectory_log_prob, gold))
+    kl = _discounted_mean(tree, trajectory_log_prob, log_policy - log_reference, frozen)
+    wins = exact.win_rates(reference, gold)
+    _, best_value = soft_policy(frozen.gold, frozen, beta, tree=tree)
     return exact.PolicyEvaluation(
         true_return=true_return,
-        win_rate=jnp.mean(exact.mean_under(own, beaten)),
+        win_rate=jnp.mean(exact.mean_under(trajectory_log_prob, wins)),
         kl=kl,
-        entropy=-_discounted_mean(tree, own, log_policy, frozen),
-        gap=jnp.mean(best) - (true_return - beta * kl),
+        entropy=-_discounted_mean(tree, trajectory_log_prob, log_policy, frozen),
+        gap=jnp.mean(best_value) - (true_return - beta * kl),
     )
-
-
-def _coupled_costs(objective: Objective, choice: Choice, returns: jax.Array, gold: jax.Array) -> jax.Array:
-    """Returns the expected coupled cost of every pair, `[B, P, P]`, from returns `[B, P]`."""
-
-    def both(table):
-        return jnp.stack(jnp.broadcast_arrays(table[:, :, None], table[:, None, :]), axis=-1)
-
-    labels = jnp.repeat(preference(both(gold), choice)[..., None], objective.labels, axis=-1)
-    return objective.at(both(returns), labels).coupled
 
 
 def _gold_returns(tree: Tree, frozen: Episodes) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Tabular Markov decision processes: soft optima, policy evaluation and visits exactly, rollouts by `lax.scan`.
+"""Tabular Markov decision processes: exact soft optima, policy values and occupancies; rollouts by `lax.scan`.
 
-Shape legend: `S` states, `A` actions, `C` contexts (processes that differ, one a goal say), `N` episodes, `T` steps.
-Everything here is written for one context; `jax.vmap` maps it over contexts and seeds.
+Shape legend: `S` states, `A` actions, `C` contexts (different processes, for example one per goal), `N` episodes, `T`
+steps. Functions are written for one context; use `jax.vmap` over contexts and seeds.
 
-    V(s) = sum_a pi(a | s) [r(s, a) - b log pi(a | s) + gamma (1 - ends(s)) sum_s' P(s' | s, a) V(s')]
+    V(s) = sum_a pi(a | s) [r(s, a) - b log pi(a | s) + gamma (1 - terminal(s)) sum_s' P(s' | s, a) V(s')]
 
-with `b` the entropy's weight. Discounted sums are infinite, cut only by states that end the episode.
+with `b` the weight of the entropy. The horizon is infinite; only terminal states end an episode.
 """
 
 import functools
@@ -24,13 +24,13 @@ class TabularMDP(NamedTuple):
     Attributes:
         transition: `[S, A, S]`, probability of the next state; rows sum to 1.
         start: `[S]`, probability of the first state.
-        ends: `[S]`, 1 where the episode is over once a step was taken (and rewarded) there, else 0.
-        discount: `[]`, gamma; below 1, or every policy must reach an ending state.
+        terminal: `[S]`, 1 where the episode ends after a step was taken (and rewarded) in this state, else 0.
+        discount: `[]`, gamma; below 1, or every policy must reach a terminal state.
     """
 
     transition: jax.Array
     start: jax.Array
-    ends: jax.Array
+    terminal: jax.Array
     discount: jax.Array
 
 
@@ -54,8 +54,8 @@ class Rollouts(NamedTuple):
     Attributes:
         states: int.
         actions: int.
-        log_prob: of each action under the policy that took it, in nats.
-        alive: 1 on the steps taken, 0 after the end.
+        log_prob: of each action under the policy that chose it, in nats.
+        alive: 1 until the episode ends, 0 after.
     """
 
     states: jax.Array
@@ -65,17 +65,17 @@ class Rollouts(NamedTuple):
 
 
 def check(mdp: TabularMDP, *, name: str = "the environment") -> None:
-    """Refuses arrays that are no Markov decision process; for concrete values, outside of a trace.
+    """Checks that the arrays are a Markov decision process; they must be concrete, so call it outside of a trace.
 
     Raises:
         ValueError: naming the environment and the field whose shape or values are wrong.
     """
-    transition, start, ends, discount = (np.asarray(leaf) for leaf in mdp)
+    transition, start, terminal, discount = (np.asarray(leaf) for leaf in mdp)
     states = transition.shape[-1]
     for field, array, shape in (
         ("transition", transition, (*transition.shape[:-3], states, transition.shape[-2], states)),
         ("start", start, (*transition.shape[:-3], states)),
-        ("ends", ends, (*transition.shape[:-3], states)),
+        ("terminal", terminal, (*transition.shape[:-3], states)),
     ):
         if array.shape != shape:
             raise ValueError(f"{name}: {field} has the shape {array.shape}, expected {shape}.")
@@ -87,24 +87,25 @@ def check(mdp: TabularMDP, *, name: str = "the environment") -> None:
     if not np.all((discount > 0) & (discount <= 1)):
         raise ValueError(f"{name}: discount must lie in (0, 1], got {discount}.")
     if np.any(discount == 1):
-        _check_endings(transition, ends, name)
+        _check_termination(transition, terminal, name)
 
 
-def _check_endings(transition: np.ndarray, ends: np.ndarray, name: str) -> None:
-    """Refuses undiscounted processes in which some policy never ends."""
-    safe = ends > 0
-    for _ in range(ends.shape[-1]):
-        # A state is safe once every action leads to a safe state with positive probability.
-        safe = safe | np.all(np.einsum("...sat,...t->...sa", transition, safe.astype(float)) > 0, axis=-1)
-    if not np.all(safe):
-        state = np.argwhere(~safe)[0].tolist()
+def _check_termination(transition: np.ndarray, terminal: np.ndarray, name: str) -> None:
+    """Refuses undiscounted processes in which some policy may never reach a terminal state."""
+    terminates = terminal > 0
+    for _ in range(terminal.shape[-1]):
+        # A state terminates if every action leads to such a state with positive probability.
+        reached = np.einsum("...sat,...t->...sa", transition, terminates.astype(float)) > 0
+        terminates = terminates | np.all(reached, axis=-1)
+    if not np.all(terminates):
+        state = np.argwhere(~terminates)[0].tolist()
         raise ValueError(
             f"{name}: discount is 1 and an episode may never end (from state {state}); discount it or let states end."
         )
 
 
 def check_reward(reward: jax.Array, mdp: TabularMDP, *, name: str = "the environment") -> None:
-    """Refuses a reward that does not fit the process, or holds values that are not finite; for concrete values.
+    """Checks that a concrete reward has the shape `[S, A]` of the process and finite values.
 
     Raises:
         ValueError: naming the environment and what is wrong.
@@ -119,9 +120,14 @@ def check_reward(reward: jax.Array, mdp: TabularMDP, *, name: str = "the environ
         raise ValueError(f"{name}: reward is not finite at {state}.")
 
 
+def at_actions(log_policy: jax.Array, actions: jax.Array) -> jax.Array:
+    """Returns the entries `[...]` of `log_policy` `[..., A]` at integer actions `[...]`."""
+    return jnp.take_along_axis(log_policy, actions[..., None], axis=-1)[..., 0]
+
+
 def action_values(reward: jax.Array, value: jax.Array, mdp: TabularMDP) -> jax.Array:
-    """Returns `Q(s, a) = r(s, a) + gamma (1 - ends(s)) E V(s')`, `[S, A]`."""
-    return reward + (mdp.discount * (1.0 - mdp.ends))[:, None] * (mdp.transition @ value)
+    """Returns `Q(s, a) = r(s, a) + gamma (1 - terminal(s)) E V(s')`, `[S, A]`."""
+    return reward + (mdp.discount * (1.0 - mdp.terminal))[:, None] * (mdp.transition @ value)
 
 
 def soft_value_iteration(
@@ -142,11 +148,11 @@ def soft_policy_iteration(
     entropy_weight: float | jax.Array,
     *,
     start: jax.Array | None = None,
-    most: int = 50,
+    max_iterations: int = 50,
 ) -> SoftOptimum:
-    """Returns the soft optimum by evaluation and improvement in turns, Newton's method on the soft Bellman equation.
+    """Returns the soft optimum by alternating evaluation and improvement: Newton's method on the soft Bellman equation.
 
-    It converges quadratically: from scratch about eight linear systems, from a policy near by two or three, where value
+    It converges quadratically: about eight linear systems from scratch, two or three from a nearby policy, where value
     iteration needs `log(1 / error) / (1 - gamma)` sweeps. Differentiable in the reward, the process and the weight to any
     order, through the fixed point and not through the iterations.
 
@@ -154,34 +160,34 @@ def soft_policy_iteration(
         reward: `[S, A]`.
         mdp: the process.
         entropy_weight: b, positive.
-        start: `[S, A]`, log-probabilities of the policy to begin at; uniform by default.
-        most: iterations at most. It stops where a step changes no value by more than sqrt(machine epsilon) b, and the
-            next would change it by the square of that.
+        start: `[S, A]`, log-probabilities of the initial policy; uniform by default.
+        max_iterations: it stops earlier once no value changes by more than sqrt(machine epsilon) b: the next step would
+            change it by the square of that.
     """
     start = jnp.full_like(reward, -jnp.log(reward.shape[-1])) if start is None else start
 
     def bellman_error(value):
         return _soft_max(action_values(reward, value, mdp), entropy_weight) - value
 
-    def solve(_, value):
-        # Within custom_root nothing is differentiated.
+    def iterate(_, value):
+        # custom_root does not differentiate through this function.
         epsilon = jnp.finfo(value.dtype).eps
 
         def improve(carry):
             value, _, count = carry
             log_policy = jax.nn.log_softmax(action_values(reward, value, mdp) / entropy_weight)
-            better = soft_policy_value(reward, log_policy, mdp, entropy_weight)
-            return better, jnp.max(jnp.abs(better - value)), count + 1
+            improved = soft_policy_value(reward, log_policy, mdp, entropy_weight)
+            return improved, jnp.max(jnp.abs(improved - value)), count + 1
 
         def unfinished(carry):
             value, change, count = carry
-            enough = jnp.maximum(jnp.sqrt(epsilon) * entropy_weight, 8 * epsilon * jnp.max(jnp.abs(value)))
-            return (change > enough) & (count < most)
+            tolerance = jnp.maximum(jnp.sqrt(epsilon) * entropy_weight, 8 * epsilon * jnp.max(jnp.abs(value)))
+            return (change > tolerance) & (count < max_iterations)
 
         return jax.lax.while_loop(unfinished, improve, (value, jnp.asarray(jnp.inf, value.dtype), 0))[0]
 
-    first = jax.lax.stop_gradient(soft_policy_value(reward, start, mdp, entropy_weight))
-    value = jax.lax.custom_root(bellman_error, first, solve, _solve_dense)
+    initial = jax.lax.stop_gradient(soft_policy_value(reward, start, mdp, entropy_weight))
+    value = jax.lax.custom_root(bellman_error, initial, iterate, _solve_tangent)
     return _optimum(reward, value, mdp, entropy_weight)
 
 
@@ -193,14 +199,14 @@ def soft_policy_value(
 
 
 def policy_value(reward: jax.Array, log_policy: jax.Array, mdp: TabularMDP) -> jax.Array:
-    """Returns the expected discounted reward from each state, `[S]`, of a policy `[S, A]`: exact evaluation."""
+    """Returns the expected discounted reward from each state, `[S]`, of a policy `[S, A]`, exactly."""
     policy = jnp.exp(log_policy)
-    return solve(_discounted_chain(policy, mdp), jnp.sum(policy * reward, axis=-1))
+    return solve_fixed_point(_discounted_transition(policy, mdp), jnp.sum(policy * reward, axis=-1))
 
 
 def occupancy(log_policy: jax.Array, mdp: TabularMDP) -> jax.Array:
     """Returns `d(s) = sum_t gamma^t P(s_t = s, alive)`, `[S]`: a return is `sum_s d(s) sum_a pi(a | s) r(s, a)`."""
-    return solve(_discounted_chain(jnp.exp(log_policy), mdp).T, mdp.start)
+    return solve_fixed_point(_discounted_transition(jnp.exp(log_policy), mdp).T, mdp.start)
 
 
 def advantage(reward: jax.Array, log_policy: jax.Array, mdp: TabularMDP) -> jax.Array:
@@ -212,88 +218,90 @@ def advantage(reward: jax.Array, log_policy: jax.Array, mdp: TabularMDP) -> jax.
 def roll_out(key: Key, log_policy: jax.Array, mdp: TabularMDP, *, episodes: int, steps: int) -> Rollouts:
     """Draws episodes of at most `steps` steps. Consumes the key.
 
-    A step costs two draws by inverse distribution functions; the steps of an episode that has ended count as none.
+    Actions and states are drawn by inverting cumulative distributions; steps after the end have `alive` 0.
     """
-    of_actions = jnp.cumsum(jnp.exp(log_policy), axis=-1)
-    of_states = jnp.cumsum(mdp.transition, axis=-1)
+    action_cdf = jnp.cumsum(jnp.exp(log_policy), axis=-1)
+    state_cdf = jnp.cumsum(mdp.transition, axis=-1)
 
     def draw(cumulative, uniform):
-        # The last entry is 1 up to rounding, so the search stays within the axis.
+        # Scaled by the last entry, which is 1 only up to rounding, so that the index stays in range.
         return jnp.sum(uniform[:, None] * cumulative[:, -1:] >= cumulative, axis=-1).astype(jnp.int32)
 
     def step(carry, key):
         state, alive = carry
-        uniform = jax.random.uniform(key, (2, episodes), of_actions.dtype)
-        action = draw(of_actions[state], uniform[0])
-        following = draw(of_states[state, action], uniform[1])
-        seen = (state, action, log_policy[state, action], alive)
-        return (following, alive * (1.0 - mdp.ends[state])), seen
+        uniform = jax.random.uniform(key, (2, episodes), action_cdf.dtype)
+        action = draw(action_cdf[state], uniform[0])
+        next_state = draw(state_cdf[state, action], uniform[1])
+        record = (state, action, log_policy[state, action], alive)
+        return (next_state, alive * (1.0 - mdp.terminal[state])), record
 
     start_key, key = jax.random.split(key)
-    of_starts = jnp.broadcast_to(jnp.cumsum(mdp.start), (episodes, len(mdp.start)))
-    first = draw(of_starts, jax.random.uniform(start_key, (episodes,), of_starts.dtype))
-    alive = jnp.ones(episodes, of_actions.dtype)
-    _, seen = jax.lax.scan(step, (first, alive), jax.random.split(key, steps))
-    states, actions, log_prob, alive = (leaf.T for leaf in seen)
+    start_cdf = jnp.broadcast_to(jnp.cumsum(mdp.start), (episodes, len(mdp.start)))
+    start = draw(start_cdf, jax.random.uniform(start_key, (episodes,), start_cdf.dtype))
+    alive = jnp.ones(episodes, action_cdf.dtype)
+    _, history = jax.lax.scan(step, (start, alive), jax.random.split(key, steps))
+    states, actions, log_prob, alive = (leaf.T for leaf in history)
     return Rollouts(states, actions, log_prob * alive, alive)
 
 
-ELIMINATED = 24
-"""States up to which a system is solved by elimination written out, which fuses with what is around it."""
+MAX_UNROLLED_STATES = 24
+"""Systems of at most this many states are solved by unrolled elimination, which XLA fuses with the surrounding code."""
 
 
-def solve(chain: jax.Array, right: jax.Array) -> jax.Array:
-    """Returns the solution `[S]` of `x = chain x + right`, differentiable in both; safe to vmap within jit on a CPU.
+def solve_fixed_point(matrix: jax.Array, constant: jax.Array) -> jax.Array:
+    """Returns the solution `[S]` of `x = matrix x + constant`, differentiable in both; safe to vmap within jit on a CPU.
 
-    The chain `[S, S]` is non-negative and dies out (its powers go to 0), as `gamma P` and its transpose do, or `P` where
+    The matrix `[S, S]` must be non-negative with powers that go to 0, as `gamma P` and its transpose are, or `P` where
     every episode ends.
     """
-    if len(chain) <= ELIMINATED:
-        among = _powers(jax.lax.stop_gradient(chain))
-        solve, transpose_solve = (lambda right, paths=paths: right + paths @ right for paths in (among, among.T))
+    if len(matrix) <= MAX_UNROLLED_STATES:
+        powers = _sum_of_powers(jax.lax.stop_gradient(matrix))
+        solve, transpose_solve = (
+            lambda constant, powers=powers: constant + powers @ constant for powers in (powers, powers.T)
+        )
     else:
-        matrix = jnp.eye(len(chain), dtype=chain.dtype) - chain
-        solve, transpose_solve = (functools.partial(_factorise_and_solve, each) for each in (matrix, matrix.T))
+        system = jnp.eye(len(matrix), dtype=matrix.dtype) - matrix
+        solve, transpose_solve = (functools.partial(_factorise_and_solve, side) for side in (system, system.T))
     return jax.lax.custom_linear_solve(
-        lambda vector: vector - chain @ vector,
-        right,
-        solve=lambda _, right: solve(right),
-        transpose_solve=lambda _, right: transpose_solve(right),
+        lambda vector: vector - matrix @ vector,
+        constant,
+        solve=lambda _, constant: solve(constant),
+        transpose_solve=lambda _, constant: transpose_solve(constant),
     )
 
 
-def _powers(chain: jax.Array) -> jax.Array:
-    """Returns `chain + chain^2 + ...`, that is `(I - chain)^-1 - I`: what all paths from state to state are worth.
+def _sum_of_powers(matrix: jax.Array) -> jax.Array:
+    """Returns `matrix + matrix^2 + ...`, that is `(I - matrix)^-1 - I`: the total weight of all paths between states.
 
-    Step k lets paths go through state k too (Kleene 1956): elimination without pivots, in sums of numbers that are not
-    negative. Nothing in it is a constant: of those a compiler makes one for each place, and no longer sees that a loop
-    computes the same inverse twice.
+    Step k adds the paths through state k (Kleene 1956): elimination without pivots, in which every term summed is
+    non-negative. It contains no array constants on purpose: the compiler makes a separate constant at each use, and then
+    does not see that a loop computes the same inverse twice.
     """
-    for state in range(len(chain)):
-        chain = chain + jnp.outer(chain[:, state], chain[state] / (1.0 - chain[state, state]))
-    return chain
+    for state in range(len(matrix)):
+        matrix = matrix + jnp.outer(matrix[:, state], matrix[state] / (1.0 - matrix[state, state]))
+    return matrix
 
 
 @jax.custom_batching.sequential_vmap
-def _one_by_one(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.linalg.solve(matrix, right)
+def _solve_sequentially(system: jax.Array, constant: jax.Array) -> jax.Array:
+    return jnp.linalg.solve(system, constant)
 
 
-def _factorise_and_solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    # A batched factorisation waits for itself in XLA's thread pool on CPUs of few cores (jax-ml/jax#24219); one after
-    # the other they are as fast.
-    return jax.lax.platform_dependent(matrix, right, cpu=_one_by_one, default=jnp.linalg.solve)
+def _factorise_and_solve(system: jax.Array, constant: jax.Array) -> jax.Array:
+    # A batched factorisation can deadlock in XLA's thread pool on CPUs with few cores (jax-ml/jax#24219); solving one
+    # after another is as fast.
+    return jax.lax.platform_dependent(system, constant, cpu=_solve_sequentially, default=jnp.linalg.solve)
 
 
-def _solve_dense(linear, right: jax.Array) -> jax.Array:
-    # The function is that of a Bellman error: discounted next values less the value.
-    return solve(jax.jacfwd(lambda vector: linear(vector) + vector)(right), -right)
+def _solve_tangent(linear_error, constant: jax.Array) -> jax.Array:
+    # linear_error is a linearised Bellman error, `matrix x - x`; its matrix is that of discounted next values.
+    return solve_fixed_point(jax.jacfwd(lambda vector: linear_error(vector) + vector)(constant), -constant)
 
 
-def _discounted_chain(policy: jax.Array, mdp: TabularMDP) -> jax.Array:
-    """Returns `gamma diag(1 - ends) P_pi`, `[S, S]`."""
-    chain = jnp.einsum("sa,sat->st", policy, mdp.transition)
-    return mdp.discount * (chain - mdp.ends[:, None] * chain)
+def _discounted_transition(policy: jax.Array, mdp: TabularMDP) -> jax.Array:
+    """Returns `gamma diag(1 - terminal) P_pi`, `[S, S]`."""
+    transition = jnp.einsum("sa,sat->st", policy, mdp.transition)
+    return mdp.discount * (transition - mdp.terminal[:, None] * transition)
 
 
 def _soft_max(values: jax.Array, entropy_weight: float | jax.Array) -> jax.Array:
@@ -301,5 +309,5 @@ def _soft_max(values: jax.Array, entropy_weight: float | jax.Array) -> jax.Array
 
 
 def _optimum(reward: jax.Array, value: jax.Array, mdp: TabularMDP, entropy_weight: float | jax.Array) -> SoftOptimum:
-    values = action_values(reward, value, mdp)
-    return SoftOptimum(jax.nn.log_softmax(values / entropy_weight, axis=-1), value, values)
+    action_value = action_values(reward, value, mdp)
+    return SoftOptimum(jax.nn.log_softmax(action_value / entropy_weight, axis=-1), value, action_value)

@@ -54,7 +54,7 @@ def expected_annotator(score: Score, *, labels: int = 1, choice: Choice = BRADLE
 
 
 def counted_annotator(score: Score, *, choice: Choice = BRADLEY_TERRY) -> Annotator:
-    """As `gold_annotator`, for samples that list every pair with the share of its draws: the mean of that many labels.
+    """As `gold_annotator`, for samples that list every pair with its fraction of the draws: the mean of that many labels.
 
     The label of a pair drawn n times is Binomial(n, P) / n; a pair that was not drawn has measure 0 and any label.
 
@@ -74,12 +74,11 @@ def counted_annotator(score: Score, *, choice: Choice = BRADLEY_TERRY) -> Annota
 
 
 def from_both_sides(labelled: Labelled) -> Labelled:
-    """Returns every policy-policy pair twice, `[B, 2 M]`: either response as the policy's, against the other held fixed.
+    """Returns every policy-policy pair twice, `[B, 2 M]`: each response once as the policy's, the other held fixed.
 
-    The label of the swapped pair is 1 - z. What holds the policy responsible for winning (`objectives.utility`) is then
-    self-play: its gradient is that of the win rate against the policy as it is, and not 0, as it is where both responses
-    of a pair follow the policy. All responses count in the lower level, and no label is paid for twice; `info.labels`
-    counts both sides.
+    The label of the swapped pair is 1 - z. The coupled utility is then self-play: its gradient is that of the win rate
+    against the policy held fixed, not 0 as where both responses of a pair depend on the policy. All responses count in
+    the lower level, and no label is paid for twice; `info.labels` counts both sides.
 
     A pair's two sides are each other's baseline too, which scales the gradient of a coupled cost by 2 M / (2 M - 1).
     """
@@ -101,11 +100,11 @@ def from_both_sides(labelled: Labelled) -> Labelled:
 
 
 def myopic(step_score: Score, *, decay: float) -> Score:
-    """Returns the score of an annotator who forgets: `sum_t decay^(steps left after t) score_t` (B-Pref's myopia).
+    """Returns the score of a myopic annotator: `sum_t decay^(steps left after t) score_t` (B-Pref's myopia).
 
     Args:
         step_score: `(sample, frozen) -> [B, M, 2, T]`.
-        decay: in (0, 1]; 1 remembers everything.
+        decay: in (0, 1]; 1 weights all steps alike.
 
     Raises:
         ValueError: the decay is out of range.

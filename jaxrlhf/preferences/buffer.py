@@ -1,14 +1,14 @@
-"""Labels cost more than compute: a buffer that keeps every labelled pair, as a pytree that lives on the device.
+"""A replay buffer of labelled pairs, as a pytree on the device: labels cost more than compute.
 
-A row is a prompt with its M pairs, and the log-probabilities they were sampled at, so that they can be used again by
-importance weights. Kept together, the pairs of a prompt remain each other's baselines:
+A row is a prompt with its M pairs and the log-probabilities they were sampled at, so that importance weights can reuse
+them. Kept together, the pairs of a prompt remain each other's baselines:
 
     buffer = empty(sample, labels=1, capacity=1000)
     buffer = add(buffer, labelled, step=state.step)
     labelled = draw(key, buffer, size=16)                  # for `reward_learning.fit`, or any algorithm's `update`
 
-`rows` makes every pair a row of its own, for learners who ask about some pairs of a prompt only. A buffer may begin with
-labels that exist already: add them first (`jaxrlhf.lm.offline.offline_pairs` makes them from texts).
+`rows` makes every pair a row of its own, for learners who have only some pairs of a prompt labelled. To begin with
+existing labels, add them first (`jaxrlhf.lm.offline.offline_pairs` makes them from texts).
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from jaxrlhf.base.types import Key
 
 
 class PreferenceBuffer(NamedTuple):
-    """A ring: the oldest rows go first.
+    """A ring buffer: new rows overwrite the oldest.
 
     Attributes:
-        pairs: `B` is the capacity; rows never filled are zeros, their labels `SKIPPED`.
+        pairs: `B` is the capacity; empty rows are zeros, their labels `SKIPPED`.
         step: `[capacity]` int32, when a row was added.
         added: `[]` int32, rows ever added.
     """
@@ -36,11 +36,11 @@ class PreferenceBuffer(NamedTuple):
 
     @property
     def filled(self) -> jax.Array:
-        """Rows that the buffer holds, `[]`."""
+        """Number of rows that the buffer holds, `[]`."""
         return jnp.minimum(self.added, len(self.step))
 
     def age(self, step: jax.Array | int) -> jax.Array:
-        """Returns how many steps ago its rows were added, in the mean, `[]`; 0 while it is empty."""
+        """Returns the mean age of its rows in steps, `[]`; 0 while it is empty."""
         held = jnp.arange(len(self.step)) < self.filled
         return jnp.sum(jnp.where(held, step - self.step, 0)) / jnp.maximum(self.filled, 1)
 
@@ -78,22 +78,22 @@ def empty(sample: Sample, *, labels: int, capacity: int) -> PreferenceBuffer:
     """
     if labels < 1 or capacity < 1:
         raise ValueError(f"A buffer needs room for 1 label and 1 row at least, got {labels} and {capacity}.")
-    nothing = _by_row(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), sample)
-    # What all rows share comes with the first that are added.
-    nothing = nothing._replace(
+    zeros = _by_row(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), sample)
+    # What is common to all rows is set by the first that are added.
+    zeros = zeros._replace(
         from_policy=jnp.zeros(sample.from_policy.shape, sample.from_policy.dtype),
         num_draws=jnp.zeros(sample.num_draws.shape, sample.num_draws.dtype),
     )
-    unanswered = jnp.full((capacity, sample.measure.shape[1], labels), SKIPPED, sample.measure.dtype)
-    return PreferenceBuffer(Labelled(nothing, unanswered), jnp.zeros(capacity, jnp.int32), jnp.zeros((), jnp.int32))
+    unlabelled = jnp.full((capacity, sample.measure.shape[1], labels), SKIPPED, sample.measure.dtype)
+    return PreferenceBuffer(Labelled(zeros, unlabelled), jnp.zeros(capacity, jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def add(buffer: PreferenceBuffer, labelled: Labelled, *, step: jax.Array | int = 0) -> PreferenceBuffer:
-    """Returns the buffer with rows added; they take the places of the oldest where it is full.
+    """Returns the buffer with rows added; where it is full they overwrite the oldest.
 
     Args:
         buffer: the buffer.
-        labelled: rows, all from samples alike: as many draws a prompt, the same slots by the policy.
+        labelled: rows; all additions have the same number of draws a prompt and the same policy slots.
         step: when they were labelled, for `age`.
 
     Raises:
@@ -114,7 +114,7 @@ def add(buffer: PreferenceBuffer, labelled: Labelled, *, step: jax.Array | int =
 
 
 def draw(key: Key, buffer: PreferenceBuffer, *, size: int) -> Labelled:
-    """Returns `size` rows drawn uniformly with replacement, while the buffer is empty rows that cost nothing.
+    """Returns `size` rows drawn uniformly with replacement; from an empty buffer, rows that cost nothing.
 
     Consumes the key.
     """
@@ -123,7 +123,7 @@ def draw(key: Key, buffer: PreferenceBuffer, *, size: int) -> Labelled:
 
 
 def _by_row(function: Callable, *samples: Sample) -> Sample:
-    """Applies a function to the leaves that lead with rows; the others are the last sample's."""
+    """Applies a function to the leaves with a row axis; the others are taken from the last sample."""
     last = samples[-1]
     mapped = jax.tree.map(function, *(sample._replace(from_policy=None, num_draws=None) for sample in samples))
     return mapped._replace(from_policy=last.from_policy, num_draws=last.num_draws)

@@ -22,12 +22,12 @@ class Choice(NamedTuple):
 
     Attributes:
         temperature: in units of the score, positive; small is decisive.
-        mistake: probability in [0, 1/2] that a preference is given the wrong way round; ties are not.
+        mistake: probability in [0, 1/2] that a preference is flipped; ties are not.
         tie: half the width, in units of d, of the zone of indifference.
-        position: what being response 0 is worth, in units of d; 0 is fair.
-        skip_below: pairs whose better score is below this are skipped; None skips none. Whether a pair is skipped follows
-            from the annotator's own scores, so the likelihood of a given answer is that of an annotator who never skips. A
-            skipped pair costs nothing, which a coupled cost whose least value is 0 rewards: prefer `utility` there.
+        position: bias towards response 0, in units of d; 0 is fair.
+        skip_below: pairs whose better score is below this are skipped; None skips none. Skipping depends on the scores
+            alone, so the likelihood of a label is that of an annotator who never skips. A skipped pair costs nothing: a
+            coupled cost whose least value is 0 rewards policies that are skipped. Prefer `utility` there.
     """
 
     temperature: float = 1.0
@@ -55,7 +55,7 @@ BRADLEY_TERRY = Choice()
 
 
 def log_outcomes(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array:
-    """Returns the log-probabilities of the labels 0, 1/2 and 1 given an answer, `[..., 3]` from scores `[..., 2]`."""
+    """Returns log-probabilities `[..., 3]` of the labels 0, 1/2 and 1, given that there is one, from scores `[..., 2]`."""
     difference = (scores[..., 0] - scores[..., 1]) / choice.temperature + choice.position
     wins, loses = jax.nn.log_sigmoid(difference - choice.tie), jax.nn.log_sigmoid(-difference - choice.tie)
     if choice.tie > 0:

@@ -1,9 +1,8 @@
-"""Upper objectives: costs per pair, which add, each coupled to the policy or not.
+"""Upper objectives: costs per pair that can be added, each coupled to the policy or not.
 
 With `d = R(y0) - R(y1)`, `p = sigmoid(d)`, labels z (1: response 0 preferred) and P the annotator's probability of z = 1.
-A coupled cost holds the policy responsible: its expectation is minimised through the lower level's answer. An uncoupled
-cost is fitted on the pairs as they came, which is what iterated RLHF does. Pairs may be policy-policy or
-policy-reference; the problem chooses.
+The expectation of a coupled cost is differentiated through the best response. An uncoupled cost is fitted on the pairs at
+hand with the policy held fixed, as in iterated RLHF. Pairs may be policy-policy or policy-reference; the problem chooses.
 
 | objective | cost of a pair | needs | rewards | loophole when coupled |
 |---|---|---|---|---|
@@ -13,11 +12,11 @@ policy-reference; the problem chooses.
 | `utility` | -z | 1 label, policy-reference | winning against the reference | alone it fits the reward to nothing but the policy's own wins |
 
 Measured by exact descent on bandits whose reward class holds the truth (`python experiments/convergence.py --only
-objectives`; return as a share of the oracle's gain over the reference):
+objectives`; return as a fraction of the oracle's gain over the reference):
 
 - the paper's likelihood, started at the truth, lowers its own value by 0.06 while the return falls from 1.00 to 0.56;
 - Brier on policy-policy pairs is 0.0000 at returns of 1.00, 0.77 and -1.33, by the start: it cannot tell them apart;
-- utility alone at beta 0.1 never leaves a collapsed start (-1.19); with the uncoupled likelihood it does (0.99);
+- utility alone at beta 0.1 never escapes a collapsed start (-1.19); with the uncoupled likelihood it does (0.99);
 - coupled costs on policy-reference pairs lose to iterated RLHF where annotators favour a position (missing 0.11 and 0.09
   of the gain, against 0.04).
 
@@ -39,11 +38,11 @@ class Objective(NamedTuple):
     """An upper objective.
 
     Attributes:
-        pair_cost: `(returns [B, M, 2], labels [B, M, L]) -> PairCost`, for pairs that were answered.
+        pair_cost: `(returns [B, M, 2], labels [B, M, L]) -> PairCost`, for pairs that were labelled.
         kl_price: kappa, adds kappa KL(policy || reference) to the coupled part.
-        labels: labels a pair that it needs.
+        labels: how many labels a pair it needs.
         against_reference: whether response 1 must come from the reference.
-        exact_only: whether it needs the probability of an answer in place of drawn ones.
+        exact_only: whether it needs the probability of a label in place of drawn labels.
     """
 
     pair_cost: Callable[[jax.Array, jax.Array], PairCost]
@@ -61,9 +60,9 @@ class Objective(NamedTuple):
         """
         if labels.shape[-1] < self.labels:
             raise ValueError(f"The objective needs {self.labels} labels a pair, the annotator gave {labels.shape[-1]}.")
-        answered = jnp.all(labels >= 0, axis=-1)
+        labelled = jnp.all(labels >= 0, axis=-1)
         cost = self.pair_cost(returns, jnp.maximum(labels, 0.0))
-        return jax.tree.map(lambda part: jnp.where(answered, part, 0.0), cost)
+        return jax.tree.map(lambda part: jnp.where(labelled, part, 0.0), cost)
 
     def cost(self, upper: Params, reward: jax.Array, labelled: Labelled, frozen: Params) -> PairCost:
         """The `cost` of a `BilevelProblem`: the objective at the discounted returns of each pair."""
@@ -80,7 +79,7 @@ class Objective(NamedTuple):
             raise ValueError("This objective needs policy-reference pairs; set against_reference=True.")
         if self.exact_only and not exact:
             raise ValueError(
-                "This objective needs the probability of each answer, which no number of labels gives; enumerate the "
+                "This objective needs the probability of each label, which no number of labels gives; enumerate the "
                 "problem, or use brier."
             )
 
@@ -89,13 +88,13 @@ def likelihood(*, coupled: bool = True, weight: float = 1.0, choice: Choice = BR
     """Returns the negative log-likelihood of the labels, in nats, mean over labels.
 
     With the default choice it is `-z log p - (1 - z) log(1 - p)`; coupled and on policy-policy pairs that is the upper
-    objective of arXiv 2410.15610. With the annotator's own `choice` (mistakes, ties, position) the reward need not explain
-    those by differences of return.
+    objective of arXiv 2410.15610. With the annotator's own `choice` (mistakes, ties, position) they need not be
+    explained by differences of return.
 
     Args:
-        coupled: whether the policy is held responsible.
+        coupled: whether it is differentiated through the best response.
         weight: factor of the cost.
-        choice: how the annotator is taken to choose. Labels between the outcomes 0, 1/2 (a tie) and 1 cost the linear
+        choice: the assumed choice model of the annotator. Labels between the outcomes 0, 1/2 (a tie) and 1 cost the linear
             interpolation, so expected labels are exact unless there are ties.
 
     Raises:
@@ -122,7 +121,7 @@ def likelihood(*, coupled: bool = True, weight: float = 1.0, choice: Choice = BR
 
 
 def excess_likelihood(*, coupled: bool = True, weight: float = 1.0) -> Objective:
-    """Returns KL(P, p) in nats: the likelihood less the entropy of the label, so that a right reward costs nothing.
+    """Returns KL(P, p) in nats: the likelihood less the entropy of the label: a correct reward costs nothing.
 
     Exact problems only: labels must be probabilities. The entropy of a label cannot be estimated without bias from two
     draws; `brier` is the objective with this property that can.
@@ -147,7 +146,7 @@ def brier(*, coupled: bool = True, weight: float = 1.0) -> Objective:
 
 
 def utility(*, kl_price: float | jax.Array, weight: float = 1.0) -> Objective:
-    """Returns `weight (-win rate against the reference + kl_price KL)`, always coupled: it holds no reward to fit.
+    """Returns `weight (-win rate against the reference + kl_price KL)`, always coupled: it has no reward to fit.
 
     Near the reference the win rate rises by a quarter of the gold reward's gain (the slope of the sigmoid at 0), so
     `kl_price = beta / 4` asks for the trade-off between reward and KL that the lower level makes.
@@ -161,7 +160,7 @@ def utility(*, kl_price: float | jax.Array, weight: float = 1.0) -> Objective:
 
 
 def add(*objectives: Objective) -> Objective:
-    """Returns the sum: costs and KL prices add, the strictest need wins."""
+    """Returns the sum: costs and KL prices add, and the strictest requirement holds."""
     if not objectives:
         raise ValueError("add needs at least one objective.")
 

@@ -1,1 +1,1 @@
-"""The edge of the program: jit, shardings and donation; the loop; what a run writes."""
+"""jit, shardings and donation; the training loop; checkpoints, metrics and reports of a run."""

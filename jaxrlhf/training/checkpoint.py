@@ -1,12 +1,12 @@
-"""Checkpoints of a run (Orbax, asynchronous): all that it needs to go on, as one atomic unit.
+"""Checkpoints of a run (Orbax, asynchronous): everything that it needs to resume, saved atomically.
 
-A checkpoint holds a tree of arrays (states, optimisers, a buffer, a sample whose labels are still awaited) and notes in
-JSON (iterator states, counts, the phase inside the step). It is written beside the training, and is there or not there:
-a process that is killed leaves the ones before it.
+A checkpoint holds a tree of arrays (states, optimisers, a buffer, a sample whose labels are pending) and notes in JSON
+(iterator states, counts, the phase within the step). It is written in the background, and completely or not at all: a
+killed process leaves the previous ones intact.
 
-Each array has a fingerprint, a sum over its bits modulo 2^32 that does not depend on how it is spread over devices.
-Restoring compares them: a checkpoint that was damaged on the disk is named, moved aside and never used, and the one
-before it is.
+Each array has a fingerprint, a sum over its bits modulo 2^32 that does not depend on its sharding. Restoring compares
+fingerprints: a checkpoint that was damaged on the disk is reported, moved aside and never used; the previous one is used
+instead.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxrlhf.base.types import Params
 
 VERSION = 1
-"""Of what a checkpoint holds besides its arrays."""
+"""Version of a checkpoint's metadata."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held: its step, its arrays as the given shapes say, its notes."""
+    """A restored checkpoint: its step, its arrays with the requested shardings, its notes."""
 
     step: int
     arrays: Params
@@ -39,7 +39,7 @@ class Restored(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 class Checkpoints:
@@ -55,15 +55,15 @@ class Checkpoints:
         keep: int = 2,
         keep_best: int = 0,
     ):
-        """Opens the folder, which is made where it is missing.
+        """Opens the folder; creates it if necessary.
 
         Args:
-            folder: of the checkpoints alone.
-            identity: what must be the same when the run goes on, such as the model's shape and the algorithm; in JSON's
+            folder: for these checkpoints only.
+            identity: what must not change when the run is resumed, such as the model's shape and the algorithm; in JSON's
                 types.
-            every_steps, every_seconds: how often `due` says yes; either may be None.
-            keep: of the last ones.
-            keep_best: of those with the largest `score`, beside the last.
+            every_steps, every_seconds: intervals of `due`; either may be None.
+            keep: number of latest checkpoints to keep.
+            keep_best: number of checkpoints with the largest `score` to keep besides.
 
         Raises:
             ValueError: a number is out of range.
@@ -86,37 +86,37 @@ class Checkpoints:
         )
         for step in self._manager.all_steps():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                self._note(step, self._told(step).get("score"))
+                self._record_score(step, self._metadata(step).get("score"))
 
     def due(self, step: int) -> bool:
-        """Returns whether it is time for a checkpoint of this step: by steps, or by seconds since the last."""
+        """Returns whether this step should be saved, by its number or by the seconds since the last checkpoint."""
         if self._every_steps is not None and step % self._every_steps == 0:
             return True
         return self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
 
     def save(self, step: int, arrays: Params, notes: Any = None, *, score: float | None = None) -> None:
-        """Begins to write a checkpoint; the arrays are copied before it returns, and may be donated then.
+        """Starts to write a checkpoint; the arrays are copied before this returns, so they may be donated afterwards.
 
         Raises:
-            OSError, ValueError: this checkpoint, or the one before it, could not be written. Those before them are whole.
+            OSError, ValueError: this checkpoint, or the previous one, could not be written. Older ones are intact.
         """
-        told = {"version": VERSION, "identity": self.identity, "notes": notes, "fingerprints": fingerprints(arrays)}
-        told |= {"score": score}
-        told["seal"] = _seal(told)
-        self._note(step, score)
+        metadata = {"version": VERSION, "identity": self.identity, "notes": notes, "fingerprints": fingerprints(arrays)}
+        metadata |= {"score": score}
+        metadata["checksum"] = _checksum(metadata)
+        self._record_score(step, score)
         self._manager.save(
             step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), told=ocp.args.JsonSave(told)),
+            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), metadata=ocp.args.JsonSave(metadata)),
             force=True,
         )
         self._saved_at = time.monotonic()
 
     def restore(self, shapes: Params) -> Restored | None:
-        """Returns the last whole checkpoint, or None where there is none.
+        """Returns the last undamaged checkpoint, or None if there are no checkpoints.
 
         Args:
-            shapes: a tree of `jax.ShapeDtypeStruct`, each with the sharding that its array shall have; another mesh or
-                number of devices than the run had before will do.
+            shapes: a tree of `jax.ShapeDtypeStruct`, each with the sharding of the restored array; the mesh and the
+                number of devices may differ from those of the saved run.
 
         Raises:
             ValueError: the checkpoints are another run's, or a newer version's, or all are damaged; nothing was changed.
@@ -124,19 +124,21 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._read(step, shapes)
+                restored = self._read(step, shapes)
             except DamagedError as error:
                 damaged.append((step, str(error)))
                 continue
             self._set_aside(damaged)
-            return found
+            return restored
         if damaged:
-            told = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
-            raise ValueError(f"No checkpoint in {self.folder} is whole ({told}). Move the folder away to begin anew.")
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
+            raise ValueError(
+                f"No checkpoint in {self.folder} is whole ({reasons}). Move the folder away to begin anew."
+            )
         return None
 
     def best(self, shapes: Params) -> Restored | None:
-        """Returns the whole checkpoint of the largest score, or None where none has one.
+        """Returns the undamaged checkpoint with the largest score, or None if none has a score.
 
         Args:
             shapes: as in `restore`.
@@ -160,72 +162,72 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and gives the folder back."""
+        """Waits until the last checkpoint is on the disk, and closes the folder."""
         self._manager.close()
 
-    def _note(self, step: int, score: float | None) -> None:
+    def _record_score(self, step: int, score: float | None) -> None:
         if score is not None and math.isfinite(score):
             self._scores[step] = score
 
     def _read(self, step: int, shapes: Params) -> Restored:
         try:
-            told = self._told(step)
+            metadata = self._metadata(step)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(_short(error)) from None
-        self._check(told, step)
+        self._check(metadata, step)
         try:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))
             arrays = self._manager.restore(step, args=args)["arrays"]
-        except Exception as error:  # whatever a reader says of bytes that are not what they were
+        except Exception as error:  # damaged bytes raise whatever the reader raises
             raise DamagedError(_short(error)) from None
         for name, value in fingerprints(arrays).items():
-            if told["fingerprints"].get(name) != value:
+            if metadata["fingerprints"].get(name) != value:
                 raise DamagedError(f"{name} is not as it was written")
-        return Restored(step, arrays, told["notes"])
+        return Restored(step, arrays, metadata["notes"])
 
-    def _told(self, step: int) -> dict[str, Any]:
-        told = self._manager.restore(step, args=ocp.args.Composite(told=ocp.args.JsonRestore()))["told"]
-        if told["seal"] != _seal(told):
+    def _metadata(self, step: int) -> dict[str, Any]:
+        metadata = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        if metadata["checksum"] != _checksum(metadata):
             raise ValueError("its notes are not as they were written")
-        return told
+        return metadata
 
-    def _check(self, told: dict[str, Any], step: int) -> None:
-        if told["version"] > VERSION:
+    def _check(self, metadata: dict[str, Any], step: int) -> None:
+        if metadata["version"] > VERSION:
             raise ValueError(
                 f"The checkpoint of step {step} in {self.folder} was written by a newer version; update jaxrlhf."
             )
-        for name in sorted({*self.identity, *told["identity"]}):
-            ours, theirs = self.identity.get(name), told["identity"].get(name)
+        for name in sorted({*self.identity, *metadata["identity"]}):
+            ours, theirs = self.identity.get(name), metadata["identity"].get(name)
             if ours != theirs:
                 raise ValueError(
                     f"The checkpoints in {self.folder} are another run's: its {name} is {theirs!r}, this one's {ours!r}. "
-                    "Name another run, or go on with the settings that it was begun with."
+                    "Name another run, or resume this one with its original settings."
                 )
 
     def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
-        """Moves what cannot be used out of the way of the steps to come."""
+        """Moves damaged checkpoints out of the way of later steps."""
         for step, reason in damaged:
-            place = self.folder / str(step)
-            other = self.folder.parent / f"{self.folder.name}-damaged-{step}-{time.time_ns()}"
+            source = self.folder / str(step)
+            target = self.folder.parent / f"{self.folder.name}-damaged-{step}-{time.time_ns()}"
             warnings.warn(
-                f"The checkpoint of step {step} is damaged ({reason}); it was moved to {other}.", stacklevel=3
+                f"The checkpoint of step {step} is damaged ({reason}); it was moved to {target}.", stacklevel=3
             )
             if jax.process_index() == 0:
                 with contextlib.suppress(FileNotFoundError):
-                    place.rename(other)
+                    source.rename(target)
         if damaged:
             self._manager.reload()
 
 
 class _Best(preservation_policy.PreservationPolicy):
-    """Keeps the checkpoints of the largest scores, also of those that an earlier process wrote."""
+    """Keeps the checkpoints with the largest scores, including those of earlier processes."""
 
     def __init__(self, scores: Mapping[int, float], count: int):
         self._scores, self._count = scores, count
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         del context
-        steps = [each.step for each in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
         scored = sorted((step for step in steps if step in self._scores), key=lambda step: self._scores[step])
         best = set(scored[-self._count :] if self._count else ())
         return [step in best for step in steps]
@@ -234,10 +236,10 @@ class _Best(preservation_policy.PreservationPolicy):
 def fingerprints(tree: Params) -> dict[str, int]:
     """Returns a number for each array of a tree, by its path: `sum_i bits_i (2 i + 1) mod 2^32` over its 32-bit words.
 
-    A flipped bit changes it, as the factors are odd; a sum of integers is the same in any order, and so on any mesh.
+    A flipped bit changes it, as the factors are odd. An integer sum is the same in any order, and so on any mesh.
     """
-    # One after the other: simulated devices share few threads, and programs that are under way together can wait for each
-    # other's devices for ever.
+    # One after the other: simulated devices share few threads, and concurrent programs can deadlock waiting for each
+    # other's devices.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): int(_fingerprint(leaf)) for path, leaf in leaves}
 
@@ -254,19 +256,19 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
     total = jnp.zeros((), jnp.uint32)
     if not words.size:
         return total
-    # The index of each word without a flat copy, which would gather what is spread over devices.
+    # The flat index of each word, without a flat copy, which would gather a sharded array.
     index = jnp.zeros(words.shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(words.ndim)):
-        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index = index + place * jnp.uint32(stride % 2**32)
+        position = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index + position * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
     return total + jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
 
 
-def _seal(told: Mapping[str, Any]) -> str:
-    plain = {name: value for name, value in told.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def _checksum(metadata: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in metadata.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _short(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a run, drawn without a display."""
+"""Figures of a run, drawn without a display (matplotlib's object-oriented API)."""
 
 import pathlib
 
@@ -10,13 +10,13 @@ COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#64473a")
 def draw_curves(
     path: pathlib.Path, panels: dict[str, tuple[str, str, dict[str, tuple[list, ...]]]], *, columns: int = 2
 ) -> None:
-    """Draws one panel an entry into one file.
+    """Draws one panel per entry into one file.
 
     Args:
         path: a .png or .svg file.
-        panels: title -> (label of x, label of y, {line's name: (xs, ys)}), or (xs, ys, lower, upper) for a
-            line with a band; an empty y value leaves a gap.
-        columns: panels a row.
+        panels: title -> (x label, y label, {line's name: (xs, ys)}), or (xs, ys, lower, upper) for a line with a band; a
+            None or NaN in ys leaves a gap.
+        columns: panels per row.
     """
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * min(columns, len(panels)), 3.3 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""A step whose result is not finite is not taken: the state stays as it was, and the run says so."""
+"""Non-finite updates are skipped: the state stays as it was, and the run reports it."""
 
 import math
 import pathlib
@@ -9,97 +9,95 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.training.processes import first, gathered
+from jaxrlhf.training.processes import gathered, is_first_process
 
 
 class Guarded(NamedTuple):
-    """Diagnostics of a step, and whether it was left out, `[]`."""
+    """Diagnostics of a step, and whether it was skipped, `[]`."""
 
     info: Any
     skipped: jax.Array
 
 
 def guarded(update: Callable[..., tuple[Any, Any]], *, state: int) -> Callable[..., tuple[Any, Guarded]]:
-    """Returns the pure `(..., state, ...) -> (state, Guarded)` that keeps the old state where the new one is not finite.
+    """Returns the pure `(..., state, ...) -> (state, Guarded)` that keeps the old state if the new one is not finite.
 
-    A NaN or an infinity in a loss or a gradient reaches parameters or optimiser, and is seen there. The step is counted
-    all the same, so that the next one has keys and data of its own.
+    A NaN or an infinity in a loss or a gradient shows up in the parameters or the optimiser state. A skipped step still
+    counts, so that the next one gets its own key and data.
 
     Args:
         update: `(..., state, ...) -> (state, info)`; the state has a `step`.
-        state: its place among the arguments.
+        state: its position among the arguments.
     """
 
     def run(*arguments):
         before, (after, info) = arguments[state], update(*arguments)
-        # A diagnostic in the state may be NaN for good: what matters is what was finite and is no more.
-        lost = [
+        # A diagnostic in the state may always be NaN; only a value that was finite and no longer is counts.
+        became_non_finite = [
             jnp.any(jnp.isfinite(old) & ~jnp.isfinite(new))
             for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
             if jnp.issubdtype(new.dtype, jnp.inexact)
         ]
-        bad = jnp.any(jnp.stack(lost))
+        bad = jnp.any(jnp.stack(became_non_finite))
         kept = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
         return kept._replace(step=after.step), Guarded(info, bad)
 
     return run
 
 
-class Patience:
-    """Counts the steps that were left out, keeps what they were given, and loses patience after several in a row.
+class SkippedSteps:
+    """Counts skipped steps, saves their data, and stops the run after several in a row.
 
     Attributes:
-        skipped: steps that were left out.
+        count: number of skipped steps.
     """
 
-    def __init__(self, folder: pathlib.Path, *, limit: int):
-        """Begins to count.
+    def __init__(self, folder: pathlib.Path, *, max_consecutive: int):
+        """Starts at zero.
 
         Args:
-            folder: where the data of such steps are written, as `step-N.npz`; made when there is one.
-            limit: of steps in a row.
+            folder: where the data of skipped steps are written, as `step-N.npz`; created when needed.
+            max_consecutive: number of consecutive skipped steps that stops the run.
 
         Raises:
-            ValueError: the limit is below 1.
+            ValueError: `max_consecutive` is below 1.
         """
-        if limit < 1:
-            raise ValueError(f"At least 1 step must fail before a run does, got {limit}.")
-        self.skipped = 0
-        self._folder, self._limit, self._row = folder, limit, 0
+        if max_consecutive < 1:
+            raise ValueError(f"At least 1 step must fail before a run does, got {max_consecutive}.")
+        self.count = 0
+        self._folder, self._max_consecutive, self._consecutive = folder, max_consecutive, 0
 
-    def take(self, step: int, found: Guarded, data: Any) -> None:
-        """Takes note of a step.
+    def record(self, step: int, result: Guarded, data: Any) -> None:
+        """Records a step.
 
         Args:
             step: its number.
-            found: what `guarded` returned for it.
-            data: its batch, a tree of arrays; None where it is no longer to be had.
+            result: what `guarded` returned for it.
+            data: its batch, a tree of arrays; None if it is no longer available.
 
         Raises:
-            ValueError: too many steps in a row were left out.
+            ValueError: too many consecutive steps were skipped.
         """
-        if not bool(found.skipped):
-            self._row = 0
+        if not bool(result.skipped):
+            self._consecutive = 0
             return
-        self._row, self.skipped = self._row + 1, self.skipped + 1
-        # All of several processes hold parts of it; one of them writes.
-        whole = jax.tree_util.tree_leaves_with_path(gathered(data))
-        if whole and first():
+        self._consecutive, self.count = self._consecutive + 1, self.count + 1
+        # Gathering involves all processes; the first one writes.
+        leaves = jax.tree_util.tree_leaves_with_path(gathered(data))
+        if leaves and is_first_process():
             self._folder.mkdir(exist_ok=True)
-            arrays: dict[str, Any] = {jax.tree_util.keystr(path).strip("."): leaf for path, leaf in whole}
+            arrays: dict[str, Any] = {jax.tree_util.keystr(path).strip("."): leaf for path, leaf in leaves}
             np.savez(self._folder / f"step-{step}.npz", **arrays)
-        if self._row >= self._limit:
-            told = {name: float(value) for name, value in found.info._asdict().items() if np.ndim(value) == 0}
-            wrong = ", ".join(f"{name} {value}" for name, value in told.items() if not math.isfinite(value))
+        if self._consecutive >= self._max_consecutive:
+            numbers = {name: float(value) for name, value in result.info._asdict().items() if np.ndim(value) == 0}
+            wrong = ", ".join(f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value))
             raise ValueError(
-                f"{self._row} steps in a row up to step {step} were not finite ({wrong or 'in the new state'}) and were "
-                f"left out; lower the learning rates. What they were given is in {self._folder}."
+                f"{self._consecutive} steps in a row up to step {step} were not finite ({wrong or 'in the new state'}) "
+                f"and were skipped; lower the learning rates. Their data is in {self._folder}."
             )
 
     def notes(self) -> list[str]:
-        """Returns what a report must say: nothing where no step was left out."""
-        if not self.skipped:
+        """Returns the sentences for the report; empty if no step was skipped."""
+        if not self.count:
             return []
-        return [
-            f"{self.skipped} steps came to something that is not finite and were left out; see {self._folder.name}."
-        ]
+        return [f"{self.count} steps were not finite and were skipped; see {self._folder.name}."]

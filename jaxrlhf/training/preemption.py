@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C, for a run of one process."""
+"""Stop requests by SIGTERM and Ctrl-C, for a run of one process."""
 
 import signal
 import threading
@@ -11,15 +11,15 @@ class Stop:
     """Whether a run was asked to stop; see `stopping`.
 
     Attributes:
-        signal: that it was asked by, 0 where none was.
+        signal: the signal that asked, 0 if none did.
     """
 
     def __init__(self):
-        """Not yet."""
+        """Not asked yet."""
         self._asked, self.signal = threading.Event(), 0
 
     def ask(self, number: int = 0) -> None:
-        """Asks for an end after the step that is under way."""
+        """Asks the run to stop after the current step."""
         self.signal = number
         self._asked.set()
 
@@ -29,23 +29,23 @@ class Stop:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """Yields what says whether to stop: SIGTERM asks for it, and so does a first Ctrl-C; a second one interrupts at once.
+    """Yields a `Stop` that SIGTERM or a first Ctrl-C sets; a second Ctrl-C interrupts at once.
 
-    Handlers can be set from the main thread only; elsewhere, in a notebook's worker, nothing asks.
+    Handlers can be set from the main thread only; in other threads (a notebook's worker) nothing sets it.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def asked(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         del frame
         stop.ask(number)
-        signal.signal(number, before[number])
+        signal.signal(number, previous[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""Several processes as one run: a TPU pod, a Slurm job, or addresses that are told.
+"""Several processes as one run: on a TPU pod, in a Slurm job, or at given addresses.
 
-Every process runs the same script on the same data and holds its part of every array. What happens on the host happens in
-the first process (files, what is printed), in each process for its share (annotators), or in all of them alike.
+Every process runs the same script on the same data and holds its shards of every array. Host work happens in the first
+process (files, printing), split over the processes (annotators), or identically in all of them.
 """
 
 import re
@@ -16,18 +16,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-BEAT = 2.0
-"""Seconds between two signs of life of a process."""
+HEARTBEAT_SECONDS = 2.0
+"""Seconds between two heartbeats of a process."""
 
-LOST = 30
-"""Seconds without one, after which a process counts as lost."""
+HEARTBEAT_TIMEOUT = 30
+"""Seconds without a heartbeat after which a process counts as lost."""
 
-TEXT = 4096
-"""Bytes of a text that one process tells the others."""
+TEXT_BYTES = 4096
+"""Maximum size of a text that one process sends to the others."""
 
 
 class ProcessAddress(NamedTuple):
-    """The first process's address, the number of processes, and this one's, from 0."""
+    """The first process's address, the number of processes, and this one's index, from 0."""
 
     address: str
     count: int
@@ -35,159 +35,170 @@ class ProcessAddress(NamedTuple):
 
 
 class SharedError(ValueError):
-    """Raised in all processes alike, which are still together."""
+    """Raised in all processes at the same point, so that they can still communicate."""
 
 
 def parse_process_address(text: str) -> ProcessAddress | None:
-    """Returns the place that a line such as `10.0.0.1:1234,4,0` says; None for `auto`, which asks the environment.
+    """Parses a text such as `10.0.0.1:1234,4,0`; returns None for `auto`, which detects the address.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if text == "auto":
         return None
-    found = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
-    if not found or not int(found[3]) < int(found[2]):
+    match = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
+    if not match or not int(match[3]) < int(match[2]):
         raise ValueError(
-            f"Processes are told as auto or HOST:PORT,COUNT,INDEX with an index below the count, not {text!r}."
+            f"Processes are given as auto or HOST:PORT,COUNT,INDEX with an index below the count, not {text!r}."
         )
-    return ProcessAddress(found[1], int(found[2]), int(found[3]))
+    return ProcessAddress(match[1], int(match[2]), int(match[3]))
 
 
-def connect(place: ProcessAddress | None, *, seconds: int = 300) -> None:
-    """Joins this process to the others. To be called before anything is computed.
+def connect(address: ProcessAddress | None, *, seconds: int = 300) -> None:
+    """Connects this process to the others. Must be called before any computation.
 
-    A process that dies takes the others with it within `LOST` seconds, with a message of JAX's coordination service; where
-    that is not the first to notice, `lost` says who is gone.
+    If a process dies, JAX's coordination service ends the others within `HEARTBEAT_TIMEOUT` seconds, with a message of its
+    own; if a collective fails first, `lost_processes` says which processes are gone.
 
     Args:
-        place: of this process; None asks the environment: of a TPU pod, Slurm, Open MPI, or Kubernetes.
+        address: of this process; None detects it: on a TPU pod, or under Slurm, Open MPI or Kubernetes.
         seconds: to wait for the others.
 
     Raises:
-        ValueError: the environment says nothing, or not all processes came.
+        ValueError: no address was detected, or not all processes connected.
     """
-    told: dict[str, Any] = {}
-    if place is not None:
-        if place.index:
-            _wait_for(place.address, seconds)
-        told = {"coordinator_address": place.address, "num_processes": place.count, "process_id": place.index}
+    options: dict[str, Any] = {}
+    if address is not None:
+        if address.index:
+            _wait_for(address.address, seconds)
+        options = {
+            "coordinator_address": address.address,
+            "num_processes": address.count,
+            "process_id": address.index,
+        }
     try:
-        jax.distributed.initialize(**told, initialization_timeout=seconds, heartbeat_timeout_seconds=LOST)
+        jax.distributed.initialize(
+            **options, initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+        )
     except ValueError as error:
         raise ValueError(
-            f"This is no place where several processes are known ({error}); tell them with HOST:PORT,COUNT,INDEX."
+            f"The addresses of the processes cannot be detected here ({error}); give HOST:PORT,COUNT,INDEX."
         ) from None
     except RuntimeError as error:
-        where = "the first process" if place is None else place.address
-        raise ValueError(f"Not all processes came to {where} within {seconds} s ({_short(error)}).") from None
-    beat = threading.Thread(target=_beat, daemon=True)
-    beat.start()
+        first = "the first process" if address is None else address.address
+        raise ValueError(f"Not all processes connected to {first} within {seconds} s ({_short(error)}).") from None
+    threading.Thread(target=_send_heartbeats, daemon=True).start()
 
 
-def first() -> bool:
-    """Returns whether this is the process that writes and speaks."""
+def is_first_process() -> bool:
+    """Returns whether this is the first process, which writes files and prints."""
     return jax.process_index() == 0
 
 
-def lost(*, seconds: float = 5 * BEAT) -> list[int]:
-    """Returns the processes that gave no sign of life for some seconds; the first, if it is not to be reached."""
+def lost_processes(*, seconds: float = 5 * HEARTBEAT_SECONDS) -> list[int]:
+    """Returns the processes without a heartbeat for some seconds; the first process if it cannot be reached."""
     client = _client()
     if client is None:
         return []
     try:
-        before = _beats(client)
+        before = _heartbeats(client)
         time.sleep(seconds)
-        after = _beats(client)
+        after = _heartbeats(client)
     except RuntimeError:
         return [0]
     return [index for index in range(jax.process_count()) if before.get(index) == after.get(index)]
 
 
-def told_of_lost(error: BaseException) -> str:
-    """Returns a sentence on an error that broke what the processes did together."""
-    gone = [f"process {index}" for index in lost()]
-    told = (
+def lost_processes_message(error: BaseException) -> str:
+    """Returns the message for an error that a collective raised: which processes are gone, and the remedy."""
+    gone = [f"process {index}" for index in lost_processes()]
+    reason = (
         f"{', '.join(gone)} of {jax.process_count()} {'is' if len(gone) == 1 else 'are'} gone"
         if gone
-        else "of no known cause"
+        else "the cause is unknown"
     )
-    return f"The processes cannot go on together: {told} ({_short(error)}). Start all of them again with --resume."
+    return f"The processes cannot go on together: {reason} ({_short(error)}). Start all of them again with --resume."
 
 
-def from_first(make: Callable[[], str]) -> str:
-    """Returns the text that the first process makes, in all of them.
+def broadcast_text(make: Callable[[], str]) -> str:
+    """Returns in all processes the text that `make` returns in the first.
 
     Raises:
-        SharedError: what the first process raised as a ValueError.
+        SharedError: `make` raised a ValueError in the first process.
     """
     if jax.process_count() == 1:
         return make()
     text = ""
-    if first():
+    if is_first_process():
         try:
             text = "+" + make()
         except ValueError as error:
             text = "-" + str(error)
-    row = np.zeros(TEXT, np.uint8)
-    written = text.encode()[:TEXT]
-    row[: len(written)] = np.frombuffer(written, np.uint8)
-    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(row))).rstrip(b"\0").decode(errors="ignore")
-    if told.startswith("-"):
-        raise SharedError(told[1:])
-    return told[1:]
+    text = _decode(np.asarray(multihost_utils.broadcast_one_to_all(_encode(text, TEXT_BYTES))))
+    if text.startswith("-"):
+        raise SharedError(text[1:])
+    return text[1:]
 
 
 def gathered(tree: Any) -> Any:
-    """Returns a tree of arrays on the host, whole in every process."""
+    """Returns a tree of arrays on the host, the full arrays in every process."""
 
-    def one(leaf):
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
-        return np.asarray(leaf) if whole else multihost_utils.process_allgather(leaf, tiled=True)
+    def gather(leaf):
+        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+        return np.asarray(leaf) if local else multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(gather, tree)
 
 
-def shared(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function of texts of which each process answers its share, and all know all answers.
+def split_over_processes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function of texts split over the processes: each evaluates its part, and all get all values.
 
     Raises:
-        SharedError: when called, where it failed in some process.
+        SharedError: when called, if the function failed in some process.
     """
 
-    def answer_share(*texts: Sequence[str]) -> list[float]:
+    def split_function(*texts: Sequence[str]) -> list[float]:
         count, processes = len(texts[0]), jax.process_count()
         width = -(-count // processes)
-        begin = width * jax.process_index()
-        failed, given = "", np.full(width, np.nan)
+        start = width * jax.process_index()
+        failure, values = "", np.full(width, np.nan)
         try:
-            own = answer(*[list(column[begin : begin + width]) for column in texts]) if begin < count else []
-            given[: len(own)] = [np.nan if value is None else value for value in own]
+            own = function(*[list(column[start : start + width]) for column in texts]) if start < count else []
+            values[: len(own)] = [np.nan if value is None else value for value in own]
         except (ValueError, TypeError, OSError) as error:
-            failed = f"process {jax.process_index()}: {error}"
-        _raise_together(failed)
-        return np.asarray(multihost_utils.process_allgather(given)).ravel()[:count].tolist()
+            failure = f"process {jax.process_index()}: {error}"
+        _raise_together(failure)
+        return np.asarray(multihost_utils.process_allgather(values)).ravel()[:count].tolist()
 
-    return answer if jax.process_count() == 1 else answer_share
+    return function if jax.process_count() == 1 else split_function
 
 
-def agreed(values: np.ndarray) -> np.ndarray:
-    """Returns the first process's array, which has the same shape in all of them."""
+def broadcast_array(values: np.ndarray) -> np.ndarray:
+    """Returns the first process's array in all of them; shapes must agree."""
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def _raise_together(failed: str) -> None:
-    row = np.zeros(TEXT // 8, np.uint8)
-    written = failed.encode()[: len(row)]
-    row[: len(written)] = np.frombuffer(written, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row))
-    told = [bytes(each).rstrip(b"\0").decode(errors="ignore") for each in rows]
-    if any(told):
-        raise SharedError("; ".join(each for each in told if each))
+def _raise_together(failure: str) -> None:
+    """Raises SharedError in all processes if any of them has a failure to report."""
+    rows = np.asarray(multihost_utils.process_allgather(_encode(failure, TEXT_BYTES // 8)))
+    failures = [_decode(row) for row in rows]
+    if any(failures):
+        raise SharedError("; ".join(failure for failure in failures if failure))
+
+
+def _encode(text: str, size: int) -> np.ndarray:
+    """Returns the text in UTF-8, truncated or padded with zeros to `[size]` bytes."""
+    row, content = np.zeros(size, np.uint8), text.encode()[:size]
+    row[: len(content)] = np.frombuffer(content, np.uint8)
+    return row
+
+
+def _decode(row: np.ndarray) -> str:
+    return bytes(row).rstrip(b"\0").decode(errors="ignore")
 
 
 def _wait_for(address: str, seconds: float) -> None:
-    """Waits until the first process listens: JAX would end this one without a word that one can act on."""
+    """Waits until the first process listens; JAX would end this one without a helpful message."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
     while True:
@@ -203,22 +214,22 @@ def _wait_for(address: str, seconds: float) -> None:
 
 
 def _client() -> Any:
-    # The coordination service's own store has no public name.
+    # The coordination service's key-value store has no public API.
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
-def _beat() -> None:
+def _send_heartbeats() -> None:
     client, number = _client(), 0
     while True:
         number += 1
         with suppress(RuntimeError):
             client.key_value_set(f"jaxrlhf/beat/{jax.process_index()}", str(number), allow_overwrite=True)
-        time.sleep(BEAT)
+        time.sleep(HEARTBEAT_SECONDS)
 
 
-def _beats(client: Any) -> dict[int, str]:
+def _heartbeats(client: Any) -> dict[int, str]:
     return {int(name.rsplit("/", 1)[1]): value for name, value in client.key_value_dir_get("jaxrlhf/beat/")}
 
 

@@ -1,4 +1,4 @@
-"""What long work prints while it goes: a bar on a terminal, plain lines in a log file."""
+"""Progress of long work: a bar on a terminal, plain lines in a log file."""
 
 import contextlib
 import math
@@ -20,20 +20,20 @@ SILENCE = 60.0
 def progress(
     title: str, total: int, unit: str = "tokens", *, done: int = 0, console: Console | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Yields `advance(amount=1, **figures)`, to be called once a step with the units the step processed.
+    """Yields `advance(amount=1, **metrics)`, to be called once per step with the number of units that it processed.
 
-    On a terminal a live bar shows title, step, units a second over the last 20 steps, the latest figures and the time
+    On a terminal a live bar shows title, step, units per second over the last 20 steps, the latest metrics and the time
     left. Elsewhere (a log file, a notebook) a line is printed at the first step, at every tenth of `total`, at the first
-    step after 60 s of silence and where the work ends. The first step, which compiles, counts in no rate. Times are taken
-    at the calls: read a result of the step before calling, else they are those of its dispatch. A figure that is an array
-    is read when it is shown; one that is None leaves what was shown before.
+    step after 60 s without a line, and at the end. The first step, which compiles, is excluded from rates. Times are taken
+    at the calls: read a result of the step first, otherwise they are dispatch times. A metric that is an array is read
+    when it is shown; None keeps the previous value.
 
     Args:
-        title: what is done, "sft".
+        title: name of the work, such as "sft".
         total: number of steps.
         unit: what `amount` counts.
-        done: steps that were taken before, by a run that goes on.
-        console: where to print; by default standard output.
+        done: number of steps taken before, in a resumed run.
+        console: where to print; standard output by default.
     """
     console = console or Console()
     meter = _Meter(total, unit, done)
@@ -45,32 +45,32 @@ def progress(
             show = _line_printer(title, meter, console)
             stack.callback(show, last=True)
 
-        def advance(amount: float = 1, /, **figures: Any) -> None:
-            meter.add(float(amount), figures)
+        def advance(amount: float = 1, /, **metrics: Any) -> None:
+            meter.add(float(amount), metrics)
             show()
 
         yield advance
 
 
 class _Meter:
-    """Counts steps and units, and says so in words."""
+    """Counts steps and units, and formats rates and times."""
 
     def __init__(self, total: int, unit: str, before: int):
         self.total, self.unit, self.before, self.done, self.units = total, unit, before, before, 0.0
         self.began, self.first = monotonic(), math.nan
         self.now = self.began
-        self.figures: dict[str, Any] = {}
-        # The window opens at the end of the first step, so that its compilation is in no rate.
+        self.metrics: dict[str, Any] = {}
+        # The window starts at the end of the first step, which excludes compilation from the rate.
         self.window: deque[tuple[float, float]] = deque(maxlen=WINDOW + 1)
 
-    def add(self, amount: float, figures: dict[str, Any]) -> None:
+    def add(self, amount: float, metrics: dict[str, Any]) -> None:
         self.now = monotonic()
         self.done += 1
         self.units += amount
         self.window.append((self.now, self.units))
         if self.done == self.before + 1:
             self.first = self.now
-        self.figures.update({name: value for name, value in figures.items() if value is not None})
+        self.metrics.update({name: value for name, value in metrics.items() if value is not None})
 
     def rate(self) -> str:
         if len(self.window) < 2 or self.now == self.window[0][0]:
@@ -79,7 +79,7 @@ class _Meter:
         return f"{_rate_text((units - before) / (now - since))} {self.unit}/s"
 
     def latest(self) -> str:
-        return "  ".join(f"{name} {figure_text(value)}" for name, value in self.figures.items())
+        return "  ".join(f"{name} {number_text(value)}" for name, value in self.metrics.items())
 
     def time(self) -> str:
         if self.done >= self.total:
@@ -94,43 +94,43 @@ class _Meter:
         return "  ".join(filter(None, [f"{self.done}/{self.total}", self.rate(), self.latest(), self.time()]))
 
 
-class _Figures(ProgressColumn):
-    """The latest figures; on a narrow terminal they are cut, and nothing else is."""
+class _Metrics(ProgressColumn):
+    """The latest metrics: the only column that a narrow terminal truncates."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+        return Text(task.fields["metrics"], no_wrap=True, overflow="ellipsis")
 
 
 def _columns() -> tuple[ProgressColumn, ...]:
     """Returns the columns of the live bar."""
-    # Rich narrows first the columns that may wrap: that of the figures is the only one.
-    whole = Column(no_wrap=True)
+    # Rich first narrows columns that may wrap: that of the metrics is the only one.
+    fixed = Column(no_wrap=True)
 
     def text(field: str) -> TextColumn:
-        return TextColumn(f"{{task.{field}}}", markup=False, table_column=whole.copy())
+        return TextColumn(f"{{task.{field}}}", markup=False, table_column=fixed.copy())
 
     return (
         text("description"),
-        BarColumn(bar_width=16, table_column=whole.copy()),
-        MofNCompleteColumn(table_column=whole.copy()),
+        BarColumn(bar_width=16, table_column=fixed.copy()),
+        MofNCompleteColumn(table_column=fixed.copy()),
         text("fields[rate]"),
-        _Figures(),
+        _Metrics(),
         text("fields[time]"),
     )
 
 
 def _bar_mover(title: str, meter: _Meter, bar: Progress) -> Callable[..., None]:
-    """Returns `show()`, which moves the live bar to where the meter is."""
-    task = bar.add_task(title, total=meter.total, rate="", figures="", time="")
+    """Returns `show()`, which updates the live bar from the meter."""
+    task = bar.add_task(title, total=meter.total, rate="", metrics="", time="")
 
     def show() -> None:
-        bar.update(task, completed=meter.done, rate=meter.rate(), figures=meter.latest(), time=meter.time())
+        bar.update(task, completed=meter.done, rate=meter.rate(), metrics=meter.latest(), time=meter.time())
 
     return show
 
 
 def _line_printer(title: str, meter: _Meter, console: Console) -> Callable[..., None]:
-    """Returns `show(last=False)`, which prints a line where one is due."""
+    """Returns `show(last=False)`, which prints a line if one is due."""
     printed = {"step": meter.before, "time": meter.began}
 
     def show(last: bool = False) -> None:
@@ -138,15 +138,15 @@ def _line_printer(title: str, meter: _Meter, console: Console) -> Callable[..., 
         tenth = 10 * done // max(meter.total, 1) > 10 * before // max(meter.total, 1)
         due = last or before == meter.before or tenth or meter.now - printed["time"] >= SILENCE
         if done > before and due:
-            # One line a step whatever the width: a log file is searched by lines.
+            # Never wrapped: log files are searched by line.
             console.print(f"{title}  {meter.line()}", soft_wrap=True, markup=False, highlight=False)
             printed.update(step=done, time=meter.now)
 
     return show
 
 
-def plan(console: Console, title: str, rows: dict[str, str]) -> None:
-    """Prints a small table of what is about to happen, a name and its value a row."""
+def print_table(console: Console, title: str, rows: dict[str, str]) -> None:
+    """Prints a two-column table of names and values."""
     table = Table(title=Text(title, "bold"), title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -155,8 +155,8 @@ def plan(console: Console, title: str, rows: dict[str, str]) -> None:
     console.print(table)
 
 
-def figure_text(value: Any) -> str:
-    """Returns a number with 4 significant digits, one of an integer type in full ("0.5000", "12,345"); text as it is."""
+def number_text(value: Any) -> str:
+    """Returns a float with 4 significant digits ("0.5000"), an integer in full ("12,345"), text unchanged."""
     if isinstance(value, str):
         return value
     value = value.item() if hasattr(value, "item") else value
@@ -167,10 +167,10 @@ def figure_text(value: Any) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Returns "4:10", or "1:04:10" from an hour on."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    """Returns minutes and seconds, "4:10", with hours if there are any, "1:04:10"."""
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def bytes_text(number: float) -> str:
@@ -179,12 +179,12 @@ def bytes_text(number: float) -> str:
 
 
 def count_text(number: float) -> str:
-    """Returns a number in powers of 1000, with 3 significant digits: "260 K", "1.24 B"; up to 999 as it is."""
+    """Returns a number in powers of 1000, with 3 significant digits: "260 K", "1.24 B"; below 1000 unchanged."""
     return _scaled(number, ("", "K", "M", "B", "T"))
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:
-    # Rounded before it is compared: 999,900 is "1 M", not "1000 K".
+    # Round before comparing: 999,900 is "1 M", not "1000 K".
     power = 0
     while abs(float(f"{number:.3g}")) >= 1000 and power + 1 < len(units):
         number, power = number / 1000, power + 1
@@ -193,6 +193,6 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
 
 
 def _rate_text(rate: float) -> str:
-    """Returns a rate with 3 significant digits, never in powers of ten: "12,300", "0.52"."""
+    """Returns a rate with 3 significant digits, without an exponent: "12,300", "0.52"."""
     short = float(f"{rate:.3g}")
     return f"{short:,.0f}" if short >= 100 else f"{short:g}"

@@ -1,4 +1,4 @@
-"""A run's report: one HTML file with tables, figures, samples and settings, readable anywhere."""
+"""A run's report: a self-contained HTML file with tables, figures, samples and settings."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 import jaxrlhf
-from jaxrlhf.training.progress import figure_text
+from jaxrlhf.training.progress import number_text
 from jaxrlhf.training.run_folder import plain
 
 MIME = {".png": "image/png", ".svg": "image/svg+xml"}
@@ -26,9 +26,9 @@ class Table(NamedTuple):
     """A table.
 
     Attributes:
-        title: stands above it.
-        columns: the heads.
-        rows: a cell a column each: text, a number (a float with 4 significant digits, an int in full) or None (empty).
+        title: heading above the table.
+        columns: column headers.
+        rows: one cell per column: text, a number (floats show 4 significant digits, ints all) or None (empty).
     """
 
     title: str
@@ -37,12 +37,12 @@ class Table(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Texts of several policies for the same prompts, shown side by side.
+    """Completions of the same prompts by several policies, shown side by side.
 
     Attributes:
-        title: stands above them.
-        columns: whose texts, in order.
-        rows: (prompt, a text a column) each.
+        title: heading above the samples.
+        columns: names of the policies.
+        rows: (prompt, one completion per column) each.
     """
 
     title: str
@@ -61,20 +61,20 @@ def write_report(
     samples: Sequence[Samples] = (),
     notes: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Writes `folder/report.html`, which needs no other file, server, network or script; returns its path.
+    """Writes `folder/report.html`, a self-contained page without scripts; returns its path.
 
     Args:
         folder: the run's folder.
-        title: the report's head.
+        title: the report's title.
         summary: plain text; an empty line starts a new paragraph.
         tables: shown in order.
         figures: names of .png or .svg files in `folder`.
-        config: a dataclass or dict, shown folded up.
-        samples: texts of models, shown as they are.
-        notes: a sentence each.
+        config: a dataclass or dict, shown collapsed.
+        samples: model outputs, shown verbatim.
+        notes: one sentence each.
 
     Raises:
-        ValueError: a figure is missing or of another kind, or a row has more or fewer cells than there are columns.
+        ValueError: a figure is missing or of another file type, or a row does not have one cell per column.
     """
     folder = pathlib.Path(folder)
     for group in samples:
@@ -93,7 +93,7 @@ def write_report(
     )
     path, partial = folder / "report.html", folder / f".report.html.{os.getpid()}"
     try:
-        # A model's text may hold half a surrogate pair, which UTF-8 cannot.
+        # A model's text may contain half a surrogate pair, which UTF-8 cannot encode.
         partial.write_bytes(text.encode("utf-8", errors="replace"))
         os.replace(partial, path)
     finally:
@@ -102,7 +102,7 @@ def write_report(
 
 
 def tables_of(text: str) -> list[Table]:
-    """Returns the tables of a Markdown text, each under the last heading before it; bold and code marks are taken off."""
+    """Returns the tables of a Markdown text, titled by the preceding heading, without bold and code marks."""
     tables: list[Table] = []
     title, rows = "", []
     for line in [*text.splitlines(), ""]:
@@ -110,7 +110,7 @@ def tables_of(text: str) -> list[Table]:
             rows.append([re.sub(r"[*`]", "", cell).strip() for cell in line.strip().strip("|").split("|")])
             continue
         if len(rows) > 2:
-            # The second line of a table is its rule.
+            # The second line of a Markdown table is the delimiter row.
             tables.append(Table(title, rows[0], [row for row in rows[2:] if len(row) == len(rows[0])]))
         rows = []
         if line.startswith("#"):
@@ -119,7 +119,7 @@ def tables_of(text: str) -> list[Table]:
 
 
 def rich_table(table: Table) -> rich.table.Table:
-    """Returns the table that the report shows, for a terminal."""
+    """Returns the table as the report shows it, for a terminal."""
     shown = rich.table.Table(title=Text(table.title), title_justify="left")
     for column, right in zip(table.columns, _right_aligned(table), strict=True):
         shown.add_column(Text(column), justify="right" if right else "left")
@@ -129,7 +129,7 @@ def rich_table(table: Table) -> rich.table.Table:
 
 
 def as_text(table: Table) -> str:
-    """Returns the table that the report shows, in plain characters however wide it is."""
+    """Returns the table as the report shows it, in plain text of unlimited width."""
     console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(rich_table(table))
@@ -137,7 +137,7 @@ def as_text(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Returns the table that the report shows, in Markdown: its title in bold, then the table."""
+    """Returns the table as the report shows it, in Markdown, its title in bold above."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.columns, *_cells(table))]
     heads, *lines = ("| " + " | ".join(row) + " |" for row in rows)
     rule = "|" + "".join("---:|" if right else "---|" for right in _right_aligned(table))
@@ -149,11 +149,11 @@ def _cells(table: Table) -> list[list[str]]:
 
 
 def _cell(cell: Any) -> str:
-    return figure_text(cell) if _is_number(cell) else str(cell)
+    return number_text(cell) if _is_number(cell) else str(cell)
 
 
 def _values(table: Table) -> list[list[Any]]:
-    """Returns the rows with the scalars of arrays as Python's."""
+    """Returns the rows with array scalars converted to Python numbers."""
     for row in table.rows:
         _check_width(table.title, f"{row[0] if row else ''}", len(row), len(table.columns))
     return [[cell.item() if getattr(cell, "ndim", None) == 0 else cell for cell in row] for row in table.rows]
@@ -164,7 +164,7 @@ def _is_number(cell: Any) -> bool:
 
 
 def _right_aligned(table: Table) -> list[bool]:
-    """Returns for each column whether all it holds are numbers, or texts that begin like one ("0.51 ± 0.02")."""
+    """Returns for each column whether all its cells are numbers, or texts that begin like one ("0.51 ± 0.02")."""
     rows = _values(table)
     columns = [[row[index] for row in rows if row[index] is not None] for index in range(len(table.columns))]
     return [
@@ -173,9 +173,9 @@ def _right_aligned(table: Table) -> list[bool]:
     ]
 
 
-def _check_width(title: str, row: str, given: int, wanted: int) -> None:
-    if given != wanted:
-        raise ValueError(f"The row {row} of {title!r} has {given} cells for {wanted} columns.")
+def _check_width(title: str, row: str, cells: int, columns: int) -> None:
+    if cells != columns:
+        raise ValueError(f"The row {row} of {title!r} has {cells} cells for {columns} columns.")
 
 
 def _caption(name: str) -> str:
@@ -208,7 +208,7 @@ th { color: var(--dim); font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; padding: .5rem; border-radius: 6px; background: #fff; }
-figcaption, footer, .whose { color: var(--dim); font-size: .85rem; }
+figcaption, footer, .policy { color: var(--dim); font-size: .85rem; }
 .sample { margin: 0 0 1rem; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: 6px; break-inside: avoid; }
 .prompt { font-weight: 600; }
 .texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin-top: .6rem; }
@@ -221,8 +221,8 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   th, td { padding: .2rem .4rem; } }
 """
 
-# The policy forbids what a report never needs (scripts, anything from elsewhere), should a text ever slip through.
-# dir="auto" keeps a text that is written from right to left from turning its surroundings round.
+# The content security policy blocks scripts and external resources, in case a text escapes the escaping. dir="auto" keeps
+# right-to-left text from changing the direction of its surroundings.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -269,7 +269,7 @@ PAGE = """<!doctype html>
 <div class="text prompt" dir="auto">{{ prompt }}</div>
 <div class="texts">
 {% for text in texts %}
-<div><div class="whose">{{ group.columns[loop.index0] }}</div><div class="text" dir="auto">{{ text }}</div></div>
+<div><div class="policy">{{ group.columns[loop.index0] }}</div><div class="text" dir="auto">{{ text }}</div></div>
 {% endfor %}
 </div>
 </div>

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder of its own with config, metrics, results and figures."""
+"""The folder of a run: its configuration, metrics, results and figures."""
 
 import dataclasses
 import fcntl
@@ -14,28 +14,28 @@ import numpy as np
 
 
 class RunFolder:
-    """A folder under `root`, written as the run goes, so that a killed run keeps what it has measured.
+    """A folder under `root`, written during the run, so that a killed run keeps what it has measured.
 
     Attributes:
         path: of the folder.
-        resumed: whether it was there before.
+        resumed: whether it existed before.
         writes: whether this process is the one that writes.
     """
 
     def __init__(self, root: pathlib.Path, name: str, *, fixed: str | None = None, resume: bool = False):
-        """Makes `root/name-YYYYmmdd-HHMMSS`, with a number behind it where that is taken; or opens `root/fixed`.
+        """Creates `root/name-YYYYmmdd-HHMMSS`, numbered if that exists; or opens `root/fixed`.
 
-        As long as this process lives, no other may write the folder.
+        The folder is locked against other processes for as long as this one lives.
 
         Args:
-            root: where it is made.
-            name: of what is run.
-            fixed: the folder's own name, which a later run can give again.
-            resume: goes on in a folder that is there; makes one where there is none, and so may always be given.
+            root: parent folder.
+            name: of the command or study.
+            fixed: the folder's exact name, by which the run can be resumed.
+            resume: continues in an existing folder, or creates it; so it may always be set.
 
         Raises:
-            ValueError: the folder cannot be made or written, another process writes it, or it is there and is not to be
-                resumed.
+            ValueError: the folder cannot be created or written, another process writes it, or it exists and `resume` is
+                False.
         """
         if resume and fixed is None:
             raise ValueError("A run that can be resumed needs a name of its own; give --run NAME too.")
@@ -67,18 +67,18 @@ class RunFolder:
 
     @classmethod
     def followed(cls, path: pathlib.Path) -> "RunFolder":
-        """Returns the folder that another process of the same run writes; this one only reads."""
+        """Returns the folder of a run whose files another process writes; this one only reads."""
         folder = cls.__new__(cls)
         folder.path, folder.resumed, folder.writes = path, True, False
         return folder
 
     def release(self) -> None:
-        """Lets another writer in, this process among them."""
+        """Releases the lock; another writer, or this process again, may open the folder."""
         if self.writes:
             self._lock.close()
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes one JSON file; dataclasses, paths and arrays become plain values, a number that is not finite null."""
+        """Writes a JSON file; dataclasses, paths and arrays become plain values, non-finite numbers null."""
         self.write_text(name, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
     def append_metrics(self, **row: Any) -> None:
@@ -94,23 +94,23 @@ class RunFolder:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def metrics_size(self) -> int:
-        """Returns the bytes of metrics.jsonl."""
+        """Returns the size of metrics.jsonl in bytes."""
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if path.is_file() else 0
 
-    def cut_metrics(self, size: int) -> None:
-        """Takes back what metrics.jsonl has beyond a size: steps that a run goes on before."""
+    def truncate_metrics(self, size: int) -> None:
+        """Truncates metrics.jsonl to a size in bytes, which removes steps that a resumed run takes again."""
         if self.writes and self.metrics_size() > size:
             os.truncate(self.path / "metrics.jsonl", size)
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes one text file."""
+        """Writes a text file."""
         if self.writes:
             (self.path / name).write_text(text)
 
 
 def _locked(path: pathlib.Path) -> Any:
-    """Returns an open file by which this process alone holds the folder; the system gives it back if the process dies."""
+    """Returns an open file that holds the folder's lock; the system releases it if the process dies."""
     stream = (path / "writer").open("a+")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +127,7 @@ def _locked(path: pathlib.Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` in JSON's types."""
+    """Returns `value` converted to JSON's types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
     as_dict = getattr(value, "_asdict", None)

@@ -1,15 +1,14 @@
-"""Where arrays live: one mesh, names for the axes of parameters, and one table from names to the mesh.
+"""Shardings: a mesh, logical names of array dimensions, and rules from names to mesh axes.
 
-A mesh has four axes, each of size 1 unless asked for:
+A mesh has four axes, each of size 1 by default:
 
-    data       copies of the weights, parts of the batch
-    fsdp       parts of the weights and optimiser states, gathered as they are used; parts of the batch too
-    tensor     parts of heads, MLP and vocabulary
-    stencil    lower iterates
+    data       replicates the weights, splits the batch
+    fsdp       splits the weights and optimiser states, gathered as they are used; splits the batch too
+    tensor     splits heads, MLP and vocabulary
+    stencil    splits the lower iterates
 
-The compiler inserts all communication (`jax.jit` with `NamedSharding`). What a dimension is called follows from the
-path of its array in the state, so that optimiser moments, stacked iterates and tangents lie as the parameters they
-belong to.
+The compiler inserts all communication (`jax.jit` with `NamedSharding`). Dimension names follow from the path of an array
+in the state, so that optimiser moments, stacked iterates and tangents are sharded like the parameters they belong to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor", "stencil")
 
 Names = tuple[str | None, ...]
-"""What the dimensions of an array are called."""
+"""Logical names of an array's dimensions; None for a dimension that is not split."""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -32,18 +31,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocabulary": ("tensor",),
     "iterates": ("stencil",),
 }
-"""Mesh axes of each name; a name that is not here is not split."""
+"""Mesh axes of each name; a dimension with any other name is not split."""
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over all devices.
 
     Args:
-        sizes: of the axes; at most one is -1, which takes what is left. By default all devices are `data`.
+        sizes: of the axes; at most one is -1, which takes the remaining devices. By default all devices are `data`.
         devices: all by default.
 
     Raises:
-        ValueError: an axis is unknown, or the sizes do not make up the number of devices.
+        ValueError: an axis is unknown, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(sizes or {"data": -1})
@@ -66,7 +65,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, *, devices: Sequence[Any] 
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Returns the sizes of a line such as `fsdp=8` or `tensor=2,data=-1`.
+    """Parses mesh sizes such as `fsdp=8` or `tensor=2,data=-1`.
 
     Raises:
         ValueError: a part is not `name=number`.
@@ -86,7 +85,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 def specification(
     names: Names, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES
 ) -> PartitionSpec:
-    """Returns how an array is split: by its names, each mesh axis once; what does not divide is not split."""
+    """Returns an array's partition by its names, each mesh axis at most once; sizes that do not divide are not split."""
     parts, used = [], set()
     for name, size in zip(names, shape, strict=True):
         axes = tuple(axis for axis in rules.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in used)
@@ -109,25 +108,25 @@ def shardings(
 
     Args:
         tree: a state, parameters, a frozen argument.
-        mesh: of `make_mesh`.
-        names_of: `(path, shape) -> ` the names of an array's dimensions, the path as text.
-        rules: from names to mesh axes.
+        mesh: from `make_mesh`.
+        names_of: `(path, shape) -> ` the names of an array's dimensions; the path is a tuple of strings.
+        rules: mesh axes by name.
     """
 
-    def one(path, leaf):
+    def sharding(path, leaf):
         names = names_of(tuple(_text(part) for part in path), leaf.shape)
         return NamedSharding(mesh, specification(names, leaf.shape, mesh, rules))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def by_size(path: tuple[str, ...], shape: tuple[int, ...]) -> Names:
-    """Names the largest dimension of an array with at least two `width`: where nothing else is known of parameters."""
+    """Names the largest dimension `width` if there are at least two: a default for parameters of unknown structure."""
     del path
     if len(shape) < 2:
         return (None,) * len(shape)
     largest = int(np.argmax(shape))
-    return tuple("width" if place == largest else None for place in range(len(shape)))
+    return tuple("width" if axis == largest else None for axis in range(len(shape)))
 
 
 def _text(part: Any) -> str:

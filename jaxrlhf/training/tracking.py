@@ -1,4 +1,4 @@
-"""A run's numbers sent to TensorBoard or Weights & Biases, beside its own metrics.jsonl."""
+"""Logging of a run's metrics to TensorBoard or Weights & Biases, besides its own metrics.jsonl."""
 
 import importlib
 import json
@@ -13,12 +13,12 @@ Kind = Literal["tensorboard", "wandb"]
 
 
 class Tracker(NamedTuple):
-    """Where numbers go.
+    """A destination of metrics.
 
     Attributes:
-        log: (step, {name: number}) -> None. A number that is None or not finite is left out. Steps may start again, for
-            a second method under other names.
-        close: writes out what is left; to be called once, at the end.
+        log: (step, {name: number}) -> None. Numbers that are None or not finite are left out. Steps may restart, for a
+            second method under other names.
+        close: flushes; to be called once, at the end.
     """
 
     log: Callable[[int, Mapping[str, Any]], None]
@@ -26,17 +26,17 @@ class Tracker(NamedTuple):
 
 
 def tracker(kind: Kind | None, folder: pathlib.Path, *, name: str, config: Any) -> Tracker:
-    """Returns a tracker that writes below `folder`.
+    """Returns a tracker that writes into `folder`.
 
     Args:
-        kind: None tracks nothing; "tensorboard" writes event files into `folder/tensorboard`; "wandb" starts a run in the
+        kind: None logs nothing; "tensorboard" writes event files into `folder/tensorboard`; "wandb" starts a run in the
             project `jaxrlhf` (with the environment variable WANDB_MODE=offline, into `folder` only).
-        folder: the run's own folder, which exists.
+        folder: the run's folder, which must exist.
         name: the run's name.
-        config: a dataclass or dict, kept beside the numbers.
+        config: a dataclass or dict, logged with the metrics.
 
     Raises:
-        ValueError: there is no such kind, its library is not installed, or wandb cannot start.
+        ValueError: the kind is unknown, its library is not installed, or wandb cannot start.
     """
     if kind is None:
         return Tracker(lambda step, numbers: None, lambda: None)
@@ -68,7 +68,7 @@ def _wandb(folder: pathlib.Path, name: str, config: Any) -> Tracker:
         raise ValueError(
             f"wandb could not start ({str(error).rstrip('.')}); run `wandb login`, or set WANDB_MODE=offline."
         ) from None
-    # wandb's own step can only grow and it drops what comes late, so the step is logged as a number like the others.
+    # wandb's own step must increase, and late values are dropped, so the step is logged as a metric like the others.
     run.define_metric("*", step_metric="step")
 
     def log(step: int, numbers: Mapping[str, Any]) -> None:
@@ -78,20 +78,20 @@ def _wandb(folder: pathlib.Path, name: str, config: Any) -> Tracker:
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what can be drawn: tensorboardX warns at every other number, and a missing point is what both would show."""
-    given = {key: float(number) for key, number in numbers.items() if number is not None}
-    return {key: number for key, number in given.items() if math.isfinite(number)}
+    """Returns the finite numbers: tensorboardX warns at any other, and both libraries show a gap for a missing point."""
+    floats = {key: float(number) for key, number in numbers.items() if number is not None}
+    return {key: number for key, number in floats.items() if math.isfinite(number)}
 
 
-def _library(name: str, needed: str) -> Any:
-    """Imports an optional library; raises ValueError where it is not installed."""
+def _library(name: str, attribute: str) -> Any:
+    """Imports an optional library; raises ValueError if it is not installed."""
     try:
         library = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
         library = None
-    # A folder of the library's name on the path (wandb leaves one where it ran) imports too, as an empty package.
-    if not hasattr(library, needed):
+    # A folder of the library's name on the path (wandb leaves one where it ran) also imports, as an empty package.
+    if not hasattr(library, attribute):
         raise ValueError(f"Tracking needs the library {name}, which is not installed: pip install 'jaxrlhf[tracking]'.")
     return library

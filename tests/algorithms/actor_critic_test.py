@@ -11,7 +11,7 @@ import pytest
 from jaxrlhf import bilevel
 from jaxrlhf.algorithms.actor_critic import actor_critic, advantages
 from jaxrlhf.base import Labelled, importance
-from jaxrlhf.bilevel.lower import LowerTask
+from jaxrlhf.bilevel.solvers import LowerTask
 from jaxrlhf.bilevel.stencil import ALONE
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives, tabular
@@ -38,11 +38,11 @@ def design():
     mdp = tabular.TabularMDP(
         transition=jax.nn.softmax(2.0 * jax.random.normal(keys[0], (1, 4, 3, 4))),
         start=jax.nn.softmax(jax.random.normal(keys[1], (1, 4))),
-        ends=(jnp.arange(4) < 1).astype(float)[None],
+        terminal=(jnp.arange(4) < 1).astype(float)[None],
         discount=jnp.full(1, 0.9),
     )
     frozen = rooms.FourRooms(mdp, goal=jnp.zeros((1, 4)), target=jnp.zeros((1, 4)))
-    data = rooms.Terms(jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1))
+    data = rooms.Coefficients(jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1))
     upper, lower = jax.random.normal(keys[2], (4, 3)), jax.random.normal(keys[3], (1, 4, 3))
     return (lambda upper, data, frozen: upper), upper, lower, data, frozen
 
@@ -61,9 +61,8 @@ def task_of(problem, key):
 
     return LowerTask(
         loss=loss,
-        proximal_loss=None,
-        upper_of=lambda index: upper,
-        tilt_of=lambda index: jnp.zeros(()),
+        upper=upper,
+        tilts=jnp.zeros(1),
         stencil=ALONE,
         sigma=jnp.ones(()),
         labelled=labelled,
@@ -71,10 +70,15 @@ def task_of(problem, key):
     )
 
 
-def slopes(slope, problem, count):
-    """Draws the slope of -J at `lower` from fresh episodes, `[count, 1, 4, 3]`."""
+def slopes(estimators, problem, count):
+    """Each estimate of the gradient of -J at `lower`, from the same fresh episodes, `[count, 1, 4, 3]`."""
     keys = jax.random.split(jax.random.key(5), count)
-    return jax.jit(jax.vmap(lambda key: slope(task_of(problem, key))))(keys)
+
+    def draw(key):
+        task = task_of(problem, key)
+        return {name: estimator(task) for name, estimator in estimators.items()}
+
+    return jax.jit(jax.vmap(draw))(keys)
 
 
 def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
@@ -93,14 +97,14 @@ def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
         given = actor_critic(problem, value, critic, optax.sgd(0.0), beta=1.0, trace=trace)
         return lambda task: given.step(lower, given.init(), task)[0]
 
-    spread = {}
-    for name, slope in {
+    estimators = {
         "loss": lambda task: bilevel.loss_gradient().step(lower, (), task)[0],
         "no critic": with_critic(jnp.zeros(4), 1.0),
         "exact critic": with_critic(exact, 1.0),
         "exact critic, short trace": with_critic(exact, 0.0),
-    }.items():
-        drawn = slopes(slope, problem, 1000)
+    }
+    spread = {}
+    for name, drawn in slopes(estimators, problem, 1000).items():
         error = drawn.std(axis=0) / np.sqrt(1000)
         assert jnp.all(jnp.abs(drawn.mean(axis=0) - truth) < 5 * error + 0.02 * jnp.linalg.norm(truth)), name
         spread[name] = float(jnp.sum(drawn.var(axis=0)))

@@ -146,8 +146,8 @@ def test_smoothing_skipping_and_one_trace():
     for index in range(3):
         state, info = step(jax.random.key(index), state, None, frozen)
     assert int(info.labels) == 12 and int(state.step) == 3
-    sample = algorithm.propose(jax.random.key(9), state, None, frozen)
-    moved, info = algorithm.update(
+    sample = jax.jit(algorithm.propose)(jax.random.key(9), state, None, frozen)
+    moved, info = jax.jit(algorithm.update)(
         jax.random.key(1), state._replace(optimizer=optax.adam(0.05).init(state.policy)),
         Labelled(sample, jnp.full((2, 6, 1), SKIPPED)), frozen,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def test_drawn_labels_give_the_enumerated_gradient_in_the_mean(x64):
         state = algorithm.init(jax.random.key(0), (), start)
         return (start - algorithm.step(key, state, None, frozen)[0].policy).ravel()
 
-    truth = move(jax.random.key(0), None)
+    truth = jax.jit(lambda key: move(key, None))(jax.random.key(0))
     moves = jax.jit(jax.vmap(lambda key: move(key, 4)))(jax.random.split(jax.random.key(1), 5000))
     error = moves.std(axis=0) / np.sqrt(5000)
     assert jnp.all(jnp.abs(moves.mean(axis=0) - truth) < 5 * error)

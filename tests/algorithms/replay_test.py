@@ -81,9 +81,10 @@ def test_an_old_pair_stands_for_the_policy_of_today(x64):
         return (state.policy - moved.policy).ravel()
 
     keys = jax.random.split(jax.random.key(1), 40000)
+    moves_of = jax.jit(jax.vmap(move, in_axes=(0, None)))
     means, errors = [], []
     for policy in (state.policy, older):
-        moves = jax.jit(jax.vmap(lambda key, policy=policy: move(key, policy)))(keys)
+        moves = moves_of(keys, policy)
         means.append(moves.mean(axis=0))
         errors.append(moves.std(axis=0) / np.sqrt(len(keys)))
     assert jnp.all(jnp.abs(means[0] - means[1]) < 5 * jnp.hypot(*errors))

@@ -66,9 +66,10 @@ def test_one_trace_halves_and_a_kl_measured_apart():
     frozen = make()
     algorithm = target_kl(direct, target=0.5, beta=1.0, measure=lambda key, state, labelled, frozen: jnp.asarray(50.0))
     state = algorithm.init(jax.random.key(0), (), frozen.reference)
+    propose = jax.jit(algorithm.propose)
     update = jax.jit(chex.assert_max_traces(algorithm.update, n=1), donate_argnums=1)
     for index in range(3):
-        sample = algorithm.propose(jax.random.key(index), state, None, frozen)
+        sample = propose(jax.random.key(index), state, None, frozen)
         labelled = bilevel.Labelled(sample, annotate(None, sample, frozen))
         state, _ = update(jax.random.key(index), state, labelled, frozen)
     # Far above its target: the integral takes one full step each time, and the proportional part one more.
@@ -83,11 +84,12 @@ def test_a_ramp_rises_in_a_straight_line_and_waits():
     assert jnp.isnan(schedule(1))
     frozen = make()
     algorithm = target_kl(direct, target=schedule, beta=1.0)
+    step = jax.jit(algorithm.step)
     state = algorithm.init(jax.random.key(0), (), frozen.reference)
-    state, _ = algorithm.step(jax.random.key(0), state, None, frozen)
+    state, _ = step(jax.random.key(0), state, None, frozen)
     assert state.log_beta == 0.0
     for _ in range(2):
-        state, _ = algorithm.step(jax.random.key(0), state, None, frozen)
+        state, _ = step(jax.random.key(0), state, None, frozen)
     assert state.log_beta < 0.0
 
 

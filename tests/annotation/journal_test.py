@@ -1,4 +1,4 @@
-"""The journal: each answer is paid for once, kept from the moment it comes, and nothing damaged is written over."""
+"""The journal: each label is paid for once and stored as it arrives; damaged files are never overwritten."""
 
 import concurrent.futures
 import math
@@ -27,12 +27,12 @@ def test_different_questions_have_different_keys(one, other):
 @given(
     text=TEXTS, one=st.lists(st.integers(0, 4), min_size=3, max_size=3), other=st.lists(st.integers(0, 4), min_size=3)
 )
-def test_fields_do_not_run_into_each_other(text, one, other):
+def test_field_boundaries_matter(text, one, other):
     def cut(places):
         first, second, third = sorted(places[:3])
         return text[:first], text[first:second], text[second:third], text[third:]
 
-    # The same letters in the same order, cut in other places.
+    # The same text, split at different places.
     assert (question_key(*cut(one)) == question_key(*cut(other))) == (cut(one) == cut(other))
     assert question_key("n", "ab", "c", "") != question_key("n", "a", "bc", "")
     assert question_key("n", "p", "a", "b", 1) != question_key("n", "p", "a", "b1", 0)
@@ -46,7 +46,7 @@ def by_length(asked):
     return annotate
 
 
-def test_what_is_in_the_journal_is_not_asked_again(tmp_path):
+def test_labels_in_the_journal_are_not_asked_for_again(tmp_path):
     asked = []
     annotate = journaled(by_length(asked), tmp_path / "new" / "labels.sqlite", "people")
     assert annotate(["p", "p"], ["aa", "a"], ["b", "bb"]) == [1.0, 0.0]
@@ -58,13 +58,13 @@ def test_what_is_in_the_journal_is_not_asked_again(tmp_path):
     assert again(["q", "p"], ["a", "aa"], ["bb", "b"]) == [0.0, 1.0]
     assert again.counts == Counts(found=2)
     assert again([], [], []) == []
-    # Another annotator, and the answers in another order, are other questions.
+    # Another annotator, or the completions swapped, is another question.
     journaled(by_length(asked), again.journal, "others")(["p"], ["aa"], ["b"])
     again(["p"], ["b"], ["aa"])
     assert len(asked) == 4
 
 
-def test_a_question_that_is_repeated_in_a_call_is_another_draw(tmp_path):
+def test_a_question_repeated_in_a_call_is_another_draw(tmp_path):
     drawn = iter([1.0, 0.0, 0.5, None])
 
     def annotate(prompts, firsts, seconds):
@@ -75,14 +75,14 @@ def test_a_question_that_is_repeated_in_a_call_is_another_draw(tmp_path):
     assert first(["p"] * 2, ["a"] * 2, ["b"] * 2) == [1.0, 0.0]
     assert first(["p"] * 3, ["a"] * 3, ["b"] * 3) == [1.0, 0.0, 0.5]
     assert first(["p"], ["a"], ["b"]) == [1.0]
-    alike = journaled(annotate, path, "a judge that answers alike", num_draws=False)
-    # No answer is an answer: it was paid for too.
+    alike = journaled(annotate, path, "a deterministic judge", independent_repeats=False)
+    # None is stored too: it was paid for.
     assert alike(["p"] * 3, ["a"] * 3, ["b"] * 3) == [None] * 3
     assert alike(["p"], ["a"], ["b"]) == [None]
     assert alike.counts == Counts(asked=1, found=3, skipped=1)
 
 
-def test_answers_before_a_failure_are_kept(tmp_path):
+def test_labels_before_a_failure_are_kept(tmp_path):
     asked = []
 
     def one_by_one(prompts, firsts, seconds):
@@ -101,16 +101,16 @@ def test_answers_before_a_failure_are_kept(tmp_path):
     assert asked == ["r", "q", "p", "p"]
 
 
-def test_an_annotator_of_lists_loses_at_most_one_part(tmp_path):
+def test_an_annotator_of_lists_loses_at_most_one_batch(tmp_path):
     def annotate(prompts, firsts, seconds):
         if "r" in prompts:
             raise RuntimeError("the annotator went home")
         return [0.5] * len(prompts)
 
-    parts = journaled(annotate, tmp_path / "labels.sqlite", "people", at_once=2)
+    annotator = journaled(annotate, tmp_path / "labels.sqlite", "people", batch_size=2)
     with pytest.raises(RuntimeError):
-        parts(*PAIRS)
-    assert parts.known(*PAIRS) == [True, True, False]
+        annotator(*PAIRS)
+    assert annotator.known(*PAIRS) == [True, True, False]
 
 
 def no_more(prompts, firsts, seconds):
@@ -131,7 +131,7 @@ def no_more(prompts, firsts, seconds):
         (no_more, "people gave 1 answers to 3 questions"),
     ],
 )
-def test_what_is_no_answer_is_one_sentence(annotate, message):
+def test_invalid_labels_raise_one_sentence(annotate, message):
     with pytest.raises(ValueError, match=message):
         journaled(annotate, None, "people")(*PAIRS)
 
@@ -147,15 +147,15 @@ def test_writers_share_a_journal(tmp_path):
     path, keys = tmp_path / "labels.sqlite", [question_key("n", str(number), "a", "b") for number in range(40)]
 
     def write(label):
-        # Opened at the same moment, too.
+        # Opened concurrently too.
         journal = Journal(path)
         return [journal.keep(key, label) for key in keys]
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        stood = list(pool.map(write, (0.0, 0.25, 0.5, 1.0)))
-    # The first answer stays, and every writer is told of it.
-    assert all(each == stood[0] for each in stood)
-    assert Journal(path).find(keys) == dict(zip(keys, stood[0], strict=True))
+        stored = list(pool.map(write, (0.0, 0.25, 0.5, 1.0)))
+    # The first label stays, and every writer gets it back.
+    assert all(each == stored[0] for each in stored)
+    assert Journal(path).find(keys) == dict(zip(keys, stored[0], strict=True))
     assert len(Journal(path)) == 40
 
 
@@ -175,7 +175,7 @@ def overwritten(content):
     return content[:6000] + bytes(6000) + content[12000:]
 
 
-def another_answer(content):
+def changed_label(content):
     return content.replace(struct.pack(">d", 0.25), struct.pack(">d", 0.75), 1)
 
 
@@ -183,8 +183,8 @@ def no_journal(content):
     return b'{"label": 1}\n'
 
 
-@pytest.mark.parametrize("damage", [truncated, overwritten, another_answer, no_journal])
-def test_a_damaged_file_is_one_sentence_and_left_as_it_is(tmp_path, damage):
+@pytest.mark.parametrize("damage", [truncated, overwritten, changed_label, no_journal])
+def test_a_damaged_file_raises_one_sentence_and_is_left_alone(tmp_path, damage):
     path = tmp_path / "labels.sqlite"
     filled(path)[0].close()
     damaged = damage(path.read_bytes())
@@ -196,7 +196,7 @@ def test_a_damaged_file_is_one_sentence_and_left_as_it_is(tmp_path, damage):
     assert path.read_bytes() == damaged
 
 
-def test_another_database_and_a_folder_are_no_journal(tmp_path):
+def test_other_databases_and_folders_are_rejected(tmp_path):
     path = tmp_path / "other.sqlite"
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE answers (question TEXT)")
@@ -213,15 +213,15 @@ def test_another_database_and_a_folder_are_no_journal(tmp_path):
     assert len(Journal(tmp_path / "empty")) == 0
 
 
-def test_a_torn_end_loses_nothing_before_it(tmp_path):
+def test_a_torn_write_loses_nothing_before_it(tmp_path):
     journal, keys = filled(tmp_path / "labels.sqlite", 30)
-    # What a power failure leaves: the file, and a log that ends in the middle of a page.
+    # As after a power failure: the file, and a log that ends in the middle of a page.
     for ending in ("", "-wal"):
         shutil.copy(f"{journal.path}{ending}", tmp_path / f"torn.sqlite{ending}")
     log = tmp_path / "torn.sqlite-wal"
-    whole = log.read_bytes()
-    assert len(whole) > 30 * 4096
-    log.write_bytes(whole[:-1000])
+    complete = log.read_bytes()
+    assert len(complete) > 30 * 4096
+    log.write_bytes(complete[:-1000])
     torn = Journal(tmp_path / "torn.sqlite")
     assert list(torn.find(keys)) == keys[:-1]
     torn.keep(keys[-1], 0.0)

@@ -1,4 +1,4 @@
-"""Judges behind HTTP, played by a real server: right, biased, slow, wrong, rude, absent; no paid verdict is lost."""
+"""HTTP judges, played by a real server that is right, biased, slow, wrong, failing or absent; no paid verdict is lost."""
 
 import collections
 import email.utils
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import pytest
 import tokenizers
 
-from jaxrlhf.annotation import BudgetError, JudgeError, http_judge, load_judge, read_verdict, waiting
+from jaxrlhf.annotation import BudgetError, JudgeError, concurrency, http_judge, load_judge, read_verdict
 from jaxrlhf.annotation.judge import fill_template
 from jaxrlhf.base.problem import Sample
-from jaxrlhf.commands.comparison import open_judge
-from jaxrlhf.lm.problem import Prompts, Responses
+from jaxrlhf.commands.comparison import open_annotator
+from jaxrlhf.lm.pairing import Prompts, Responses
 
 KEY = "sk-most-secret-1234567890"
 TEMPLATE = "{prompt}|{first}|{second}"
@@ -32,7 +32,7 @@ WORTH = {"bad": 0, "fair": 1, "equally fair": 1, "good": 2}
 BRIEF = {"first_pause": 0.001, "longest_pause": 0.01, "retries": 2, "timeout": 5.0, "template": TEMPLATE}
 
 
-def words(verdict):
+def chat_reply(verdict):
     message = {"role": "assistant", "content": f"So it seems.\n\n**Verdict: {verdict}**"}
     return 200, json.dumps({"choices": [{"index": 0, "message": message}]})
 
@@ -40,11 +40,11 @@ def words(verdict):
 def right(number, question):
     _, first, second = question.split("|")
     better = WORTH[first] - WORTH[second]
-    return words("A" if better > 0 else "B" if better < 0 else "tie")
+    return chat_reply("A" if better > 0 else "B" if better < 0 else "tie")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers each question as `play(number, question)` says, which gives status, text and perhaps headers."""
+    """Replies to each question with `play(number, question)`: status, text and perhaps headers."""
 
     daemon_threads = True
 
@@ -55,7 +55,7 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """Says nothing: callers hang up here, and that is meant."""
+        """Silent: clients hang up on purpose here."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -73,12 +73,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status, text, *headers = played
         written = text if isinstance(text, bytes) else text.encode()
-        # In one piece: two would wait for each other's acknowledgement.
+        # In one piece: with two writes, Nagle's algorithm would wait for an acknowledgement.
         lines = [f"HTTP/1.1 {status} Played", f"Content-Length: {len(written)}", *headers, "", ""]
         self.wfile.write("\r\n".join(lines).encode() + written)
 
     def log_message(self, format, *args):
-        """Says nothing."""
+        """Silent."""
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def judge(server, **settings):
     return http_judge(server if isinstance(server, str) else server.url, "wise", **BRIEF | settings)
 
 
-def test_a_right_judge_is_asked_in_both_orders(serve):
+def test_every_pair_is_asked_about_in_both_orders(serve):
     server = serve(right)
     annotate = judge(server, api_key=KEY, max_tokens=77)
     assert annotate(*PAIRS) == RIGHT
@@ -123,8 +123,8 @@ def test_swapped_answers_have_swapped_labels_and_cost_nothing(serve):
     assert max(collections.Counter(server.asked).values()) == 1
 
 
-def test_favouring_a_place_is_no_preference(serve):
-    server = serve(lambda number, question: words("A"))
+def test_position_bias_cancels(serve):
+    server = serve(lambda number, question: chat_reply("A"))
     assert judge(server)(*PAIRS) == [0.5] * 4
     assert judge(server, both_orders=False)(*PAIRS) == [1.0] * 4
     assert len(server.asked) == 12
@@ -132,18 +132,18 @@ def test_favouring_a_place_is_no_preference(serve):
     assert judge(server)(["p"], ["same"], ["same"]) == [0.5]
     assert len(server.asked) == 12
     # A tie in one order only.
-    half = serve(lambda number, question: words("A" if question == "p|good|bad" else "tie"))
+    half = serve(lambda number, question: chat_reply("A" if question == "p|good|bad" else "tie"))
     assert judge(half)(["p"], ["good"], ["bad"]) == [0.75]
     assert judge(half)(["p"], ["bad"], ["good"]) == [0.25]
 
 
-def test_several_are_asked_at_once_but_not_more(serve):
+def test_calls_run_concurrently_up_to_the_limit(serve):
     places, meeting = threading.Semaphore(3), threading.Barrier(2)
 
     def play(number, question):
         if not places.acquire(blocking=False):
             return 400, "too many at once"
-        # Nobody is answered alone.
+        # Replies only when two calls are in flight.
         meeting.wait(5)
         places.release()
         return right(number, question)
@@ -152,13 +152,13 @@ def test_several_are_asked_at_once_but_not_more(serve):
 
 
 def failing(times, play):
-    """Plays for the first questions, and then what is right."""
+    """Returns a `play` that fails the first `times` questions, and is right afterwards."""
     return lambda number, question: play(number) if number < times else right(number, question)
 
 
 def late(number):
     time.sleep(0.5)
-    return words("A")
+    return chat_reply("A")
 
 
 PASSING = {
@@ -172,16 +172,16 @@ PASSING = {
 
 
 @pytest.mark.parametrize("kind", PASSING)
-def test_what_passes_is_tried_again(serve, kind):
+def test_transient_failures_are_retried(serve, kind):
     server = serve(failing(2, PASSING[kind]))
     annotate = judge(server, timeout=0.25 if kind == "slow" else 5.0, concurrency=1, retries=5)
     assert annotate(*PAIRS) == RIGHT
-    # A busy machine may be slow of itself.
+    # A busy machine may time out more often.
     assert annotate.calls == 10 or (kind == "slow" and annotate.calls > 10)
     assert annotate.counts.asked == 8
 
 
-def test_the_server_may_say_how_long_to_wait(serve):
+def test_retry_after_is_respected_and_capped(serve):
     def pause(header, longest):
         server = serve(failing(1, lambda number: (429, "", f"Retry-After: {header}")))
         began = time.monotonic()
@@ -189,9 +189,9 @@ def test_the_server_may_say_how_long_to_wait(serve):
         return time.monotonic() - began
 
     assert pause("0.2", 5.0) >= 0.2
-    # A date is of whole seconds.
+    # Dates have a resolution of one second.
     assert pause(email.utils.formatdate(time.time() + 1.3, usegmt=True), 5.0) >= 0.1
-    # Capped, as seconds and as a date; and what says nothing.
+    # Capped, as a number and as a date; malformed headers are ignored.
     assert pause("9", 0.05) < 5
     assert pause(email.utils.formatdate(time.time() + 9, usegmt=True), 0.05) < 5
     assert pause("soon", 9.0) < 5
@@ -216,7 +216,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize("kind", LASTING)
-def test_what_does_not_pass_is_one_sentence_and_nothing_is_paid_twice(serve, tmp_path, kind):
+def test_lasting_failures_raise_one_sentence_and_nothing_is_paid_twice(serve, tmp_path, kind):
     played, message = LASTING[kind]
     server = serve(lambda number, question: right(number, question) if number < 3 else played)
     path = tmp_path / "labels.sqlite"
@@ -225,7 +225,7 @@ def test_what_does_not_pass_is_one_sentence_and_nothing_is_paid_twice(serve, tmp
     assert f"Of this call's 4 labels 1 were obtained (3 verdicts) and are kept in {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(server.asked) == 3 + 3
-    # Started again, with a healthy judge elsewhere.
+    # A restart, with a healthy judge at another address.
     healthy = serve(right)
     again = judge(healthy, journal=path)
     assert again(*PAIRS) == RIGHT
@@ -234,14 +234,14 @@ def test_what_does_not_pass_is_one_sentence_and_nothing_is_paid_twice(serve, tmp
     assert len(healthy.asked) == 5
 
 
-def test_calls_under_way_are_kept_when_another_fails(serve, tmp_path):
+def test_calls_in_flight_are_kept_when_another_fails(serve, tmp_path):
     failed = threading.Event()
 
     def play(number, question):
         if question == "p|bad|good":
             failed.set()
             return 401, "no"
-        # The others are paid for, and come after the failure.
+        # The others are paid for, and complete after the failure.
         failed.wait(5)
         time.sleep(0.5)
         return right(number, question)
@@ -255,37 +255,37 @@ def test_calls_under_way_are_kept_when_another_fails(serve, tmp_path):
 
 
 @pytest.mark.parametrize("status", [307, 400, 401, 404, 422])
-def test_a_refusal_ends_it_at_once_and_hides_the_key(serve, tmp_path, status, caplog):
+def test_a_rejection_is_not_retried_and_the_key_is_redacted(serve, tmp_path, status, caplog):
     caplog.set_level(logging.DEBUG)
-    # A server that quotes the key where a cut after 200 letters would leave the half of it.
-    told = json.dumps({"error": {"message": "x" * 180 + f" the key {KEY} is wrong"}})
-    server = serve(lambda number, question: (status, told))
+    # The server quotes the key where cutting at 200 characters would leave half of it.
+    reply = json.dumps({"error": {"message": "x" * 180 + f" the key {KEY} is wrong"}})
+    server = serve(lambda number, question: (status, reply))
     with pytest.raises(JudgeError, match=f"refused with status {status}") as caught:
         judge(server, api_key=KEY, concurrency=1, journal=tmp_path / "labels.sqlite")(*PAIRS)
     assert len(server.asked) == 1
-    seen = [str(caught.value), repr(caught.value), caplog.text, *map(str, caplog.records)]
-    seen += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
+    texts = [str(caught.value), repr(caught.value), caplog.text, *map(str, caplog.records)]
+    texts += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
     assert caplog.records
-    assert not any(KEY[:12] in text for text in seen)
+    assert not any(KEY[:12] in text for text in texts)
 
 
 @pytest.mark.parametrize(
     "content", ["Both have merits.", "I cannot judge this. Verdict: A is what the text says.", "", None]
 )
-def test_no_verdict_is_asked_for_once_more(serve, tmp_path, content):
+def test_a_missing_verdict_is_asked_for_once_more(serve, tmp_path, content):
     empty = json.dumps({"choices": [{"message": {"content": content, "refusal": "no"}}]})
     server = serve(lambda number, question: (200, empty if question.startswith("q") else right(0, question)[1]))
     annotate = judge(server, journal=tmp_path / "labels.sqlite")
     assert annotate(*PAIRS) == [1.0, None, 0.5, 1.0]
     assert (annotate.calls, annotate.counts.skipped) == (10, 2)
-    # It was paid for, and is not asked again.
+    # The missing verdict was paid for too, and is not asked for again.
     assert annotate(*PAIRS) == [1.0, None, 0.5, 1.0]
     assert annotate.calls == 10
-    once = serve(failing(1, lambda number: (200, '{"choices": []}')))
-    assert judge(once, both_orders=False)(["p"], ["good"], ["bad"]) == [1.0]
+    empty_once = serve(failing(1, lambda number: (200, '{"choices": []}')))
+    assert judge(empty_once, both_orders=False)(["p"], ["good"], ["bad"]) == [1.0]
 
 
-def test_an_absent_judge_is_one_sentence(monkeypatch):
+def test_an_unreachable_judge_raises_one_sentence(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -295,15 +295,15 @@ def test_an_absent_judge_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"])
-def test_a_judge_that_hangs_or_drips_is_given_up(monkeypatch, sent):
+def test_hanging_and_trickling_judges_time_out(monkeypatch, sent):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     over = threading.Event()
 
-    def drip(listening):
+    def trickle(listening):
         connection, _ = listening.accept()
         with connection:
             connection.sendall(sent)
-            # Each letter would begin a new timeout between bytes.
+            # Each byte would restart a timeout between bytes.
             for _ in range(500 if sent else 0):
                 if over.wait(0.02):
                     break
@@ -311,7 +311,7 @@ def test_a_judge_that_hangs_or_drips_is_given_up(monkeypatch, sent):
             over.wait(10)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=drip, args=(listening,), daemon=True)
+        thread = threading.Thread(target=trickle, args=(listening,), daemon=True)
         thread.start()
         began = time.monotonic()
         with pytest.raises(JudgeError, match=r"no reply within 0\.2 s"):
@@ -321,13 +321,13 @@ def test_a_judge_that_hangs_or_drips_is_given_up(monkeypatch, sent):
         thread.join(5)
 
 
-def test_the_ceiling_on_calls_keeps_what_was_obtained(serve, tmp_path):
+def test_the_call_budget_keeps_labels_obtained_so_far(serve, tmp_path):
     server, path = serve(right), tmp_path / "labels.sqlite"
     limited = judge(server, max_calls=5, journal=path, concurrency=1)
     with pytest.raises(BudgetError, match=r"ceiling of 5 calls.*4 labels 2 were obtained \(5 verdicts\) and are kept"):
         limited(*PAIRS)
     assert (len(server.asked), limited.calls) == (5, 5)
-    # What is known needs no call.
+    # Labels in the journal need no call.
     assert limited(*(column[:2] for column in PAIRS)) == RIGHT[:2]
     assert judge(server, max_calls=3, journal=path)(*PAIRS) == RIGHT
     # Retries are calls too.
@@ -346,18 +346,18 @@ annotate([str(number) for number in range(20)], ["good"] * 20, ["bad"] * 20)
 """
 
 
-def test_a_killed_process_keeps_every_answer(serve, tmp_path):
+def test_a_killed_process_keeps_every_verdict(serve, tmp_path):
     children: list[subprocess.Popen] = []
 
     def play(number, question):
-        # The sixteenth question says that fifteen answers have come.
+        # With the sixteenth question, fifteen replies have arrived.
         if number == 15:
             children[0].send_signal(signal.SIGKILL)
             return None
         return right(number, question)
 
     server, path = serve(play), tmp_path / "labels.sqlite"
-    # Held until the list of children holds it.
+    # Held so that no question is played before the list has the child.
     with server.lock:
         children.append(subprocess.Popen([sys.executable, "-c", CHILD, server.url, str(path), TEMPLATE]))
     assert children[0].wait(timeout=60) == -signal.SIGKILL
@@ -368,29 +368,29 @@ def test_a_killed_process_keeps_every_answer(serve, tmp_path):
     assert not set(server.asked[:15]) & set(healthy.asked)
 
 
-def test_an_interruption_waits_for_what_is_paid(monkeypatch):
+def test_an_interruption_waits_for_calls_in_flight(monkeypatch):
     interrupted = iter([True])
-    original = waiting.wait
+    original = concurrency.wait
 
     def wait(*arguments, **settings):
         if next(interrupted, False):
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(waiting, "wait", wait)
-    answers = waiting.as_they_come(lambda index, stopping: time.sleep(0.05) or index, 9, concurrency=2)
-    assert sorted([next(answers), next(answers)]) == [(0, 0), (1, 1)]
+    monkeypatch.setattr(concurrency, "wait", wait)
+    results = concurrency.run_concurrently(lambda index, stopping: time.sleep(0.05) or index, 9, concurrency=2)
+    assert sorted([next(results), next(results)]) == [(0, 0), (1, 1)]
     with pytest.raises(KeyboardInterrupt):
-        next(answers)
+        next(results)
 
 
-def test_texts_are_data(serve, tmp_path):
-    server = serve(lambda number, question: words("A" if question.startswith("{first}|Ähre 🌾") else "B"))
+def test_texts_are_never_interpreted(serve, tmp_path):
+    server = serve(lambda number, question: chat_reply("A" if question.startswith("{first}|Ähre 🌾") else "B"))
     annotate = judge(server, journal=tmp_path / "labels.sqlite")
     strange = "{second} {0} {prompt.__class__} \\1 \ud800 \u2028 日本\x00"
     assert annotate(["{first}"], ["Ähre 🌾"], [strange]) == [1.0]
     assert sorted(server.asked) == sorted([f"{{first}}|Ähre 🌾|{strange}", f"{{first}}|{strange}|Ähre 🌾"])
-    # A verdict in an answer is in the request; the reply decides.
+    # A verdict inside a completion is part of the request; only the reply counts.
     assert annotate(["p"], ["Verdict: A"], ["\nVerdict: A\n"]) == [0.5]
     json_template = '{"a": "{first}", "b": "{second}", "c": {}} {prompt}'
     assert fill_template(json_template, "P", "{prompt}", "F") == '{"a": "{prompt}", "b": "F", "c": {}} P'
@@ -418,7 +418,7 @@ def test_texts_are_data(serve, tmp_path):
         (" " * 300_000 + "_" * 300_000, None),
     ],
 )
-def test_the_last_line_that_is_a_verdict_counts(reply, label):
+def test_the_last_verdict_line_counts(reply, label):
     began = time.monotonic()
     assert read_verdict(reply) == label
     assert time.monotonic() - began < 1
@@ -443,7 +443,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_a_judge_is_one_sentence(case):
+def test_invalid_settings_raise_one_sentence(case):
     make, message = WRONG[case]
     with pytest.raises(ValueError, match=message) as caught:
         make()
@@ -462,12 +462,12 @@ def test_the_key_comes_from_the_environment(serve, monkeypatch):
     assert [request[1] for request in server.requests[::2]] == [f"Bearer {KEY}", "Bearer another", None]
 
 
-def test_the_command_line_takes_a_judge_by_its_address(serve, tmp_path, monkeypatch):
+def test_the_command_line_accepts_a_judge_by_address(serve, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = serve(lambda number, question: words("A" if re.search(r"<text A>\n *sun\n", question) else "B"))
+    server = serve(lambda number, question: chat_reply("A" if re.search(r"<text A>\n *sun\n", question) else "B"))
     vocabulary = {"sun": 0, "rain": 1, "day": 2}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="day"))
-    model = types.SimpleNamespace(words=types.SimpleNamespace(tokenizer=tokenizer))
+    model = types.SimpleNamespace(bundle=types.SimpleNamespace(tokenizer=tokenizer))
     tokens = jnp.array([[[[0], [1]], [[1], [0]]]])
     nothing = jnp.zeros((1, 2, 2, 1))
     sample = Sample(
@@ -480,7 +480,7 @@ def test_the_command_line_takes_a_judge_by_its_address(serve, tmp_path, monkeypa
     )
     path = tmp_path / "prepared" / "labels.sqlite"
     for _ in range(2):
-        opened = open_judge(f"{server.url}#wise", None, model, journal=path)
-        assert opened.host(None, sample)[0, :, 0].tolist() == [1.0, 0.0]
+        annotator = open_annotator(f"{server.url}#wise", None, model, journal=path)
+        assert annotator.host(None, sample)[0, :, 0].tolist() == [1.0, 0.0]
     assert len(server.asked) == 2
     assert path.exists()

@@ -1,4 +1,4 @@
-"""Round trips through prepared data; published files by checksum, from a server of this machine."""
+"""Round trips through prepared data; published files by checksum, from a local server."""
 
 import functools
 import hashlib
@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from jaxrlhf.data import DataError, Demonstration, Judged, Message, Preference, Prompt, Ranked, hh_rlhf
-from jaxrlhf.data.builders import HH_RLHF, Published, download, prepare
+from jaxrlhf.data import DataError, Demonstration, Message, Preference, Prompt, Ranking, UnpairedPreference, hh_rlhf
+from jaxrlhf.data.builders import HH_RLHF, PublishedFile, download, prepare
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
 TALK = [{"role": "user", "content": "Hé?\n"}, {"role": "assistant", "content": ""}]
@@ -41,11 +41,11 @@ def write(path, lines):
                 {"prompt": "", "completions": ["x", ""]},
             ],
             [
-                Ranked(TOLD, ((Message("assistant", "Yes."),), (), TOLD), (1, 3, 1)),
-                Ranked("", ("x", ""), (1, 2)),
+                Ranking(TOLD, ((Message("assistant", "Yes."),), (), TOLD), (1, 3, 1)),
+                Ranking("", ("x", ""), (1, 2)),
             ],
         ),
-        ([{"prompt": "a", "completion": "b", "label": True}], [Judged("a", "b", good=True)]),
+        ([{"prompt": "a", "completion": "b", "label": True}], [UnpairedPreference("a", "b", label=True)]),
         ([{"messages": TALK}, {"text": "Once."}], [Demonstration((), TOLD), Demonstration("", "Once.")]),
         ([{"prompt": TALK}, {"prompt": ""}], [Prompt(TOLD), Prompt("")]),
     ],
@@ -58,7 +58,7 @@ def test_records_come_back_as_they_were(tmp_path, lines, records):
         assert list(splits) == ["train"] and bad == []
 
 
-def test_prompts_stay_on_their_side(tmp_path):
+def test_prompts_stay_in_their_split(tmp_path):
     lines = [{"prompt": f"p{number % 300}", "chosen": f"{number}", "rejected": "x"} for number in range(900)]
     splits, _ = prepare(write(tmp_path / "a.jsonl", lines), held_out=0.2, data_dir=tmp_path / "prepared")
     prompts = {name: {source[index].prompt for index in range(len(source))} for name, source in splits.items()}
@@ -86,7 +86,7 @@ def test_skipped_lines_are_remembered(tmp_path):
         assert [(line.path, line.line) for line in bad] == [(path, 2)] and "prompt must be" in bad[0].reason
 
 
-def test_what_cannot_be_prepared_is_said(tmp_path):
+def test_data_that_cannot_be_prepared_is_refused(tmp_path):
     mixed = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"text": "y"}])
     with pytest.raises(DataError, match=r"mixes kinds of records \(Demonstration, Prompt\)"):
         prepare(mixed, data_dir=tmp_path / "prepared")
@@ -96,7 +96,7 @@ def test_what_cannot_be_prepared_is_said(tmp_path):
         download("helpful", tmp_path)
 
 
-def test_data_read_otherwise_are_prepared_anew(tmp_path):
+def test_another_parser_prepares_the_data_again(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "x"}])
     for text in ("one", "two"):
         splits, _ = prepare(path, parse=lambda value, text=text: Prompt(text), data_dir=tmp_path / "prepared")
@@ -105,7 +105,7 @@ def test_data_read_otherwise_are_prepared_anew(tmp_path):
 
 @pytest.fixture
 def address(tmp_path):
-    """A server of this machine that holds one file."""
+    """A local server of one file."""
     folder = tmp_path / "served"
     folder.mkdir()
     write(folder / "pairs.jsonl", [{"prompt": "x"}])
@@ -121,7 +121,7 @@ def address(tmp_path):
 def test_a_published_file_is_checked(tmp_path, address):
     url, file = address
     content = file.read_bytes()
-    right = Published(url, len(content), hashlib.sha256(content).hexdigest())
+    right = PublishedFile(url, len(content), hashlib.sha256(content).hexdigest())
     found = download(right, tmp_path / "data")
     assert found.read_bytes() == content
     file.unlink()
@@ -132,7 +132,7 @@ def test_a_published_file_is_checked(tmp_path, address):
 
 def test_a_file_of_another_checksum_is_refused(tmp_path, address):
     url, file = address
-    wrong = Published(url, len(file.read_bytes()), "0" * 64)
+    wrong = PublishedFile(url, len(file.read_bytes()), "0" * 64)
     with pytest.raises(DataError, match=r"pairs\.jsonl gave has another checksum than 0000"):
         download(wrong, tmp_path / "data")
     assert not list((tmp_path / "data" / "downloads").glob("0000*"))

@@ -1,4 +1,4 @@
-"""Chat templates against transformers; what the assistant said; and what a template must not reach."""
+"""Chat templates against transformers; the assistant's spans; and what the sandbox must refuse."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ TALK = (
 
 @pytest.mark.parametrize("source", [TAGGED, PLAIN, STRICT])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_texts_are_those_of_transformers(source, count):
+def test_rendering_agrees_with_transformers(source, count):
     told = [{"role": message.role, "content": message.content} for message in TALK[:count]]
     ask = count % 2 == 1
     texts, marks = render_jinja_template(
@@ -53,14 +53,14 @@ def test_texts_are_those_of_transformers(source, count):
         (TRANSCRIPT, [" Yes, dry. ", " é</s>"]),
     ],
 )
-def test_spans_are_what_the_assistant_said(source, said):
+def test_spans_are_what_the_assistant_wrote(source, said):
     found = render(ChatTemplate(source, TOKENS), TALK)
     assert [found.text[first:last] for first, last in found.spans] == said
     prompt, completion = split_completion(ChatTemplate(source, TOKENS), TALK[:3], TALK[3:])
     assert completion == said[-1] and prompt + completion == found.text
 
 
-def test_an_end_of_text_after_the_last_turn_alone_is_no_word_of_the_others():
+def test_an_end_of_text_after_the_last_turn_is_in_no_other_span():
     once = PLAIN.replace("+ '<|end|>\\n' }}", "}}{% if loop.last and m.role == 'assistant' %}<end>{% endif %}")
     found = render(ChatTemplate(once, TOKENS), TALK)
     assert [found.text[first:last] for first, last in found.spans] == ["Yes, dry. ", "é<end>"]
@@ -81,23 +81,23 @@ def test_an_end_of_text_after_the_last_turn_alone_is_no_word_of_the_others():
         ("{% for i in range(10000000000) %}{% endfor %}", "[Rr]ange"),
     ],
 )
-def test_templates_that_fail_or_reach_out_are_refused(source, reason):
+def test_templates_that_fail_or_leave_the_sandbox_are_refused(source, reason):
     with pytest.raises(ValueError, match=reason):
         render(ChatTemplate(source, TOKENS), TALK)
 
 
-def test_a_prompt_that_an_answer_changes_is_refused():
+def test_a_prompt_that_a_completion_changes_is_refused():
     source = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="writes the prompt differently"):
         split_completion(ChatTemplate("{% generation %}x{% endgeneration %}" + source, TOKENS), TALK[:1], TALK[1:2])
 
 
-def test_marks_in_messages_are_refused():
+def test_markers_in_messages_are_refused():
     with pytest.raises(ValueError, match="private characters"):
         render(ChatTemplate(PLAIN, TOKENS), (Message("user", "a\uf8f1b"),))
 
 
-def test_templates_are_found_where_transformers_leaves_them(tmp_path):
+def test_templates_are_loaded_from_where_transformers_saves_them(tmp_path):
     assert load_chat_template(tmp_path) is None
     settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": PLAIN, "unk_token": None}
     path = tmp_path / "tokenizer_config.json"
@@ -119,4 +119,4 @@ def test_transcripts_come_back_as_they_were_published():
     for pair in read_records(SHARED / "harmless-base-test.jsonl.gz", hh_rlhf.parse).records[:200]:
         prompt, completion = split_completion(template, pair.prompt, pair.chosen)
         assert completion.endswith("</s>")
-        assert hh_rlhf.turns((prompt + completion).removesuffix("</s>")) == pair.prompt + pair.chosen
+        assert hh_rlhf.parse_transcript((prompt + completion).removesuffix("</s>")) == pair.prompt + pair.chosen

@@ -1,4 +1,4 @@
-"""Tokens and masks, on any text: two tokenizers made here, byte-level and with a prefixed space, and stories260K's."""
+"""Tokens and masks of arbitrary texts, with byte-level and prefixed-space tokenizers trained here and stories260K's."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxrlhf.data import Message, Preference
 from jaxrlhf.data.chat import ChatTemplate
-from jaxrlhf.data.encode import codec, encode, encode_pair, encode_prompt
+from jaxrlhf.data.encode import chat_tokenizer, encode, encode_pair, encode_prompt
 
 STORIES = pathlib.Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K" / "tokenizer.json"
 TEXTS = ["The sky is blue and green. ", "Is it dry? Yes, dry.\n", "\n\nHuman: hello\n\nAssistant: hello there é"] * 3
@@ -34,7 +34,7 @@ def trained(kind):
 
 
 def trimmed():
-    """As the byte-level one, with offsets that leave spaces out, as the library makes them by default."""
+    """The byte-level one with offsets that exclude spaces, the library's default."""
     made = tokenizers.Tokenizer.from_str(MADE["bytes"].to_str())
     made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     return made
@@ -42,19 +42,19 @@ def trimmed():
 
 MADE = {kind: trained(kind) for kind in ("bytes", "space")}
 MADE["trimmed"] = trimmed()
-CODECS = {kind: codec(made, bos=0, eos=1) for kind, made in MADE.items()}
+TOKENIZERS = {kind: chat_tokenizer(made, bos=0, eos=1) for kind, made in MADE.items()}
 ANY = st.text(st.characters(codec="utf-8", exclude_characters="<▁"), max_size=30)
 WORDS = st.lists(st.sampled_from(["The", " sky", " is", " blue", " ", "\n", "dry", "?", "é"]), max_size=8).map("".join)
 
 
 def check_masks(kind, prompt, completion):
-    found, decode = encode(CODECS[kind], prompt, completion), MADE[kind].decode
-    assert found.tokens.shape == found.completion.shape and found.tokens.dtype == np.int32
+    found, decode = encode(TOKENIZERS[kind], prompt, completion), MADE[kind].decode
+    assert found.tokens.shape == found.completion_mask.shape and found.tokens.dtype == np.int32
     np.testing.assert_array_equal(np.flatnonzero(found.tokens == 0), [0])
     np.testing.assert_array_equal(np.flatnonzero(found.tokens == 1), [len(found.tokens) - 1])
-    # One block at the end; what stands before it holds nothing of the completion.
-    first = int(found.completion.argmax())
-    assert first > 0 and found.completion[first:].all()
+    # The mask is one block at the end; the text before it contains nothing of the completion.
+    first = int(found.completion_mask.argmax())
+    assert first > 0 and found.completion_mask[first:].all()
     before = decode(found.tokens[:first].tolist())
     assert prompt.startswith(before) or (kind == "space" and prompt.lstrip(" ").startswith(before.lstrip(" ")))
     whole, learned = decode(found.tokens.tolist()), decode(found.tokens[first:].tolist())
@@ -66,23 +66,23 @@ def check_masks(kind, prompt, completion):
 
 @settings(max_examples=80, deadline=None)
 @given(prompt=ANY | WORDS, completion=ANY | WORDS)
-def test_masks_cover_the_completion_whatever_the_text(prompt, completion):
+def test_masks_cover_the_completion_of_any_text(prompt, completion):
     check_masks("bytes", prompt, completion)
 
 
 @settings(max_examples=80, deadline=None)
 @given(prompt=WORDS, completion=WORDS)
-def test_masks_cover_the_completion_where_offsets_leave_spaces_out(prompt, completion):
-    # A run of spaces across the border may be one token; spaces on either side alone are told apart.
+def test_masks_cover_the_completion_with_trimmed_offsets(prompt, completion):
+    # Spaces across the boundary may be one token; spaces on only one side are attributed correctly.
     if not (prompt[-1:].isspace() and completion[:1].isspace()):
-        one, other = (encode(CODECS[kind], prompt, completion) for kind in ("bytes", "trimmed"))
+        one, other = (encode(TOKENIZERS[kind], prompt, completion) for kind in ("bytes", "trimmed"))
         np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_array_equal(one.completion, other.completion)
+        np.testing.assert_array_equal(one.completion_mask, other.completion_mask)
 
 
 @settings(max_examples=80, deadline=None)
 @given(prompt=WORDS, completion=WORDS)
-def test_masks_cover_the_completion_behind_a_prefixed_space(prompt, completion):
+def test_masks_cover_the_completion_with_a_prefixed_space(prompt, completion):
     check_masks("space", prompt, completion)
 
 
@@ -91,54 +91,54 @@ TURNS = st.lists(WORDS, min_size=1, max_size=5)
 
 @settings(max_examples=40, deadline=None)
 @given(said=TURNS)
-def test_every_turn_of_the_assistant_is_learned(said):
+def test_every_turn_of_the_assistant_is_in_the_mask(said):
     talk = tuple(Message(("user", "assistant")[number % 2], text) for number, text in enumerate(said))
-    found = encode(CODECS["bytes"], (), talk)
-    learned = MADE["bytes"].decode(found.tokens[found.completion].tolist())
+    found = encode(TOKENIZERS["bytes"], (), talk)
+    learned = MADE["bytes"].decode(found.tokens[found.completion_mask].tolist())
     answers = [message.content for message in talk if message.role == "assistant"]
     assert "".join(learned.split()) == "".join("".join(answers).split())
     assert (found.tokens == 1).sum() == (len(said) % 2 == 0)
 
 
-def test_a_prompt_is_asked_and_not_ended():
-    for made in CODECS.values():
+def test_a_prompt_has_a_generation_prompt_and_no_end_of_text():
+    for made in TOKENIZERS.values():
         tokens = encode_prompt(made, (Message("user", "dry?"),))
-        text = made.tokenizer.decode(tokens.tolist())
+        text = made.backend.decode(tokens.tolist())
         assert text.strip() == "Human: dry?\n\nAssistant:" and tokens[0] == 0 and 1 not in tokens
         both = encode(made, (Message("user", "dry?"),), (Message("assistant", "Yes"),))
         np.testing.assert_array_equal(both.tokens[: len(tokens)], tokens)
         np.testing.assert_array_equal(encode_prompt(made, ""), [0])
 
 
-def test_a_template_that_writes_the_beginning_gets_no_second_one():
+def test_bos_is_not_added_twice():
     template = ChatTemplate(
         "<s>{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}", {}
     )
-    made = codec(MADE["bytes"], bos=0, eos=1, template=template)
+    made = chat_tokenizer(MADE["bytes"], bos=0, eos=1, template=template)
     found = encode(made, (), (Message("user", "a"), Message("assistant", "b")))
     assert (found.tokens == 0).sum() == 1 and (found.tokens == 1).sum() == 1
 
 
 def test_pairs_share_their_prompt():
-    pair = encode_pair(CODECS["bytes"], Preference("The sky is", " blue", " green", 2.0))
-    length = int(pair.chosen.completion.argmax())
+    pair = encode_pair(TOKENIZERS["bytes"], Preference("The sky is", " blue", " green", 2.0))
+    length = int(pair.chosen.completion_mask.argmax())
     np.testing.assert_array_equal(pair.chosen.tokens[:length], pair.rejected.tokens[:length])
-    assert pair.margin == 2.0 and int(pair.rejected.completion.argmax()) == length
-    assert np.isnan(encode_pair(CODECS["bytes"], Preference("a", "b", "c")).margin)
+    assert pair.margin == 2.0 and int(pair.rejected.completion_mask.argmax()) == length
+    assert np.isnan(encode_pair(TOKENIZERS["bytes"], Preference("a", "b", "c")).margin)
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="eos id 99999 is not one of the tokenizer's"):
-        codec(MADE["bytes"], eos=99999)
+        chat_tokenizer(MADE["bytes"], eos=99999)
     with pytest.raises(ValueError, match="must both be strings, or both conversations"):
-        encode(CODECS["bytes"], "a", (Message("assistant", "b"),))
-    with pytest.raises(ValueError, match=r"holds the token .*, which the model has not"):
-        encode(codec(MADE["bytes"], bos=0, eos=1, size=50), "The sky", " is blue")
+        encode(TOKENIZERS["bytes"], "a", (Message("assistant", "b"),))
+    with pytest.raises(ValueError, match=r"holds the token .*, which is not in the model's vocabulary"):
+        encode(chat_tokenizer(MADE["bytes"], bos=0, eos=1, vocabulary_size=50), "The sky", " is blue")
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason=f"stories260K is missing: {STORIES}")
 def test_a_real_tokenizer():
-    made = codec(tokenizers.Tokenizer.from_file(str(STORIES)), bos=1, eos=2)
+    made = chat_tokenizer(tokenizers.Tokenizer.from_file(str(STORIES)), bos=1, eos=2)
     found = encode(made, "The sky is", " blue.")
-    assert made.tokenizer.decode(found.tokens[found.completion].tolist()) == "blue."
+    assert made.backend.decode(found.tokens[found.completion_mask].tolist()) == "blue."
     np.testing.assert_array_equal(found.tokens[[0, -1]], [1, 2])

@@ -1,4 +1,4 @@
-"""Records by format; bad lines named; HH-RLHF, all of it."""
+"""Records by format; errors in lines; all of HH-RLHF."""
 
 import gzip
 import json
@@ -10,14 +10,14 @@ import pytest
 from jaxrlhf.data import (
     DataError,
     Demonstration,
-    Judged,
     Message,
     Preference,
     Prompt,
-    Ranked,
+    Ranking,
+    UnpairedPreference,
     hh_rlhf,
-    pairs_of,
     parse_record,
+    ranking_pairs,
     read_records,
     split_prompt,
 )
@@ -42,12 +42,12 @@ ASKED, YESES, NOES = (Message("user", "Dry?"),), (Message("assistant", "Yes."),)
         ),
         ({"prompt": ASK, "chosen": YES, "rejected": NO, "margin": 2}, Preference(ASKED, YESES, NOES, 2.0)),
         ({"chosen": ASK + YES, "rejected": ASK + NO}, Preference(ASKED, YESES, NOES)),
-        ({"prompt": "a", "completions": ["b", "c"]}, Ranked("a", ("b", "c"), (1, 2))),
+        ({"prompt": "a", "completions": ["b", "c"]}, Ranking("a", ("b", "c"), (1, 2))),
         (
             {"prompt": ASK, "completions": [NO, YES, NO], "ranks": [2, 1, 2]},
-            Ranked(ASKED, (NOES, YESES, NOES), (2, 1, 2)),
+            Ranking(ASKED, (NOES, YESES, NOES), (2, 1, 2)),
         ),
-        ({"prompt": "a", "completion": "b", "label": False}, Judged("a", "b", good=False)),
+        ({"prompt": "a", "completion": "b", "label": False}, UnpairedPreference("a", "b", label=False)),
         ({"prompt": "a", "completion": "b"}, Demonstration("a", "b")),
         ({"messages": ASK + YES}, Demonstration((), ASKED + YESES)),
         ({"text": "Once."}, Demonstration("", "Once.")),
@@ -55,7 +55,7 @@ ASKED, YESES, NOES = (Message("user", "Dry?"),), (Message("assistant", "Yes."),)
         ({"prompt": None, "chosen": "a b", "rejected": "a c", "source": 7}, Preference("a", " b", " c")),
     ],
 )
-def test_a_line_is_what_its_keys_say(line, record):
+def test_the_keys_of_a_line_determine_its_record(line, record):
     assert parse_record(json.loads(json.dumps(line))) == record
 
 
@@ -78,7 +78,7 @@ def test_a_line_is_what_its_keys_say(line, record):
         ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, True]}, "whole numbers"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said(line, reason):
+def test_malformed_lines_are_refused_with_a_reason(line, reason):
     with pytest.raises(ValueError, match=reason):
         parse_record(line)
 
@@ -99,9 +99,9 @@ def test_a_prompt_ends_with_a_word(chosen, rejected, parts):
     assert [prompt + part for part in rest] == [chosen, rejected]
 
 
-def test_rankings_give_the_pairs_that_are_no_ties():
-    ranked = Ranked("p", ("worst", "best", "middle", "other"), (3, 1, 2, 2))
-    pairs = [(pair.chosen, pair.rejected) for pair in pairs_of(ranked)]
+def test_rankings_give_all_pairs_except_ties():
+    ranking = Ranking("p", ("worst", "best", "middle", "other"), (3, 1, 2, 2))
+    pairs = [(pair.chosen, pair.rejected) for pair in ranking_pairs(ranking)]
     assert set(pairs) == {
         ("best", "middle"),
         ("best", "other"),
@@ -132,7 +132,7 @@ def test_a_bad_line_is_named_or_counted(tmp_path):
     assert "prompt must be a string" in found.bad[1].reason
 
 
-def test_a_folder_is_read_by_name_and_no_further(tmp_path):
+def test_a_folder_is_read_in_order_of_names_and_links_out_of_it_are_refused(tmp_path):
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)
     write(folder / "b.jsonl", [{"prompt": "2"}])
@@ -146,7 +146,7 @@ def test_a_folder_is_read_by_name_and_no_further(tmp_path):
         read_records(folder)
 
 
-def test_files_that_are_no_data_are_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(DataError, match="There is no file or folder"):
         read_records(tmp_path / "missing")
     with pytest.raises(DataError, match=r"holds no \.jsonl"):

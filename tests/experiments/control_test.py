@@ -1,4 +1,4 @@
-"""The control study: equal labels for all, parts against their definitions, its command and what it leaves."""
+"""The control study: equal label budgets, its functions against their definitions, and its command."""
 
 import json
 import pathlib
@@ -17,6 +17,7 @@ sys.path.append(str(EXPERIMENTS))
 import control  # noqa: E402
 import control_methods as methods  # noqa: E402
 import control_tasks as tasks  # noqa: E402
+import control_training as training  # noqa: E402
 
 from jaxrlhf import bilevel  # noqa: E402
 from jaxrlhf.bilevel import Labelled  # noqa: E402
@@ -27,7 +28,7 @@ from jaxrlhf.objectives import brier, likelihood, utility  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def broadcasting():
-    """The library is held to explicit ranks; the study's small networks add their biases as everyone does."""
+    """The library forbids implicit rank promotion; the study's small networks add their biases the usual way."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -58,69 +59,69 @@ def test_every_learner_buys_equally_many_labels():
         methods.collecting_steps(task._replace(outer_steps=20), methods.METHODS["iterated"], budget)
 
 
-def test_costs_of_a_share_are_those_of_all_pairs_in_the_mean():
+def test_costs_of_labelled_pairs_are_unbiased_for_those_of_all_pairs():
     keys = jax.random.split(jax.random.key(0), 2)
     returns = jax.random.normal(keys[0], (1, 8, 2))
     labels = jax.random.bernoulli(keys[1], 0.5, (1, 8, 2)).astype(float)
-    for name, whole in (("utility", utility(kl_price=0.05)), ("brier", brier())):
-        objective = methods.coupled_objective(name, beta=0.2, share=3 / 8)
-        assert objective.kl_price == pytest.approx(whole.kl_price)
+    for name, all_labelled in (("utility", utility(kl_price=0.05)), ("brier", brier())):
+        objective = methods.coupled_objective(name, beta=0.2, labelled_fraction=3 / 8)
+        assert objective.kl_price == pytest.approx(all_labelled.kl_price)
 
         def cost(key, objective=objective):
-            asked = jnp.zeros(8).at[jax.random.permutation(key, 8)[:3]].set(1.0)
-            given = jnp.where(asked[None, :, None] > 0, labels, -1.0)
-            return jnp.mean(objective.at(returns, given).coupled)
+            chosen = jnp.zeros(8).at[jax.random.permutation(key, 8)[:3]].set(1.0)
+            some_labels = jnp.where(chosen[None, :, None] > 0, labels, -1.0)
+            return jnp.mean(objective.at(returns, some_labels).coupled)
 
-        drawn = jax.jit(jax.vmap(cost))(jax.random.split(jax.random.key(1), 4000))
-        expected = jnp.mean(whole.at(returns, labels).coupled)
-        assert abs(drawn.mean() - expected) < 5 * drawn.std() / np.sqrt(4000)
+        costs = jax.jit(jax.vmap(cost))(jax.random.split(jax.random.key(1), 4000))
+        expected = jnp.mean(all_labelled.at(returns, labels).coupled)
+        assert abs(costs.mean() - expected) < 5 * costs.std() / np.sqrt(4000)
 
 
 def test_replay_drops_the_oldest_pairs(pendulum):
     first, second, third = (sample_of(pendulum, pairs=2, seed=seed) for seed in range(3))
-    recent = methods.slide(methods.slide(methods.repeated(first, 2), second), third)
-    for place, part in ((slice(0, 2), second), (slice(2, 4), third)):
-        np.testing.assert_array_equal(recent.responses.observations[:, place], part.responses.observations)
-        np.testing.assert_array_equal(recent.behaviour_log_prob[:, place], part.behaviour_log_prob)
+    recent = training.slide(training.slide(training.repeated(first, 2), second), third)
+    for rows, batch in ((slice(0, 2), second), (slice(2, 4), third)):
+        np.testing.assert_array_equal(recent.responses.observations[:, rows], batch.responses.observations)
+        np.testing.assert_array_equal(recent.behaviour_log_prob[:, rows], batch.behaviour_log_prob)
     np.testing.assert_allclose(recent.measure, np.full((1, 4), 0.25))
     assert recent.num_draws == 4
 
 
-def test_doubt_is_where_the_members_differ(pendulum):
+def test_the_most_disputed_pairs_are_where_the_members_differ(pendulum):
     sample = sample_of(pendulum)
     members = jax.vmap(lambda key: pendulum.first(key)[0])(jax.random.split(jax.random.key(3), 3))
-    found = jax.jit(lambda members, sample: methods.in_doubt(pendulum, members, sample, 2))(members, sample)
-    chances = []
+    found = jax.jit(lambda members, sample: training.most_disputed(pendulum, members, sample, 2))(members, sample)
+    probabilities = []
     for number in range(3):
         member = jax.tree.map(lambda leaf, number=number: leaf[number], members)
-        given = pendulum.reward(member, sample.responses.observations, sample.responses.actions)
-        worth = np.sum(np.asarray(given * sample.responses.window), axis=-1)[0]
-        chances.append(1 / (1 + np.exp(worth[:, 1] - worth[:, 0])))
-    np.testing.assert_array_equal(np.sort(found), np.sort(np.argsort(np.std(chances, axis=0))[-2:]))
+        rewards = pendulum.reward(member, sample.responses.observations, sample.responses.actions)
+        returns = np.sum(np.asarray(rewards * sample.responses.window), axis=-1)[0]
+        probabilities.append(1 / (1 + np.exp(returns[:, 1] - returns[:, 0])))
+    np.testing.assert_array_equal(np.sort(found), np.sort(np.argsort(np.std(probabilities, axis=0))[-2:]))
 
 
-def test_the_forgetful_annotator_sees_the_end_of_each_segment(pendulum):
+def test_the_myopic_annotator_weighs_the_end_of_each_segment(pendulum):
     sample = sample_of(pendulum)
     labelled = Labelled(sample, control.annotator_of("myopic", pendulum)(1)(jax.random.key(0), sample, ()))
     assert labelled.labels.shape == (1, 6, 1)
     window, gold = np.asarray(sample.responses.window), np.asarray(sample.responses.gold)
     score = np.zeros(window.shape[:-1])
-    for place in np.ndindex(score.shape):
-        inside = np.flatnonzero(window[place])
-        score[place] = pendulum.scale * np.sum(0.9 ** np.arange(len(inside))[::-1] * gold[place][inside])
-    # Many answers of the same pair: their mean is the logistic of the difference.
-    ask = control.annotator_of("myopic", pendulum)(20000)
-    chance = 1 / (1 + np.exp(score[..., 1] - score[..., 0]))
-    found = np.asarray(ask(jax.random.key(1), sample, ())).mean(axis=-1)
-    np.testing.assert_allclose(found, chance, atol=5 * 0.5 / np.sqrt(20000))
+    for index in np.ndindex(score.shape):
+        inside = np.flatnonzero(window[index])
+        score[index] = pendulum.scale * np.sum(0.9 ** np.arange(len(inside))[::-1] * gold[index][inside])
+    # The mean of many labels of the same pair is the logistic of the difference.
+    annotate = control.annotator_of("myopic", pendulum)(20000)
+    probability = 1 / (1 + np.exp(score[..., 1] - score[..., 0]))
+    found = np.asarray(annotate(jax.random.key(1), sample, ())).mean(axis=-1)
+    np.testing.assert_allclose(found, probability, atol=5 * 0.5 / np.sqrt(20000))
 
 
 def test_hidden_rewards_of_four_rooms():
     task = tasks.TASKS["four-rooms"]()
     place = {cell: state for state, cell in enumerate(rooms.CELLS)}
-    for cell, worth in (((11, 11), 1.0), ((11, 9), np.exp(-2 / 3)), ((5, 8), np.exp(-9 / 3) - 0.5)):
+    for cell, expected in (((11, 11), 1.0), ((11, 9), np.exp(-2 / 3)), ((5, 8), np.exp(-9 / 3) - 0.5)):
         _, _, reward, ends = task.environment.step(jax.random.key(0), jnp.asarray(place[cell]), jnp.asarray(0))
-        np.testing.assert_allclose(reward, worth, rtol=1e-6)
+        np.testing.assert_allclose(reward, expected, rtol=1e-6)
         assert not ends
 
 
@@ -148,7 +149,7 @@ def test_another_rule_or_budget_is_another_result(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_where_it_was(tmp_path, capsys):
+def test_the_command_resumes_where_it_stopped(tmp_path, capsys):
     small = ("--outer-steps=12", "--budget.pairs=4", "--budget.labels=2", "--budget.first-steps=1", "--seeds=2")
     names = ("oracle", "bilevel, all of PEBBLE")
 
@@ -170,7 +171,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, capsys):
         curves = {name: np.asarray(curve, float) for name, curve in result["curves"].items() if name != "seconds"}
         assert all(curve.shape == (2, 12) for curve in curves.values())
         np.testing.assert_array_equal(curves["labels"].sum(axis=1), 0 if result["method"] == "oracle" else 26)
-        # A step of CartPole is worth 1: half of the steps are slot 0's, the policy's own, up to chance.
+        # A step of CartPole pays 1: half of the steps are slot 0's, the policy's own, up to chance.
         assert np.all(np.isfinite(curves["returns"])) and np.all(curves["steps"] >= 4 * curves["returns"])
     table = (tmp_path / "tables.md").read_text()
     assert "</table>" in (tmp_path / "report.html").read_text()

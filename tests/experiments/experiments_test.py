@@ -1,4 +1,4 @@
-"""The main job from the command line's point of view: what it writes, what it refuses, and that it repeats itself."""
+"""`online_rlhf.py` as a command: what it writes, what it refuses, and its reproducibility."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +35,7 @@ online_rlhf = load("online_rlhf")
 
 
 def run(output, **options):
-    """One run; returns its folder and results."""
+    """Runs once; returns the run's folder and results."""
     online_rlhf.main(online_rlhf.Config(output=output, **options))
     (folder,) = output.iterdir()
     return folder, json.loads((folder / "results.json").read_text())
@@ -94,7 +94,7 @@ def test_the_default_run_writes_its_folder(short_run, capsys):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(short_run, tmp_path):
     _, results = short_run
-    # Evaluations take no part: with fewer of them the run is the same.
+    # Evaluations do not affect training: with fewer of them the run is the same.
     _, again = run(tmp_path, steps=3, pairs=2, evaluations=1, methods=("bilevel",))
     assert again["methods"]["bilevel"] == results["methods"]["bilevel"] | {"gap": again["methods"]["bilevel"]["gap"]}
     _, other = run(tmp_path / "other", steps=3, pairs=2, evaluations=1, methods=("bilevel",), seed=1)
@@ -103,13 +103,13 @@ def test_the_same_seed_gives_the_same_bits(short_run, tmp_path):
 
 def test_a_model_directory_runs_the_same_way(model_directory, tmp_path):
     options = {"steps": 2, "batch": 2, "pairs": 2, "max_new_tokens": 4, "evaluations": 1}
-    folder, results = run(tmp_path, policy=model_directory, methods=("bilevel", "decoupled"), **options)
-    check_folder(folder, results, ("bilevel", "decoupled"), 2)
+    folder, results = run(tmp_path, policy=model_directory, methods=("bilevel",), **options)
+    check_folder(folder, results, ("bilevel",), 2)
     assert results["methods"]["bilevel"]["labels"] == 2 * 2 * 2
 
 
 def test_the_story_score_worked_out_by_hand():
-    score = load("online_rlhf_tasks").story_score
+    score = load("stories").story_score
     assert score("She was happy. Happy! They played and laughed.") == 2.0 * 3
     assert score("He was sad and he cried, but the dog was kind.") == 2.0 * (1 - 2)
     assert score("Funny meaning, nicest badge.") == 0.0
@@ -143,7 +143,7 @@ def refuse(capsys, **options):
         ({"reward_learning_rate": -1.0}, "--reward-learning-rate must be"),
     ],
 )
-def test_bad_values_get_one_sentence_and_leave_nothing(options, words, capsys, tmp_path):
+def test_bad_values_get_one_sentence_and_write_nothing(options, words, capsys, tmp_path):
     assert words in refuse(capsys, output=tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""The Four-Rooms study: its comparators point where the exact gradient points, its command leaves what it promises."""
+"""The Four-Rooms study: its comparators against the exact gradient, and the output of its commands."""
 
 import json
 import pathlib
@@ -23,15 +23,15 @@ from jaxrlhf.mdp import four_rooms as rooms  # noqa: E402
 
 
 def first_steps(method, seeds):
-    """Returns what a comparator's first clipped steps move the weights by, `[seeds, 105]`, and the exact gradients."""
-    environment, terms = rooms.four_rooms(), rooms.terms(0.005, 1.0)
-    run = jax.jit(lambda key: method(key, terms, environment, methods.Budget(1, 1, rate=1.0)))
+    """Returns the first clipped steps of a comparator, `[seeds, 105]`, and the exact gradients."""
+    environment, coefficients = rooms.four_rooms(), rooms.coefficients(0.005, 1.0)
+    run = jax.jit(lambda key: method(key, coefficients, environment, methods.Budget(1, 1, rate=1.0)))
 
     def goal_gradient(key):
         weight_key, key = jax.random.split(key)
         upper = rooms.draw_incentives(weight_key)
         goal = jax.random.randint(jax.random.split(jax.random.fold_in(key, 0))[0], (), 0, 2)
-        data = terms._replace(weight=jax.nn.one_hot(goal, 2))
+        data = coefficients._replace(weight=jax.nn.one_hot(goal, 2))
         return upper, jax.grad(lambda upper: methods.exact_value(upper, data, environment))(upper)
 
     keys = [jax.random.key(seed) for seed in seeds]
@@ -49,8 +49,8 @@ def test_adaptive_model_design_is_the_exact_gradient(x64):
 
 
 @pytest.mark.slow
-def test_hpgd_comes_to_the_exact_gradient_with_more_episodes(x64):
-    """It is consistent, and noisy: at the published 10,000 environment steps this gradient is off by half its length."""
+def test_hpgd_converges_to_the_exact_gradient_with_more_episodes(x64):
+    """It is consistent but noisy: at the published 10,000 environment steps the relative error here is a half."""
     errors = []
     for steps in (10_000, 200_000):
         moves, truths = first_steps(methods.hyper_policy_gradient(environment_steps=steps), (6,))
@@ -58,15 +58,15 @@ def test_hpgd_comes_to_the_exact_gradient_with_more_episodes(x64):
     assert errors[1] < 0.15 and errors[1] < 0.5 * errors[0]
 
 
-def test_zero_order_is_the_slope_along_its_direction(x64):
+def test_zero_order_is_the_directional_derivative_along_its_direction(x64):
     seeds = (0, 6)
     moves, truths = first_steps(methods.zero_order(1e-4), seeds)
     for seed, move, truth in zip(seeds, moves, truths, strict=True):
         run_key = jax.random.split(jax.random.key(seed))[1]
         step_key = jax.random.split(jax.random.fold_in(run_key, 0))[1]
         direction = np.asarray(jax.random.normal(step_key, truth.shape))
-        whole = direction * (direction @ truth)
-        np.testing.assert_allclose(move, whole / max(1.0, np.linalg.norm(whole)), rtol=1e-3, atol=1e-7)
+        estimate = direction * (direction @ truth)
+        np.testing.assert_allclose(move, estimate / max(1.0, np.linalg.norm(estimate)), rtol=1e-3, atol=1e-7)
 
 
 def run_command(*arguments, script="four_rooms.py"):
@@ -75,7 +75,7 @@ def run_command(*arguments, script="four_rooms.py"):
 
 
 @pytest.mark.slow
-def test_the_command_leaves_a_table_and_pictures(tmp_path):
+def test_the_command_writes_tables_and_figures(tmp_path):
     small = ("--seeds", "2", "--restarts", "1", "--steps", "3", "--outer-steps", "2", "--episodes", "4")
     names = tuple(methods.METHODS)
     done = run_command("--cell", "0.003,1", *small, "--methods", *names, "--output", str(tmp_path))
@@ -130,7 +130,7 @@ def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_best_known_optima_are_what_they_say(x64):
+def test_the_best_known_weights_reach_their_values(x64):
     """The committed weights reach the committed values, which are above the best published ones."""
     environment = rooms.four_rooms()
     cells = json.loads(four_rooms.OPTIMA.read_text())["cells"]
@@ -138,13 +138,13 @@ def test_the_best_known_optima_are_what_they_say(x64):
     value = jax.jit(methods.exact_value)
     for entry in cells:
         cell = (entry["entropy weight"], entry["regulariser"])
-        reached = value(jnp.asarray(entry["weights"]), rooms.terms(*cell), environment)
+        reached = value(jnp.asarray(entry["weights"]), rooms.coefficients(*cell), environment)
         np.testing.assert_allclose(reached, entry["value"], atol=1e-3)
         assert reached > max(mean for mean, _ in four_rooms.PUBLISHED[cell].values())
 
 
 @pytest.mark.slow
-def test_the_search_reports_what_its_weights_reach(capsys):
+def test_the_search_reports_the_values_of_its_weights(capsys):
     cells, environment = [(0.003, 1.0), (0.005, 1.0)], rooms.four_rooms()
     found = four_rooms_search.search(cells, 1, 4, four_rooms.over_seeds, environment)
     printed = re.findall(r"(restarts|continuation 3/3), cell (\S+): (\S+)", capsys.readouterr().out)
@@ -152,7 +152,7 @@ def test_the_search_reports_what_its_weights_reach(capsys):
     for cell, entry in zip(cells, found, strict=True):
         upper = jnp.asarray(entry["weights"])
         np.testing.assert_allclose(
-            methods.exact_value(upper, rooms.terms(*cell), environment), entry["value"], atol=2e-3
+            methods.exact_value(upper, rooms.coefficients(*cell), environment), entry["value"], atol=2e-3
         )
         name = f"{cell[0]:g},{cell[1]:g}"
         assert by_stage["continuation 3/3", name] >= by_stage["restarts", name] > 0

@@ -1,4 +1,4 @@
-"""The frontier's harness: every method has the same budget, and a small study from end to end."""
+"""The frontier study: every method has the same budget, and a small study runs end to end."""
 
 import importlib
 import json
@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 
 from jaxrlhf.lm.hugging_face.weights import SpecialIds, save_decoder
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts
+from jaxrlhf.lm.pairing import Prompts
+from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.model import decoder
 
@@ -22,12 +23,13 @@ harness = importlib.import_module("frontier_harness")
 methods = importlib.import_module("frontier_methods")
 tables = importlib.import_module("frontier_tables")
 tasks = importlib.import_module("frontier_tasks")
+load_stories = importlib.import_module("stories").load_stories
 sys.path.remove(str(EXPERIMENTS))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A tiny random model whose words the gold reward knows."""
+    """A tiny random model with words that the gold reward scores."""
     folder = tmp_path_factory.mktemp("model")
     words = ("<s>", "</s>", "<unk>", "happy", "sad", "fun", "lost", "the")
     tokenizer = tokenizers.Tokenizer(
@@ -41,36 +43,37 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def world(directory):
-    return tasks.open_world(directory, max_new_tokens=5)
+def stories(directory):
+    return load_stories(directory, max_new_tokens=5)
 
 
 def config(directory, **options):
     sizes = {"seeds": 2, "steps": 2, "batch": 4, "pairs": 2, "max_new_tokens": 5, "evaluations": 2}
     return frontier.Config(
-        policy=directory, **(sizes | {"judged": 32, "pool": 8, "kls": (0.5,), "at": (0.01,), "workers": 1} | options)
+        policy=directory,
+        **(sizes | {"evaluation_responses": 32, "pool": 8, "kls": (0.5,), "at": (0.01,), "workers": 1} | options),
     )
 
 
-def test_every_method_proposes_the_same_responses(world, directory):
-    """By shapes, so that all of them can be looked at: as many responses to as many prompts, one label a pair."""
-    parts, first = frontier.parts_of(config(directory), world, "whole")
-    frozen, key = LanguageFrozen(world.start), jax.random.key(0)
-    asked = Prompts(*(part[:4] for part in world.openings))
+def test_every_method_proposes_the_same_responses(stories, directory):
+    """Equal numbers of prompts and responses, one label per pair; checked by shapes, so that all methods are covered."""
+    setup, first = frontier.setup_of(config(directory), stories, "whole")
+    frozen, key = LanguageFrozen(stories.start), jax.random.key(0)
+    prompts = Prompts(*(leaf[:4] for leaf in stories.openings))
     assert set(methods.RATES) == {*methods.WITHOUT_REWARD, *methods.WITH_REWARD}
-    seen = {}
+    shapes = {}
     for name, rates in methods.RATES.items():
-        method = methods.build(name, parts, rates)
+        method = methods.build(name, setup, rates)
         algorithm = method.make(rates.beta)
-        upper = first(key) if method.has_reward else world.start
-        state = jax.eval_shape(algorithm.init, key, upper, world.start)
-        sample = jax.eval_shape(algorithm.propose, key, state, asked, frozen)
+        upper = first(key) if method.has_reward else stories.start
+        state = jax.eval_shape(algorithm.init, key, upper, stories.start)
+        sample = jax.eval_shape(algorithm.propose, key, state, prompts, frozen)
         labelled = harness.Labelled(sample, jax.ShapeDtypeStruct((4, 2, 1), np.float32))
         after, info = jax.eval_shape(algorithm.update, key, state, labelled, frozen)
         assert jax.tree.structure(after) == jax.tree.structure(state), name
         assert info.kl.shape == (), name
-        seen[name] = sample.responses.tokens.shape
-    assert set(seen.values()) == {(4, 2, 2, 5)}
+        shapes[name] = sample.responses.tokens.shape
+    assert set(shapes.values()) == {(4, 2, 2, 5)}
 
 
 def test_prompts_come_in_one_order_for_all_and_equally_often():
@@ -81,7 +84,7 @@ def test_prompts_come_in_one_order_for_all_and_equally_often():
     assert np.all(np.bincount(order.ravel(), minlength=16) == 5)
 
 
-def test_a_small_study_from_end_to_end(directory, tmp_path, capsys):
+def test_a_small_study_end_to_end(directory, tmp_path, capsys):
     names = ("offline DPO", "GRPO")
     folder = frontier.main(config(directory, methods=names, golds=("words",), rewards=("small",), output=tmp_path))
     results = json.loads((folder / "results.json").read_text())
@@ -104,7 +107,7 @@ def test_a_small_study_from_end_to_end(directory, tmp_path, capsys):
     assert "minutes" in capsys.readouterr().out
 
 
-def test_a_study_takes_the_runs_of_an_earlier_one(directory, tmp_path):
+def test_a_study_includes_the_runs_of_an_earlier_one(directory, tmp_path):
     history = [{"kl": [1.0, 2.0], "gain": [0.1, 0.2]}]
     row = {"gold": "words", "method": "GRPO", "reward": "small", "history": history, "kls": [0.5], "seconds": 3.0}
     spent = {"labels": 1, "responses": 2, "tokens": 3, "control_tokens": 0}
@@ -112,7 +115,7 @@ def test_a_study_takes_the_runs_of_an_earlier_one(directory, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"spent": spent}) + "\n")
     (earlier,) = frontier.earlier_of(config(directory, kls=(0.8, 0.9), extends=tmp_path)).values()
     later = [{"kl": np.arange(4.0), "gain": -np.arange(4.0)}]
-    both = tables.joined(earlier["words"], tables.Found(later, (0.8, 0.9), harness.Spent(**spent), 1.0))
+    both = tables.joined(earlier["words"], tables.Runs(later, (0.8, 0.9), harness.Spent(**spent), 1.0))
     np.testing.assert_array_equal(both.field("kl")[0], [[1, 0, 1], [2, 2, 3]])
     assert both.kls == (0.5, 0.8, 0.9) and both.seconds == 4.0
     for other, message in (
@@ -125,23 +128,23 @@ def test_a_study_takes_the_runs_of_an_earlier_one(directory, tmp_path):
 
 
 def test_gains_between_evaluations_and_their_intervals():
-    # Two seeds, led to two KLs each; what was before the end counts for nothing.
+    # Two seeds with two target KLs each; only the last evaluation counts.
     history = [{"kl": np.full(4, 2.25), "gain": np.full(4, 9.0)}]
     history += [{"kl": np.array([1.0, 4.0, 1.0, 2.0]), "gain": np.array([1.0, 3.0, 2.0, 3.0])}]
-    found = tables.Found(history, (1.0, 4.0), harness.Spent(1, 2, 3, 0), 1.0)
+    found = tables.Runs(history, (1.0, 4.0), harness.Spent(1, 2, 3, 0), 1.0)
     np.testing.assert_allclose(tables.gains_at(found, 2.25), [2.0, np.nan])
     assert tables.interval(np.array([2.0, np.nan])) == "2.00 (1 of 2)"
     assert tables.interval(np.array([np.nan])) == "not reached"
     assert tables.interval(np.array([1.0, 2.0, 3.0])) == "2.00 ± 2.48"
 
 
-def test_the_gold_model_ranks_as_what_it_was_fitted_to(world):
-    """A tiny one: its scores are scaled, and repeat."""
-    gold = tasks.model_gold(world, tasks.fit_gold_model(world, prompts=128, steps=2, members=2))
-    _, some = tasks.pool(world, 4, seed=0)
-    scores = gold(world.openings, some)
+def test_the_gold_model_scores_every_response(stories):
+    """On a tiny model: the scores are scaled, and deterministic."""
+    gold = tasks.model_gold(stories, tasks.fit_gold_model(stories, prompts=128, steps=2, members=2))
+    some = tasks.reference_pool(stories, 4, seed=0)
+    scores = gold(stories.openings, some)
     assert scores.shape == (16, 4, 1) and np.all(np.isfinite(scores))
-    np.testing.assert_array_equal(scores, gold(world.openings, some))
+    np.testing.assert_array_equal(scores, gold(stories.openings, some))
     assert tasks.craft_score('"Hi," he said') > tasks.craft_score("hi he said") > tasks.craft_score("hi hi hi")
 
 
@@ -157,10 +160,10 @@ def test_the_gold_model_ranks_as_what_it_was_fitted_to(world):
         ({"policy": pathlib.Path("nowhere")}, "nowhere"),
     ],
 )
-def test_what_cannot_be_run_is_one_sentence(directory, tmp_path, capsys, options, message):
+def test_invalid_settings_get_one_sentence(directory, tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as caught:
         frontier.main(config(**({"directory": directory, "output": tmp_path} | options)) if "policy" not in options else
                       config(options["policy"], output=tmp_path))  # fmt: skip
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1

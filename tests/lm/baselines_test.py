@@ -4,6 +4,7 @@ Pairs are listed with their probabilities and labels are expected ones: what is 
 sampling error hides a wrong gradient.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,10 @@ from jaxrlhf.algorithms.group_relative import group_relative
 from jaxrlhf.algorithms.policy_gradient import label_policy_gradient
 from jaxrlhf.base import importance
 from jaxrlhf.lm.critic import token_critic
+from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs, policy_table, table_of
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.pairing import Prompts
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
@@ -38,10 +41,15 @@ def gold_of(prompts, responses):
     return alphabet_gold(prompts, responses, letters=LETTERS)
 
 
+@jax.jit
+def table_of_policy(params):
+    return policy_table(POLICY, params, LANGUAGE)
+
+
 @pytest.fixture(scope="module")
 def world():
     start = POLICY.init(jax.random.key(0))
-    return LanguageFrozen(start), table_of(gold_of, LANGUAGE), policy_table(POLICY, start, LANGUAGE)
+    return LanguageFrozen(start), jax.jit(lambda: table_of(gold_of, LANGUAGE))(), table_of_policy(start)
 
 
 def annotate(key, sample, frozen):
@@ -49,23 +57,23 @@ def annotate(key, sample, frozen):
     return preferences.expected_annotator(score)(key, sample, frozen)
 
 
-def problem_of(objective, *, against_reference=False, per_token=False, gold_reward=False):
-    """The listed problem; with `gold_reward` the reward is the gold one, so that only the lower level is learned."""
+def problem_of(objective, *, against="policy", per_token=False, gold_reward=False):
+    """Returns the enumerated problem; with `gold_reward` the reward is the gold one: only the lower level is learned."""
     problem = language_problem(
-        POLICY, REWARD, objective, pairs=1, max_new_tokens=LENGTH, stop_ids=(STOP,),
-        against_reference=against_reference, per_token=per_token,
+        POLICY, REWARD, objective, pairs=1, generation=Generation(LENGTH, stop_ids=(STOP,)),
+        against=against, per_token=per_token,
     )  # fmt: skip
-    listed = listed_pairs(POLICY, LANGUAGE, against_reference=against_reference, per_token=per_token)
+    listed = listed_pairs(POLICY, LANGUAGE, against=against, per_token=per_token)
     problem = problem._replace(sample=listed)
     if not gold_reward:
         return problem
 
     def reward(upper, sample, frozen):
-        whole = gold_of(sample.prompts, sample.responses)[..., None] + 0 * upper
+        rewards = gold_of(sample.prompts, sample.responses)[..., None] + 0 * upper
         if not per_token:
-            return whole
+            return rewards
         mask = sample.responses.mask
-        return whole * (mask & ~jnp.pad(mask[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1))))
+        return rewards * (mask & ~jnp.pad(mask[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1))))
 
     return problem._replace(reward=reward)
 
@@ -81,7 +89,7 @@ def solve(algorithm, frozen, *, steps=700, upper=()):
         return jax.lax.scan(body, state, jax.random.split(jax.random.key(1), steps))
 
     state, info = run(state)
-    return jnp.exp(policy_table(POLICY, state.policy, LANGUAGE)), info
+    return jnp.exp(table_of_policy(state.policy)), info
 
 
 def adam(steps=700):
@@ -118,7 +126,7 @@ def test_direct_methods(world, case):
 
 
 def minimum(cost, reference):
-    """The policies `[B, N]` where `cost(log table) -> [B, N, N]` of all pairs is least, by scipy from the reference."""
+    """Returns the policies `[B, N]` that minimise `cost(log table) -> [B, N, N]` over all pairs, by scipy."""
 
     def value(flat):
         return np.sum(cost(scipy.special.log_softmax(flat.reshape(reference.shape), axis=-1)))
@@ -133,17 +141,17 @@ def of_pairs(table):
 
 @pytest.mark.parametrize("case", ["offline simpo", "sail"])
 def test_direct_methods_without_a_closed_form(world, case):
-    """Against the minimum that scipy finds over all tables, with the losses written out once more."""
-    frozen, gold, reference = (each if number == 0 else np.asarray(each, float) for number, each in enumerate(world))
+    """Against the minimum that scipy finds over all tables, with the losses implemented independently."""
+    frozen, gold, reference = (world[0], *(np.asarray(table, float) for table in world[1:]))
     first, second = of_pairs(gold)
     labels, lengths = scipy.special.expit(first - second), np.asarray(LANGUAGE.completions.mask).sum(axis=-1)
     scale, margin, log = 1.0, 0.2, scipy.special.log_expit
 
     def simpo_cost(table):
         one, other = of_pairs(table / lengths)
-        chances = np.exp(sum(of_pairs(reference)))
+        probability = np.exp(sum(of_pairs(reference)))
         won, lost = log(scale * (one - other - margin)), log(scale * (other - one - margin))
-        return -chances * (labels * won + (1 - labels) * lost)
+        return -probability * (labels * won + (1 - labels) * lost)
 
     def sail_cost(table):
         one, other = of_pairs(BETA * (table - reference))
@@ -163,37 +171,40 @@ def test_direct_methods_without_a_closed_form(world, case):
 
 
 @pytest.mark.parametrize("coupled", [False, True])
-def test_an_implicit_reward_makes_bilevel_descent_of_the_likelihood_dpo_and_sail(world, coupled):
-    """The same move of the parameters: lambda*(phi) = phi, and boltzmann's coupling is SAIL's term."""
+def test_with_an_implicit_reward_bilevel_descent_of_the_likelihood_is_dpo_and_sail(world, coupled):
+    """Both take the same step: lambda*(phi) = phi, and boltzmann's coupling is SAIL's term."""
     frozen, *_ = world
     start = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(7), leaf.shape), frozen.reference)
     problem = problem_of(objectives.likelihood(coupled=coupled))
-    itself = bilevel.closed_form(lambda task, index: task.upper_of(index))
+    own_policy = bilevel.closed_form(lambda task, index: task.upper)
     ours = bilevel.bilevel_descent(
-        implicit_reward(problem, beta=BETA), bilevel.boltzmann(), itself, optax.sgd(1.0), beta=BETA, annotate=annotate
+        implicit_reward(problem, beta=BETA),
+        bilevel.boltzmann(),
+        own_policy,
+        optax.sgd(1.0),
+        beta=BETA,
+        annotate=annotate,
     )
     theirs = direct_preference(problem, dpo(beta=BETA), optax.sgd(1.0), coupling=float(coupled), annotate=annotate)
-    moved, moved_too = (
+    descended, fitted = (
         jax.jit(algorithm.step)(
             jax.random.key(0), algorithm.init(jax.random.key(0), start, start), LANGUAGE.prompts, frozen
         )
         for algorithm in (ours, theirs)
     )
-    jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), moved[0].upper, moved_too[0].policy
-    )
-    assert optax.tree.norm(optax.tree.sub(moved[0].upper, start)) > 0.1
+    chex.assert_trees_all_close(descended[0].upper, fitted[0].policy, atol=2e-5)
+    assert optax.tree.norm(optax.tree.sub(descended[0].upper, start)) > 0.1
 
 
-def test_the_labels_own_gradient(world):
+def test_label_policy_gradient(world):
     frozen, gold, reference = world
-    problem = problem_of(objectives.utility(kl_price=BETA), against_reference=True)
+    problem = problem_of(objectives.utility(kl_price=BETA), against="reference")
     reached, _ = solve(label_policy_gradient(problem, adam(), annotate=annotate), frozen)
     np.testing.assert_allclose(reached, jnp.exp(exact.soft_policy(wins(gold, reference), reference, BETA)), atol=1e-3)
 
 
 def scaled_optimum(gold, reference, beta):
-    """The fixed point of pi = reference exp(R / (beta std_pi R)), prompt by prompt, by damped iteration."""
+    """Returns the fixed point of pi = reference exp(R / (beta std_pi R)), by prompt, by damped iteration."""
     policy = reference
     for _ in range(2000):
         mean = exact.mean_under(policy, gold)
@@ -208,13 +219,13 @@ def test_lower_levels_under_the_gold_reward(world, case):
     per_token = case != "rloo"
     problem = problem_of(objectives.likelihood(coupled=False), per_token=per_token, gold_reward=True)
     critic = REWARD.from_trunk(frozen.reference)
-    slope = {
+    policy_gradient = {
         "rloo": lambda: bilevel.loss_gradient(),
         "ppo": lambda: actor_critic(problem, token_critic(POLICY), critic, adam(), beta=BETA, trace=1.0),
         "dr. grpo": lambda: group_relative(problem, beta=BETA, scaled=False),
         "grpo": lambda: group_relative(problem, beta=BETA),
     }[case]()
-    solver = bilevel.tangent(adam(), optax.set_to_zero(), slope=slope)
+    solver = bilevel.tangent(adam(), optax.set_to_zero(), policy_gradient=policy_gradient)
     algorithm = bilevel.bilevel_descent(
         problem, bilevel.decoupled(), solver, optax.set_to_zero(), beta=BETA, annotate=annotate
     )
@@ -249,40 +260,43 @@ def test_kl_estimators_have_the_exact_value_and_gradient(world, per_token):
         return lambda policy: importance.kl(problem.log_prob(policy, sample, frozen), sample, estimator=estimator)
 
     def truth(policy):
-        own = policy_table(POLICY, policy, LANGUAGE)
+        own = table_of_policy(policy)
         return jnp.mean(exact.mean_under(own, own - reference))
+
+    @jax.jit
+    def estimates(behaviour, policy):
+        return {name: jax.value_and_grad(of(name, behaviour))(policy) for name in ("k1", "k2", "k3")}
 
     value, gradient = jax.jit(jax.value_and_grad(truth))(policy)
     assert value > 0.1
     for behaviour in (policy, sampled):
-        for estimator in ("k1", "k2", "k3"):
-            found, slope = jax.jit(jax.value_and_grad(of(estimator, behaviour)))(policy)
+        for estimator, (found, estimate) in estimates(behaviour, policy).items():
             if estimator != "k2":
                 np.testing.assert_allclose(found, value, rtol=1e-4)
-            jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), slope, gradient)
+            chex.assert_trees_all_close(estimate, gradient, atol=1e-5)
     with pytest.raises(ValueError, match="k1, k2 or k3, got 'k4'"):
-        of("k4", policy)(policy)
+        jax.eval_shape(lambda policy: of("k4", policy)(policy), policy)
 
 
 @pytest.mark.slow
-def test_the_usual_way_of_differentiating_k3_is_another_gradient(world):
-    """Why the KL's gradient is not left to the estimate: k3 as it stands descends KL(reference || policy)."""
+def test_differentiating_k3_directly_gives_another_gradient(world):
+    """Why the KL has a gradient of its own: the gradient of the k3 estimate is that of KL(reference || policy)."""
     frozen, _, reference = world
     policy = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(6), leaf.shape), frozen.reference)
     problem = problem_of(objectives.likelihood())
     sample = problem.sample(jax.random.key(0), policy, LANGUAGE.prompts, frozen)
 
-    def as_it_stands(policy):
+    def k3(policy):
         ratio = problem.log_prob(policy, sample, frozen) - sample.reference_log_prob
         return importance.expectation(jnp.mean(ratio + jnp.expm1(-ratio), axis=(-2, -1)), sample)
 
-    def other_way(policy):
+    def reverse(policy):
         own = policy_table(POLICY, policy, LANGUAGE)
         return jnp.mean(exact.mean_under(reference, reference - own))
 
-    def right(policy):
+    def ours(policy):
         return importance.kl(problem.log_prob(policy, sample, frozen), sample, estimator="k3")
 
-    as_is, other, kl = (jax.grad(function)(policy) for function in (as_it_stands, other_way, right))
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), as_is, other)
-    assert optax.tree.norm(optax.tree.sub(as_is, kl)) > 0.1 * optax.tree.norm(kl)
+    of_k3, of_reverse, of_kl = (jax.grad(function)(policy) for function in (k3, reverse, ours))
+    chex.assert_trees_all_close(of_k3, of_reverse, atol=1e-5)
+    assert optax.tree.norm(optax.tree.sub(of_k3, of_kl)) > 0.1 * optax.tree.norm(of_kl)

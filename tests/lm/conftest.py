@@ -1,4 +1,4 @@
-"""Models for the language-model tests: tiny random ones, their transformers twins, and a real pretrained one."""
+"""Models for the language-model tests: tiny random ones, their transformers counterparts, and a pretrained one."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories26
 
 
 def draw(model, seed, scale):
-    """Parameters of `model`: normal matrices of that scale, and norms around 1."""
+    """Returns parameters of `model`: normal matrices of that scale, and norms around 1."""
     source = np.random.default_rng(seed)
 
-    def one(leaf):
+    def draw_leaf(leaf):
         noise = source.normal(size=leaf.shape)
         return jnp.asarray(1 + 0.25 * noise if leaf.ndim == 1 else scale * noise, jnp.float32)
 
-    return jax.tree.map(one, jax.eval_shape(model.init, jax.random.key(0)))
+    return jax.tree.map(draw_leaf, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 @pytest.fixture(scope="session")
 def lively():
-    """`lively(model, seed=0, scale=0.3)`: parameters under which distributions are far from uniform.
+    """`lively(model, seed=0, scale=0.3)`: parameters whose distributions are far from uniform.
 
-    A fresh model's are nearly uniform, and hide mistakes.
+    Those of `init` are nearly uniform, which hides mistakes.
     """
     return lambda model, seed=0, scale=0.3: draw(model, seed, scale)
 
@@ -48,7 +48,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny(tiny_config):
-    """A tiny decoder, jitted since tests call it outside of programs too, and lively parameters."""
+    """A tiny decoder, jitted since tests also call it outside of `jit`, and lively parameters."""
     model = decoder(tiny_config)
     model = model._replace(
         hidden=jax.jit(model.hidden),
@@ -61,7 +61,7 @@ def tiny(tiny_config):
 
 @pytest.fixture(scope="session")
 def stories():
-    """Directory of a real pretrained model that is no part of this repository."""
+    """Directory of a pretrained model that is not part of this repository."""
     if not STORIES.is_dir():
         pytest.skip(f"the pretrained model is missing: {STORIES} does not exist")
     return STORIES
@@ -69,7 +69,7 @@ def stories():
 
 @pytest.fixture(scope="session")
 def make_llama():
-    """`make_llama(kind, **settings)`: a random transformers model of lively weights."""
+    """`make_llama(kind, **settings)`: a random transformers model with lively weights."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
 

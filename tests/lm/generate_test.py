@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.generate import LOOK, PART, generate, inverse_cdf, microbatches_of, nucleus
+from jaxrlhf.lm.generate import (
+    CPU_CACHE_BYTES,
+    STOP_CHECK_INTERVAL,
+    generate,
+    inverse_cdf,
+    nucleus,
+    sampling_microbatches,
+)
 from jaxrlhf.lm.hugging_face.weights import load_decoder, load_tokenizer
 from jaxrlhf.lm.transformer.model import DecoderConfig, LanguageModel, decoder
 
@@ -30,7 +37,7 @@ def prompts():
 
 @pytest.fixture
 def five_tokens(lively):
-    """A model of five tokens, whose pairs can be counted."""
+    """A model with a vocabulary of five tokens, so that its pairs can be counted."""
     model = decoder(DecoderConfig(5, 8, 1, 2, 1, 4, 8, context_length=8))
     return model, lively(model, scale=0.25)
 
@@ -42,14 +49,14 @@ def pair_probabilities(model, params, temperature):
     hidden = jax.jit(model.hidden)(params, rows, jnp.ones(rows.shape, bool))
     logits = np.asarray(model.logits(params, hidden), np.float64) / temperature
     log_prob = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-    return np.exp([log_prob[row, 0, one] + log_prob[row, 1, two] for row, (one, two) in enumerate(pairs)])
+    return np.exp([log_prob[row, 0, first] + log_prob[row, 1, second] for row, (first, second) in enumerate(pairs)])
 
 
 def chi_square(tokens, probabilities):
     """Pearson's statistic of observed pairs `[N, 2]`; 24 degrees of freedom."""
-    seen = np.bincount(np.asarray(tokens[:, 0] * 5 + tokens[:, 1]), minlength=25)
+    counts = np.bincount(np.asarray(tokens[:, 0] * 5 + tokens[:, 1]), minlength=25)
     expected = probabilities / probabilities.sum() * len(tokens)
-    return float(np.sum((seen - expected) ** 2 / expected))
+    return float(np.sum((counts - expected) ** 2 / expected))
 
 
 def test_sampling_frequencies_are_the_probabilities(five_tokens):
@@ -59,7 +66,7 @@ def test_sampling_frequencies_are_the_probabilities(five_tokens):
     out = jax.jit(sample)(params, jax.random.key(5), prompt, jnp.ones(prompt.shape, bool))
     exact = pair_probabilities(model, params, 0.8)
     assert exact.min() * len(prompt) > 5, "the statistic needs counts"
-    # 24 degrees of freedom exceed 66 once in 100,000 seeds; a tenth of a unit of temperature is seen at once.
+    # With 24 degrees of freedom, 66 is exceeded once in 100,000 seeds; a temperature that is off by 0.1 exceeds it.
     assert chi_square(out.tokens, exact) < 66
     assert chi_square(out.tokens, pair_probabilities(model, params, 0.9)) > 66
 
@@ -72,13 +79,13 @@ def test_inverse_cdf_equals_a_search_in_double_precision(size):
     weights[:, source.integers(size)] += 0.5
     uniforms = source.uniform(size=400).astype(np.float32)
     chosen = np.asarray(inverse_cdf(jnp.asarray(weights), jnp.asarray(uniforms)))
-    above = np.cumsum(weights.astype(np.float64), axis=1)
-    target = uniforms * above[:, -1]
+    cumulative = np.cumsum(weights.astype(np.float64), axis=1)
+    target = uniforms * cumulative[:, -1]
     rows = np.arange(400)
     assert np.all(weights[rows, chosen] > 0)
-    slack = 1e-5 * above[:, -1]
-    assert np.all(above[rows, chosen] >= target - slack)
-    assert np.all(above[rows, chosen] - weights[rows, chosen] <= target + slack)
+    slack = 1e-5 * cumulative[:, -1]
+    assert np.all(cumulative[rows, chosen] >= target - slack)
+    assert np.all(cumulative[rows, chosen] - weights[rows, chosen] <= target + slack)
 
 
 def test_inverse_cdf_at_the_edges():
@@ -113,9 +120,9 @@ def test_top_p_stays_in_the_nucleus_and_renormalises(tiny):
 
 def test_greedy_with_a_cache_equals_greedy_without(tiny, prompts):
     model, params = tiny
-    write = functools.partial(generate, model, max_new_tokens=9, stop_ids=(), temperature=0.0)
-    out = jax.jit(write)(params, jax.random.key(0), *prompts)
-    tokens, mask = (np.pad(part, ((0, 0), (0, 9))) for part in prompts)
+    sample = functools.partial(generate, model, max_new_tokens=9, stop_ids=(), temperature=0.0)
+    out = jax.jit(sample)(params, jax.random.key(0), *prompts)
+    tokens, mask = (np.pad(leaf, ((0, 0), (0, 9))) for leaf in prompts)
     for column in range(9):
         logits = np.asarray(model.logits(params, model.hidden(params, tokens, mask)))[:, 4 + column]
         chosen = np.argmax(logits, axis=-1)
@@ -127,21 +134,21 @@ def test_greedy_with_a_cache_equals_greedy_without(tiny, prompts):
 
 def test_greedy_text_of_a_real_model(stories):
     config, params = load_decoder(stories)
-    write = functools.partial(generate, decoder(config), max_new_tokens=256, stop_ids=(), temperature=0.0)
+    sample = functools.partial(generate, decoder(config), max_new_tokens=256, stop_ids=(), temperature=0.0)
     bos = jnp.ones((1, 1), jnp.int32)
-    out = jax.jit(write)(params, jax.random.key(0), bos, bos > 0)
+    out = jax.jit(sample)(params, jax.random.key(0), bos, bos > 0)
     assert load_tokenizer(stories).decode(out.tokens[0].tolist()) == GREEDY_TEXT
 
 
 def test_a_stop_token_ends_its_row_and_is_counted_once(tiny, prompts):
     model, params = tiny
 
-    def write(**settings):
+    def sample(**settings):
         program = jax.jit(functools.partial(generate, model, max_new_tokens=30, **settings))
         return jax.tree.map(np.asarray, program(params, jax.random.key(2), *prompts))
 
-    free = write(stop_ids=())
-    out = write(stop_ids=(3, 11), pad_id=7)
+    free = sample(stop_ids=())
+    out = sample(stop_ids=(3, 11), pad_id=7)
     for row in range(6):
         hits = np.flatnonzero(np.isin(free.tokens[row], (3, 11)))
         end = int(hits[0]) + 1 if len(hits) else 30
@@ -155,33 +162,33 @@ def test_a_stop_token_ends_its_row_and_is_counted_once(tiny, prompts):
 
 
 @pytest.mark.parametrize("microbatches", [2, 3, 6])
-def test_rows_in_parts_are_those_written_at_once(tiny, prompts, microbatches):
+def test_microbatches_sample_the_same_rows(tiny, prompts, microbatches):
     model, params = tiny
-    write = functools.partial(generate, model, params, jax.random.key(3), *prompts, max_new_tokens=7, stop_ids=(3,))
-    whole, pieces = (jax.jit(functools.partial(write, microbatches=each))() for each in (1, microbatches))
-    np.testing.assert_array_equal(pieces.tokens, whole.tokens)
-    np.testing.assert_array_equal(pieces.mask, whole.mask)
-    np.testing.assert_allclose(pieces.log_prob, whole.log_prob, atol=1e-5)
+    sample = functools.partial(generate, model, params, jax.random.key(3), *prompts, max_new_tokens=7, stop_ids=(3,))
+    whole, split = (jax.jit(functools.partial(sample, microbatches=number))() for number in (1, microbatches))
+    np.testing.assert_array_equal(split.tokens, whole.tokens)
+    np.testing.assert_array_equal(split.mask, whole.mask)
+    np.testing.assert_allclose(split.log_prob, whole.log_prob, atol=1e-5)
     with pytest.raises(ValueError, match="6 rows do not divide into 4 microbatches"):
-        write(microbatches=4)
+        sample(microbatches=4)
 
 
-def test_on_a_cpu_a_part_holds_what_its_caches_do():
+def test_default_microbatches_on_a_cpu_follow_the_size_of_the_cache():
     def microbatches(rows, columns=64, width=128):
         model = decoder(DecoderConfig(64, 64, 2, 4, 4, 16, width, context_length=512))
         params = jax.eval_shape(model.init, jax.random.key(0))
-        return microbatches_of(model, params, jnp.ones((rows, columns), jnp.int32), 64)
+        return sampling_microbatches(model, params, jnp.ones((rows, columns), jnp.int32), 64)
 
-    # 2 layers x keys and values x 64 numbers x 128 columns x 4 bytes: 128 KiB a row and a little beside it, 31 in 4 MiB.
-    assert PART == 2**22
+    # 2 layers x keys and values x 64 numbers x 128 columns x 4 bytes: a little over 128 KiB a row, 31 rows in 4 MiB.
+    assert CPU_CACHE_BYTES == 2**22
     assert [microbatches(rows) for rows in (8, 31, 32, 64, 60, 248, 37, 62)] == [1, 1, 2, 4, 2, 8, 1, 2]
     assert microbatches(32, columns=16) == 1
-    # Weights of 50 MB: a token reads those, for as many rows as there are.
+    # With 50 MB of weights, the limit is the size of the weights.
     assert microbatches(256, width=2**15) == 1
 
 
 def counting_model(calls):
-    """Someone else's model: it writes 0, 1, 2, ... whatever the prompt, and tells when it decodes."""
+    """A foreign model: it generates 0, 1, 2, ... for any prompt, and records each decoding step in `calls`."""
 
     def one_hot(step, rows):
         return 100.0 * jnp.broadcast_to(jax.nn.one_hot(step, 20)[None, :], (rows, 20))
@@ -202,21 +209,27 @@ def counting_model(calls):
 
 
 @pytest.mark.parametrize(
-    "stop, written, decoded", [(4, 5, LOOK), (LOOK - 1, LOOK, LOOK), (LOOK, LOOK + 1, 2 * LOOK), (19, 18, 18)]
+    "stop, length, decoded",
+    [
+        (4, 5, STOP_CHECK_INTERVAL),
+        (STOP_CHECK_INTERVAL - 1, STOP_CHECK_INTERVAL, STOP_CHECK_INTERVAL),
+        (STOP_CHECK_INTERVAL, STOP_CHECK_INTERVAL + 1, 2 * STOP_CHECK_INTERVAL),
+        (19, 18, 18),
+    ],
 )
-def test_the_loop_ends_with_the_look_after_the_last_row_and_takes_any_model(stop, written, decoded):
+def test_the_loop_ends_at_the_check_after_the_last_row_and_accepts_any_model(stop, length, decoded):
     calls, prompt = [], jnp.ones((3, 2), jnp.int32)
     settings = {"max_new_tokens": 18, "stop_ids": (stop,)}
     out = generate(counting_model(calls), {}, jax.random.key(0), prompt, prompt > 0, **settings)
     jax.effects_barrier()
-    np.testing.assert_array_equal(out.tokens[0], [*range(written), *[0] * (18 - written)])
-    np.testing.assert_array_equal(jnp.sum(out.mask, axis=1), [written] * 3)
+    np.testing.assert_array_equal(out.tokens[0], [*range(length), *[0] * (18 - length)])
+    np.testing.assert_array_equal(jnp.sum(out.mask, axis=1), [length] * 3)
     assert len(calls) == decoded
 
 
 @pytest.fixture(scope="module")
 def twelve(tiny):
-    """A program that writes at most twelve tokens."""
+    """A compiled sampler of at most twelve tokens."""
     return jax.jit(functools.partial(generate, tiny[0], max_new_tokens=12, stop_ids=(3,)))
 
 
@@ -224,19 +237,19 @@ def test_a_row_depends_neither_on_other_rows_nor_on_padding(tiny, prompts, twelv
     _, params = tiny
     tokens, mask = prompts
 
-    def write(tokens, mask):
+    def sample(tokens, mask):
         return jax.tree.map(np.asarray, twelve(params, jax.random.key(4), tokens, mask))
 
-    out = write(tokens, mask)
-    others = write(tokens.at[1:].set(tokens[1:, ::-1]), mask.at[1:].set(True))
+    out = sample(tokens, mask)
+    others = sample(tokens.at[1:].set(tokens[1:, ::-1]), mask.at[1:].set(True))
     np.testing.assert_array_equal(out.tokens[0], others.tokens[0])
     assert np.any(out.tokens[1:] != others.tokens[1:])
-    wide = write(jnp.pad(tokens, ((0, 0), (6, 3)), constant_values=9), jnp.pad(mask, ((0, 0), (6, 3))))
+    wide = sample(jnp.pad(tokens, ((0, 0), (6, 3)), constant_values=9), jnp.pad(mask, ((0, 0), (6, 3))))
     np.testing.assert_array_equal(out.tokens, wide.tokens)
     np.testing.assert_allclose(out.log_prob, wide.log_prob, atol=1e-5)
 
 
-def test_the_key_decides_what_is_drawn_and_jit_does_not(tiny, prompts, twelve):
+def test_samples_depend_on_the_key_and_not_on_jit(tiny, prompts, twelve):
     model, params = tiny
     eager = generate(model, params, jax.random.key(1), *prompts, max_new_tokens=12, stop_ids=(3,))
     np.testing.assert_array_equal(eager.tokens, twelve(params, jax.random.key(1), *prompts).tokens)
@@ -258,9 +271,9 @@ def test_the_key_decides_what_is_drawn_and_jit_does_not(tiny, prompts, twelve):
 )
 def test_impossible_arguments_are_refused_while_tracing(tiny, prompts, change, message):
     model, params = tiny
-    write = functools.partial(generate, model, **({"max_new_tokens": 4, "stop_ids": (2,)} | change))
+    sample = functools.partial(generate, model, **({"max_new_tokens": 4, "stop_ids": (2,)} | change))
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(write, params, jax.random.key(0), *prompts)
+        jax.eval_shape(sample, params, jax.random.key(0), *prompts)
 
 
 def test_an_empty_prompt_is_refused_outside_jit(tiny, prompts):

@@ -1,4 +1,4 @@
-"""The two losses against torch and by hand, and what must not change them: padding, packing, cutting, order."""
+"""The two losses against torch and by hand, and their invariance to padding, packing, microbatches and order."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 10_000)
 
 
 def texts(seed, count):
-    """Token rows of 2 to 9 tokens, and which are to be learned; each has some."""
+    """Returns rows of 2 to 9 tokens with completion masks, each of at least one token."""
     source = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -30,14 +30,14 @@ def texts(seed, count):
 
 
 def packed(rows, length):
-    """All rows one behind the other in a single row."""
+    """Returns all rows packed into one."""
     tokens, segments, learned = (np.zeros((1, length), kind) for kind in (np.int32, np.int32, bool))
-    place = 0
+    begin = 0
     for number, row in enumerate(rows, start=1):
-        here = slice(place, place + len(row.tokens))
+        here = slice(begin, begin + len(row.tokens))
         tokens[0, here], segments[0, here] = row.tokens, number
-        learned[0, here] = row.completion & (np.arange(len(row.tokens)) > 0)
-        place = here.stop
+        learned[0, here] = row.completion_mask & (np.arange(len(row.tokens)) > 0)
+        begin = here.stop
     return Demonstrations(tokens, segments, learned)
 
 
@@ -69,7 +69,7 @@ def rewarded(tiny):
     return reward, {"trunk": trunk, "head": head}
 
 
-def test_the_supervised_loss_is_that_of_transformers(make_llama, tmp_path):
+def test_the_supervised_loss_equals_that_of_transformers(make_llama, tmp_path):
     torch = pytest.importorskip("torch")
     from jaxrlhf.lm.hugging_face.weights import load_decoder
     from jaxrlhf.lm.transformer.model import decoder
@@ -78,7 +78,7 @@ def test_the_supervised_loss_is_that_of_transformers(make_llama, tmp_path):
     llama.save_pretrained(tmp_path)
     config, params = load_decoder(tmp_path)
     batch = padded_demonstrations(texts(0, 6), 12)
-    labels = np.where(batch.learned, batch.tokens, -100)
+    labels = np.where(batch.loss_mask, batch.tokens, -100)
     with torch.no_grad():
         theirs = llama(
             torch.tensor(batch.tokens),
@@ -87,9 +87,9 @@ def test_the_supervised_loss_is_that_of_transformers(make_llama, tmp_path):
         )
     totals = jax.jit(supervised_loss(decoder(config)))(params, batch, ())
     np.testing.assert_allclose(totals.loss / totals.weight, theirs.loss.item(), rtol=1e-5)
-    guesses = theirs.logits.argmax(-1).numpy()[:, :-1] == batch.tokens[:, 1:]
-    assert int(totals.correct) == int((guesses & batch.learned[:, 1:]).sum())
-    assert int(totals.weight) == int(batch.learned.sum())
+    correct = theirs.logits.argmax(-1).numpy()[:, :-1] == batch.tokens[:, 1:]
+    assert int(totals.correct) == int((correct & batch.loss_mask[:, 1:]).sum())
+    assert int(totals.weight) == int(batch.loss_mask.sum())
 
 
 @settings(deadline=None, max_examples=8)
@@ -108,8 +108,8 @@ def test_padding_packing_and_order_do_not_change_the_supervised_loss(supervised,
 
 
 @pytest.fixture(scope="module")
-def whole_and_cut(tiny, rewarded):
-    """Of both losses: parameters, a batch by seed, and the update in one piece and in three."""
+def whole_and_split(tiny, rewarded):
+    """For both losses: parameters, a batch by seed, and the algorithms with 1 and 3 microbatches."""
     model, params = tiny
     reward, reward_params = rewarded
     cases = (
@@ -128,20 +128,20 @@ def jitted(algorithm):
 
 @settings(deadline=None, max_examples=8)
 @given(seed=SEEDS)
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(whole_and_cut, seed):
-    for start, batch_of, (whole, cut) in whole_and_cut:
-        one, info = whole.update(whole.init(start), batch_of(seed))
-        other, same = cut.update(cut.init(start), batch_of(seed))
-        np.testing.assert_allclose(info.loss, same.loss, rtol=1e-5)
-        np.testing.assert_allclose(info.gradient_norm, same.gradient_norm, rtol=1e-5)
-        assert float(info.weight) == float(same.weight)
-        apart = optax.tree.norm(optax.tree.sub(one.params, other.params))
+def test_microbatches_give_the_gradient_of_the_whole_batch(whole_and_split, seed):
+    for start, batch_of, (whole, split) in whole_and_split:
+        state, info = whole.update(whole.init(start), batch_of(seed))
+        split_state, split_info = split.update(split.init(start), batch_of(seed))
+        np.testing.assert_allclose(info.loss, split_info.loss, rtol=1e-5)
+        np.testing.assert_allclose(info.gradient_norm, split_info.gradient_norm, rtol=1e-5)
+        assert float(info.weight) == float(split_info.weight)
+        difference = optax.tree.norm(optax.tree.sub(state.params, split_state.params))
         # Parameters of about 1 are rounded to 6e-8.
-        assert float(apart) <= 1e-5 * float(info.gradient_norm) + 2e-6
+        assert float(difference) <= 1e-5 * float(info.gradient_norm) + 2e-6
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_preference_loss_is_what_its_formula_says(rewarded, smoothing):
+def test_the_preference_loss_follows_its_formula(rewarded, smoothing):
     reward, params = rewarded
     batch = pairs(3, 12)
     scores = np.asarray(reward.score(params, batch.tokens.reshape(-1, 9), batch.mask.reshape(-1, 9))).reshape(-1, 2)
@@ -154,20 +154,20 @@ def test_the_preference_loss_is_what_its_formula_says(rewarded, smoothing):
     assert mean(centred, params, batch) == pytest.approx(expected.mean() + extra, rel=1e-5)
 
 
-def test_ties_of_their_own_are_the_outcome_of_rao_and_kupper(rewarded):
+def test_ties_are_the_outcome_of_rao_and_kupper(rewarded):
     reward, params = rewarded
     batch = pairs(4, 16)._replace(margins=np.zeros(16, np.float32))
     scores = np.asarray(reward.score(params, batch.tokens.reshape(-1, 9), batch.mask.reshape(-1, 9))).reshape(-1, 2)
     difference = scores[:, 0].astype(float) - scores[:, 1]
     wins, loses = 1 / (1 + np.exp(-difference + 0.4)), 1 / (1 + np.exp(difference + 0.4))
-    chance = np.select([batch.labels == 1, batch.labels == 0], [wins, loses], 1 - wins - loses)
+    probability = np.select([batch.labels == 1, batch.labels == 0], [wins, loses], 1 - wins - loses)
     loss = preference_loss(reward, choice=Choice(tie=0.4))
-    assert mean(loss, params, batch) == pytest.approx(-np.log(chance).mean(), rel=1e-5)
+    assert mean(loss, params, batch) == pytest.approx(-np.log(probability).mean(), rel=1e-5)
 
 
 @settings(deadline=None, max_examples=8)
 @given(seed=SEEDS)
-def test_which_text_comes_first_padding_and_filler_do_not_change_the_preference_loss(rewarded, seed):
+def test_order_padding_and_pairs_without_weight_do_not_change_the_preference_loss(rewarded, seed):
     reward, params = rewarded
     loss = preference_loss(reward, smoothing=0.1, margins=False)
     batch = pairs(seed, 5)
@@ -182,7 +182,7 @@ def test_which_text_comes_first_padding_and_filler_do_not_change_the_preference_
         assert mean(loss, params, other) == pytest.approx(plain, rel=1e-5)
 
 
-def test_both_losses_are_learned(tiny, rewarded):
+def test_both_losses_can_be_minimised(tiny, rewarded):
     model, params = tiny
     reward, reward_params = rewarded
     cases = [
@@ -218,19 +218,19 @@ def test_adapters_learn_and_the_base_stays(tiny):
     assert mean(plain, merged, batch) < 0.5 * mean(plain, base, batch)
 
 
-def test_a_batch_in_which_nothing_counts_moves_nothing(tiny):
+def test_a_batch_of_weight_zero_changes_nothing(tiny):
     model, params = tiny
     batch = padded_demonstrations(texts(2, 4), 9)
-    batch = batch._replace(learned=np.zeros_like(batch.learned))
+    batch = batch._replace(loss_mask=np.zeros_like(batch.loss_mask))
     algorithm = jitted(learning(supervised_loss(model), optax.sgd(1.0)))
     state, info = algorithm.update(algorithm.init(params), batch)
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
     assert float(info.loss) == 0.0
 
 
-def test_what_cannot_be_is_refused(tiny, rewarded):
+def test_errors(tiny, rewarded):
     model, params = tiny
-    with pytest.raises(ValueError, match="at least 1 part, got 0"):
+    with pytest.raises(ValueError, match="microbatches must be at least 1, got 0"):
         learning(supervised_loss(model), optax.sgd(1.0), microbatches=0)
     algorithm = learning(supervised_loss(model), optax.sgd(1.0), microbatches=4)
     with pytest.raises(ValueError, match="6 rows do not divide into 4 microbatches"):

@@ -1,4 +1,4 @@
-"""Log-probabilities against the sampler, transformers, finite differences and themselves in pieces."""
+"""Log-probabilities against the sampler, transformers, finite differences, and themselves in chunks."""
 
 import functools
 
@@ -32,7 +32,7 @@ def rows(tiny):
 
 @pytest.fixture(scope="module")
 def plain(tiny, rows):
-    """Log-probabilities of `rows` in one piece."""
+    """Log-probabilities of `rows` in one chunk."""
     model, params = tiny
     return jitted(model)(params, *rows)
 
@@ -98,13 +98,13 @@ def test_chunks_change_neither_value_nor_gradient(tiny, rows):
 
     whole_gradient, whole = gradient_and_value(params, 11)
     for chunk_size in (1, 4):  # 4 does not divide 11
-        gradient, parts = gradient_and_value(params, chunk_size)
-        np.testing.assert_allclose(parts, whole, atol=1e-5)
+        gradient, chunked = gradient_and_value(params, chunk_size)
+        np.testing.assert_allclose(chunked, whole, atol=1e-5)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient, whole_gradient)
 
 
 def sizes(jaxpr):
-    """Number of elements of every value a program computes, its inner programs included."""
+    """Yields the number of elements of every value that a program computes, inner programs included."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
         for part in jax.tree.leaves(
@@ -115,22 +115,22 @@ def sizes(jaxpr):
                 yield from sizes(inner)
 
 
-def test_many_logits_never_exist_at_once(tiny_config, rows, monkeypatch):
+def test_many_logits_are_never_materialised_at_once(tiny_config, rows, monkeypatch):
     model = decoder(tiny_config)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    # As if the vocabulary were large beside everything else: 6 rows, 11 columns.
+    # A vocabulary much larger than the rest: 6 rows, 11 columns.
     model = model._replace(
         logits=lambda params, hidden: jnp.repeat(hidden @ params["embedding"].T, 200, axis=-1),
         vocabulary_size=4600,
     )
 
-    def largest():
+    def largest_array():
         program = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(completion_log_probs(model, p, *rows))))(params)
         return max(sizes(program.jaxpr))
 
-    assert largest() >= 6 * 11 * 4600
+    assert largest_array() >= 6 * 11 * 4600
     monkeypatch.setattr(log_probs, "MAX_LOGITS", 2 * 6 * 4600)
-    assert largest() <= 2 * 6 * 4600
+    assert largest_array() <= 2 * 6 * 4600
 
 
 def test_gradient_equals_finite_differences(tiny, rows, x64):
@@ -144,14 +144,14 @@ def test_gradient_equals_finite_differences(tiny, rows, x64):
 
     @jax.jit
     def loss(step):
-        moved = jax.tree.map(lambda leaf, slope: leaf + step * slope, params, direction)
+        moved = jax.tree.map(lambda leaf, change: leaf + step * change, params, direction)
         return jnp.sum(completion_log_probs(model, moved, *rows, chunk_size=4))
 
-    slope = jax.jit(jax.grad(loss))(0.0)
-    forward_slope = jax.jit(jax.jacfwd(loss))(0.0)
+    reverse = jax.jit(jax.grad(loss))(0.0)
+    forward = jax.jit(jax.jacfwd(loss))(0.0)
     difference = (loss(3e-6) - loss(-3e-6)) / 6e-6
-    np.testing.assert_allclose(slope, difference, rtol=1e-6)
-    np.testing.assert_allclose(forward_slope, difference, rtol=1e-6)
+    np.testing.assert_allclose(reverse, difference, rtol=1e-6)
+    np.testing.assert_allclose(forward, difference, rtol=1e-6)
 
 
 def test_masked_tokens_have_no_gradient(tiny, rows):
@@ -184,7 +184,7 @@ def test_impossible_arguments_are_refused(tiny, rows, change, message):
 def test_rows_longer_than_the_context_are_refused(tiny, rows):
     model, params = tiny
     tokens, mask, *completion = rows
-    wide = (jnp.pad(part, ((0, 0), (50, 0))) for part in (tokens, mask))
+    wide = (jnp.pad(leaf, ((0, 0), (50, 0))) for leaf in (tokens, mask))
     with pytest.raises(
         ValueError, match="55 prompt columns and 11 completion columns exceed the model's context of 64"
     ):

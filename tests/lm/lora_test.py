@@ -1,4 +1,4 @@
-"""Adapters: the base at first, the sum when merged, thin in memory, and the same algorithm."""
+"""Adapters: the base at initialisation, the sum when merged, small in memory, and the same algorithm."""
 
 import functools
 
@@ -10,6 +10,7 @@ import pytest
 
 from jaxrlhf.bilevel import bilevel_descent, central, tangent
 from jaxrlhf.lm import lora
+from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.hugging_face.weights import load_decoder, save_decoder
 from jaxrlhf.lm.language import (
     alphabet_gold,
@@ -19,7 +20,7 @@ from jaxrlhf.lm.language import (
     reward_table,
     table_of,
 )
-from jaxrlhf.lm.memory import bytes_of, plan_bilevel, plan_of
+from jaxrlhf.lm.memory import plan_bilevel, plan_of, tree_bytes
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.config import DecoderConfig
@@ -37,7 +38,7 @@ LLAMA_1B = DecoderConfig(
     mlp_width=8192,
     rope_base=500000.0,
 )
-"""The shape of Llama 3.2 1B."""
+"""Llama 3.2 1B."""
 
 
 def lively_adapter(base, rank, seed=0, scale=0.2):
@@ -72,8 +73,8 @@ def test_adapters_are_vmapped_over_one_base(tiny):
     several = [lively_adapter(params, 2, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
     together = jax.vmap(lambda adapter: logits_of(model, lora.attach(params, adapter)))(stacked)
-    for one, adapter in zip(together, several, strict=True):
-        np.testing.assert_allclose(one, logits_of(model, lora.merge(params, adapter)), atol=5e-4)
+    for logits, adapter in zip(together, several, strict=True):
+        np.testing.assert_allclose(logits, logits_of(model, lora.merge(params, adapter)), atol=5e-4)
 
 
 def test_float32_adapters_keep_small_differences_on_a_bfloat16_base(tiny):
@@ -81,15 +82,15 @@ def test_float32_adapters_keep_small_differences_on_a_bfloat16_base(tiny):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     adapter = lively_adapter(params, 2)
     moved = jax.tree.map(lambda leaf: leaf * (1 + 1e-4), adapter)
-    one, other = (logits_of(model, lora.attach(half, each)) for each in (adapter, moved))
+    before, after = (logits_of(model, lora.attach(half, each)) for each in (adapter, moved))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
-    exact_one, exact_other = (logits_of(model, lora.attach(wide, each)) for each in (adapter, moved))
-    assert one.dtype == jnp.float32
-    np.testing.assert_allclose(other - one, exact_other - exact_one, atol=2e-5)
-    assert float(jnp.max(jnp.abs(exact_other - exact_one))) > 1e-4
+    exact_before, exact_after = (logits_of(model, lora.attach(wide, each)) for each in (adapter, moved))
+    assert before.dtype == jnp.float32
+    np.testing.assert_allclose(after - before, exact_after - exact_before, atol=2e-5)
+    assert float(jnp.max(jnp.abs(exact_after - exact_before))) > 1e-4
 
 
-def test_a_policy_that_has_not_moved_is_its_reference_on_a_bfloat16_base():
+def test_an_untrained_policy_equals_its_reference_on_a_bfloat16_base():
     shape = DecoderConfig(5, 16, 2, 2, 1, 8, 32, context_length=8)
     gold = gold_annotator(lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses, letters=4))
     algorithm, start = assembled(shape, jnp.bfloat16, 2, annotate=gold)
@@ -100,7 +101,7 @@ def test_a_policy_that_has_not_moved_is_its_reference_on_a_bfloat16_base():
     np.testing.assert_allclose(sample.behaviour_log_prob[:, :, 0], sample.reference_log_prob[:, :, 0], atol=1e-5)
 
 
-def test_what_is_no_decoder_or_no_rank_is_refused(tiny):
+def test_other_models_and_ranks_are_refused(tiny):
     _, params = tiny
     with pytest.raises(ValueError, match="rank of an adapter must be at least 1, got 0"):
         lora.init_adapter(jax.random.key(0), params, rank=0)
@@ -109,7 +110,7 @@ def test_what_is_no_decoder_or_no_rank_is_refused(tiny):
 
 
 def assembled(shape, base_dtype, rank, **settings):
-    """The algorithm with adapters on a base, as `align` puts it together."""
+    """Returns the algorithm with adapters on a base, as in `align`."""
     policy = decoder(shape, dtype=jnp.float32)
     reward = reward_model(policy)
     problem = language_problem(
@@ -117,8 +118,7 @@ def assembled(shape, base_dtype, rank, **settings):
         reward,
         add(likelihood(coupled=False), utility(kl_price=0.05)),
         pairs=4,
-        max_new_tokens=3,
-        stop_ids=(0,),
+        generation=Generation(3, stop_ids=(0,)),
         policy_params=lora.policy_on_reference,
         reward_params=lora.reward_on_reference,
     )
@@ -137,15 +137,15 @@ def assembled(shape, base_dtype, rank, **settings):
     return algorithm, start
 
 
-def test_the_state_of_a_1b_llama_stays_within_a_quarter_above_its_base():
+def test_the_state_of_a_1b_llama_takes_at_most_a_quarter_more_than_its_base():
     algorithm, start = assembled(LLAMA_1B, jnp.bfloat16, 16)
     base, upper, adapter = jax.eval_shape(start, jax.random.key(0))
     plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, LanguageFrozen(base))
-    assert 2.4e9 < plan.parts["reference"] < 2.5e9
-    assert plan.of_base() <= 1.25
+    assert 2.4e9 < plan.sizes["reference"] < 2.5e9
+    assert plan.relative_to() <= 1.25
 
 
-def test_the_plan_is_what_the_arrays_take():
+def test_the_plan_equals_the_size_of_the_arrays():
     shape = DecoderConfig(
         vocabulary_size=64, width=48, layers=2, query_heads=4, key_value_heads=2, head_size=12, mlp_width=96
     )
@@ -155,21 +155,21 @@ def test_the_plan_is_what_the_arrays_take():
     plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, frozen)
     before = {id(array) for array in jax.live_arrays()}
     state = algorithm.init(jax.random.key(0), upper, adapter)
-    held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
-    assert held == plan.total - plan.parts["reference"]
+    measured = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    assert measured == plan.total - plan.sizes["reference"]
     assert plan == plan_of(state, frozen)
-    assert plan.parts["reference"] == sum(leaf.nbytes for leaf in jax.tree.leaves(base)) == bytes_of(base)
+    assert plan.sizes["reference"] == sum(leaf.nbytes for leaf in jax.tree.leaves(base)) == tree_bytes(base)
 
 
 @pytest.mark.slow
-def test_the_plan_is_what_a_1b_llama_takes():
+def test_the_plan_equals_the_size_of_a_1b_llama():
     algorithm, start = assembled(LLAMA_1B, jnp.bfloat16, 16)
     shapes = jax.eval_shape(start, jax.random.key(0))
     base, upper, adapter = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     state = algorithm.init(jax.random.key(0), upper, adapter)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state, base)))
+    measured = sum(leaf.nbytes for leaf in jax.tree.leaves((state, base)))
     plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, LanguageFrozen(base))
-    assert held == plan.total <= 1.25 * sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    assert measured == plan.total <= 1.25 * sum(leaf.nbytes for leaf in jax.tree.leaves(base))
 
 
 @pytest.mark.slow
@@ -191,19 +191,19 @@ def test_bilevel_descent_on_adapters_improves_the_exact_value():
     frozen, policy = LanguageFrozen(base), decoder(shape)
     state = algorithm.init(jax.random.key(0), upper, adapter)
 
-    def many(key, state):
-        def one(state, key):
+    def train(key, state):
+        def step(state, key):
             return algorithm.step(key, state, language.prompts, frozen)
 
-        return jax.lax.scan(one, state, jax.random.split(key, 150))
+        return jax.lax.scan(step, state, jax.random.split(key, 150))
 
-    state, _ = jax.jit(many)(jax.random.key(1), state)
+    state, _ = jax.jit(train)(jax.random.key(1), state)
     truth = table_of(lambda prompts, responses: alphabet_gold(prompts, responses, letters=4), language)
     reference = policy_table(policy, base, language)
     tuned = policy_table(policy, lora.attach(base, state.policy), language)
     learned = reward_table(reward_model(policy), lora.reward_on_reference(state.upper, frozen), language)
     objective = add(likelihood(coupled=False), utility(kl_price=0.05))
-    verdict = evaluate_language(tuned, reference, learned, truth, objective, beta=0.3)
+    evaluation = evaluate_language(tuned, reference, learned, truth, objective, beta=0.3)
     start_value = evaluate_language(reference, reference, learned, truth, objective, beta=0.3)
-    assert float(verdict.policy.true_return) > float(start_value.policy.true_return) + 0.5
+    assert float(evaluation.policy.true_return) > float(start_value.policy.true_return) + 0.5
     np.testing.assert_allclose(policy_table(policy, lora.merge(base, state.policy), language), tuned, atol=1e-4)

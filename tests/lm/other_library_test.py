@@ -1,6 +1,6 @@
-"""A Flax NNX decoder of another library behind the protocol: Tunix's Llama 3, sampled, scored and aligned unchanged.
+"""A Flax NNX decoder of another library as a `LanguageModel`: Tunix's Llama 3, sampled, scored and aligned unchanged.
 
-Tunix is not a dependency: `pip install google-tunix` beside this library runs the test, which is skipped without it.
+Tunix is not a dependency: the test is skipped unless `google-tunix` is installed.
 """
 
 import jax
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxrlhf.bilevel import bilevel_descent, central, tangent
-from jaxrlhf.lm.generate import generate
+from jaxrlhf.lm.generate import Generation, generate
 from jaxrlhf.lm.language import alphabet_gold, alphabet_language
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
@@ -25,7 +25,7 @@ llama3 = pytest.importorskip("tunix.models.llama3.model", reason="google-tunix i
 
 
 def tunix_llama(config) -> LanguageModel:
-    """The whole of what someone writes to bring this model: its forward pass up to the last norm, and its logits."""
+    """All the code that this model needs: its forward pass up to the final norm, and its logits."""
     structure, _ = nnx.split(nnx.eval_shape(lambda: llama3.Llama3(config, rngs=nnx.Rngs(0))))
 
     def init(key):
@@ -33,10 +33,10 @@ def tunix_llama(config) -> LanguageModel:
 
     def hidden(params, tokens, mask):
         module, columns = nnx.merge(structure, params), jnp.arange(tokens.shape[1])
-        seen = mask[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
+        allowed = mask[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
         x, positions = module.embedder.encode(tokens), positions_of(mask)
         for layer in module.layers:
-            _, x = layer(x, positions, None, seen)
+            _, x = layer(x, positions, None, allowed)
         return module.final_norm(x)
 
     def logits(params, hidden):
@@ -48,8 +48,8 @@ def tunix_llama(config) -> LanguageModel:
 
 
 @pytest.fixture(autouse=True)
-def their_ranks():
-    """Their code adds arrays of different ranks, which ours must not."""
+def allow_rank_promotion():
+    """Tunix adds arrays of different ranks, which is an error in our tests otherwise."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -70,22 +70,22 @@ def config():
     )
 
 
-def test_its_logits_are_its_own_and_its_sampler_agrees(config):
+def test_logits_are_unchanged_and_the_sampler_agrees(config):
     model = tunix_llama(config)
     params = model.init(jax.random.key(0))
     module = llama3.Llama3(config, rngs=nnx.Rngs(jax.random.key(0)))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 5)
-    seen = jnp.tril(jnp.ones((7, 7), bool))[None].repeat(2, axis=0)
-    theirs, _ = module(tokens, jnp.arange(7)[None].repeat(2, axis=0), None, seen)
+    allowed = jnp.tril(jnp.ones((7, 7), bool))[None].repeat(2, axis=0)
+    theirs, _ = module(tokens, jnp.arange(7)[None].repeat(2, axis=0), None, allowed)
     ours = model.logits(params, model.hidden(params, tokens, jnp.ones((2, 7), bool)))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     mask = jnp.arange(7)[None, :] >= jnp.array([[0], [3]])
-    written = generate(model, params, jax.random.key(2), tokens, mask, max_new_tokens=6, stop_ids=(0,))
-    again = completion_log_probs(model, params, tokens, mask, written.tokens, written.mask)
-    np.testing.assert_allclose(written.log_prob, again, atol=1e-4)
+    completions = generate(model, params, jax.random.key(2), tokens, mask, max_new_tokens=6, stop_ids=(0,))
+    log_prob = completion_log_probs(model, params, tokens, mask, completions.tokens, completions.mask)
+    np.testing.assert_allclose(completions.log_prob, log_prob, atol=1e-4)
 
 
-def test_it_is_aligned_like_any_other(config):
+def test_it_can_be_aligned(config):
     model = tunix_llama(config)
     language = alphabet_language(letters=4, length=3, prompts=2)
     base = model.init(jax.random.key(0))
@@ -95,8 +95,7 @@ def test_it_is_aligned_like_any_other(config):
         reward,
         add(likelihood(coupled=False), utility(kl_price=0.05)),
         pairs=4,
-        max_new_tokens=3,
-        stop_ids=(0,),
+        generation=Generation(3, stop_ids=(0,)),
     )
     gold = gold_annotator(lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses, letters=4))
     algorithm = bilevel_descent(
@@ -112,6 +111,6 @@ def test_it_is_aligned_like_any_other(config):
     for number in range(3):
         state, info = step(jax.random.key(number), state, language.prompts, LanguageFrozen(base))
     assert float(info.labels) == 8
-    assert float(info.coupling_share) > 0
+    assert float(info.coupling_fraction) > 0
     moved = jax.tree.map(lambda one, other: jnp.max(jnp.abs(one - other)), state.policy, base)
     assert max(float(leaf) for leaf in jax.tree.leaves(moved)) > 1e-3

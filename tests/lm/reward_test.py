@@ -1,4 +1,4 @@
-"""The reward model's own promises; its agreement with transformers is in weights_test."""
+"""Reward models; weights_test compares them with transformers."""
 
 import dataclasses
 
@@ -64,8 +64,8 @@ def test_from_trunk_copies_and_leaves_the_output_head(tiny_config, lively):
     assert params["trunk"].keys() == policy.keys() - {"output_head"}
     np.testing.assert_array_equal(params["trunk"]["embedding"], policy["embedding"])
     assert not np.any(params["head"])
-    # Donation refuses a buffer that is given twice.
-    jax.jit(lambda one, other: (one, other), donate_argnums=(0, 1))(policy, params)
+    # Donating the same buffer twice is an error.
+    jax.jit(lambda policy, params: (policy, params), donate_argnums=(0, 1))(policy, params)
 
 
 def test_bfloat16_trunks_score_in_float32(scored):

@@ -1,4 +1,4 @@
-"""Completions token by token: the same problem as whole ones; the critic of their prefixes; pairs that existed before."""
+"""Tokens as steps give the same problem as whole completions; the critic of prefixes; offline pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,12 @@ from jaxrlhf import objectives, preferences
 from jaxrlhf.algorithms.direct_preference import dpo
 from jaxrlhf.base import Labelled, importance
 from jaxrlhf.lm.critic import token_critic
+from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.language import STOP, alphabet_gold, alphabet_language, listed_pairs
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.offline import offline_pairs
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses, language_problem
+from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
@@ -24,9 +26,11 @@ OBJECTIVE = objectives.add(objectives.likelihood(coupled=False), objectives.util
 
 
 def problem_of(per_token, objective=OBJECTIVE, pairs=3, **options):
-    """The problem, its functions compiled, as they are called outside of programs here."""
-    options = {"max_new_tokens": LENGTH, "stop_ids": (STOP,), "pairs": pairs, "per_token": per_token} | options
-    problem = language_problem(POLICY, REWARD, objective, **options)
+    """Returns the problem with its functions compiled, since the tests call them outside of `jit`."""
+    generation = Generation(LENGTH, stop_ids=(STOP,))
+    problem = language_problem(
+        POLICY, REWARD, objective, pairs=pairs, generation=generation, per_token=per_token, **options
+    )
     return problem._replace(
         sample=jax.jit(problem.sample), log_prob=jax.jit(problem.log_prob), reward=jax.jit(problem.reward)
     )
@@ -52,13 +56,13 @@ def annotate(sample):
     return preferences.expected_annotator(score)(None, sample, None)
 
 
-def test_both_ways_have_the_same_values_and_gradients(world):
-    """At a policy that did not write the pairs: G, J and the KL, and their gradients, against each other."""
+def test_tokens_and_completions_as_steps_have_the_same_values_and_gradients(world):
+    """G, J and the KL, and their gradients, at a policy that did not give the pairs."""
     frozen, behaviour, policy, upper = world
     found = []
     for per_token in (False, True):
         problem = problem_of(per_token)
-        listed = listed_pairs(POLICY, LANGUAGE, against_reference=True, per_token=per_token)
+        listed = listed_pairs(POLICY, LANGUAGE, against="reference", per_token=per_token)
 
         @jax.jit
         def levels(policy, problem=problem, listed=listed):
@@ -76,7 +80,7 @@ def test_both_ways_have_the_same_values_and_gradients(world):
     assert abs(found[0][0].kl) > 0.1
 
 
-def test_a_drawn_sample_says_the_same_token_by_token(world):
+def test_a_drawn_sample_agrees_token_by_token(world):
     frozen, policy, _, upper = world
     whole, steps = (
         problem_of(per_token).sample(jax.random.key(5), policy, LANGUAGE.prompts, frozen) for per_token in (False, True)
@@ -86,14 +90,14 @@ def test_a_drawn_sample_says_the_same_token_by_token(world):
         np.testing.assert_allclose(
             getattr(steps, name).sum(-1, keepdims=True), getattr(whole, name), rtol=1e-4, atol=1e-5
         )
-    np.testing.assert_array_equal(steps.discount, whole.responses.mask)
+    np.testing.assert_array_equal(steps.cumulative_discount, whole.responses.mask)
     rewards = problem_of(True).reward(upper, steps, frozen)
     np.testing.assert_allclose(rewards.sum(-1), problem_of(False).reward(upper, whole, frozen)[..., 0], rtol=1e-5)
     last = np.asarray(steps.responses.mask).sum(-1) - 1
     assert np.all(np.argmax(np.asarray(rewards) != 0, axis=-1) == last)
 
 
-def test_the_critic_sees_what_came_before_and_no_more(world):
+def test_the_critic_depends_on_the_prefix_alone(world):
     frozen, policy, _, upper = world
     sample = problem_of(True).sample(jax.random.key(5), policy, LANGUAGE.prompts, frozen)
     values = jax.jit(token_critic(POLICY))(upper, sample, frozen)
@@ -101,7 +105,7 @@ def test_the_critic_sees_what_came_before_and_no_more(world):
     for row in range(2):
         for pair in range(3):
             for slot in range(2):
-                tokens, mask = (np.asarray(part[row, pair, slot]) for part in sample.responses)
+                tokens, mask = (np.asarray(leaf[row, pair, slot]) for leaf in sample.responses)
                 for step in range(LENGTH):
                     before = np.concatenate([LANGUAGE.prompts.tokens[row], tokens[:step]])[None]
                     state = hidden(upper["trunk"], jnp.asarray(before), jnp.ones(before.shape, bool))[0, -1]
@@ -110,23 +114,23 @@ def test_the_critic_sees_what_came_before_and_no_more(world):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_pairs_that_existed_before(world, per_token):
+def test_offline_pairs(world, per_token):
     frozen, _, policy, _ = world
     tokens = jnp.array([[[[1, 2, STOP], [2, STOP, 0]]], [[[1, 1, 1], [STOP, 0, 0]]]])
     mask = jnp.array([[[[1, 1, 1], [1, 1, 0]]], [[[1, 1, 1], [1, 0, 0]]]], bool)
     prompts = Prompts(jnp.array([[1, 2], [0, 2]]), jnp.array([[True, True], [False, True]]))
     labels = jnp.array([[1.0], [0.0]])
-    log_probs = jax.jit(lambda *given: completion_log_probs(POLICY, *given))
+    log_probs = jax.jit(lambda *rows: completion_log_probs(POLICY, *rows))
     found = jax.jit(
         lambda frozen: offline_pairs(POLICY, prompts, Responses(tokens, mask), labels, frozen, per_token=per_token)
     )(frozen)
     for row in range(2):
         for slot in range(2):
-            given = (part[row : row + 1] for part in prompts)
-            each = log_probs(frozen.reference, *given, tokens[row, :, slot], mask[row, :, slot])
+            prompt = (leaf[row : row + 1] for leaf in prompts)
+            each = log_probs(frozen.reference, *prompt, tokens[row, :, slot], mask[row, :, slot])
             np.testing.assert_allclose(found.sample.behaviour_log_prob[row, 0, slot].sum(), each.sum(), rtol=1e-5)
     assert found.labels.shape == (2, 1, 1) and found.sample.measure.sum() == 1
-    problem = problem_of(per_token, objectives.likelihood(), pairs=1, against_reference=False)
+    problem = problem_of(per_token, objectives.likelihood(), pairs=1, against="policy")
     loss = lambda params: dpo(beta=0.5)(problem.log_prob(params, found.sample, frozen), found)  # noqa: E731
     np.testing.assert_allclose(loss(frozen.reference), np.log(2), rtol=1e-5)
     assert jnp.all(jnp.abs(loss(policy) - np.log(2)) > 1e-3)
@@ -134,16 +138,11 @@ def test_pairs_that_existed_before(world, per_token):
         offline_pairs(POLICY, prompts, Responses(tokens, mask), labels[:1], frozen)
 
 
-def test_self_play_needs_opponents_of_its_own():
-    with pytest.raises(ValueError, match="against itself or against the reference"):
-        problem_of(False, self_play=True)
-
-
 def test_self_play_scores_each_response_once(world):
-    """The reward and the log-probabilities of the swapped half are those of the first, by another way."""
+    """Rewards and log-probabilities of the swapped pairs, taken from the first half, equal those computed anew."""
     frozen, policy, other, upper = world
-    problem = problem_of(False, against_reference=False, self_play=True)
-    plain = problem_of(False, objectives.likelihood(), against_reference=False)
+    problem = problem_of(False, against="self")
+    plain = problem_of(False, objectives.likelihood(), against="policy")
     sample = problem.sample(jax.random.key(5), policy, LANGUAGE.prompts, frozen)
     both = preferences.from_both_sides(Labelled(sample, annotate(sample))).sample
     np.testing.assert_allclose(

@@ -109,7 +109,7 @@ def test_narrow_dtypes_survive_the_round_trip(tiny, tiny_config, tmp_path, dtype
     _, same = load_decoder(tmp_path, dtype=dtype)
     _, widened = load_decoder(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, narrow, same)
-    jax.tree.map(lambda one, two: np.testing.assert_array_equal(one.astype(jnp.float32), two), narrow, widened)
+    jax.tree.map(lambda leaf, wide: np.testing.assert_array_equal(leaf.astype(jnp.float32), wide), narrow, widened)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(widened))
 
 
@@ -157,7 +157,7 @@ def test_the_rotary_base_is_found_in_old_and_new_files(saved, changes):
     assert load_decoder(saved)[0].rope_base == 700.0
 
 
-def test_what_a_config_leaves_out_is_what_transformers_assumes(saved):
+def test_omitted_settings_have_the_defaults_of_transformers(saved):
     edit(
         saved,
         remove=("head_dim", "rope_theta", "rope_parameters", "max_position_embeddings", "rms_norm_eps"),
@@ -324,17 +324,17 @@ def test_a_tokenizer_that_is_absent_damaged_or_too_large_is_named(saved):
         load_tokenizer(saved)
 
 
-def test_a_tokenizer_neither_cuts_nor_fills_whatever_it_was_saved_with(saved):
+def test_a_loaded_tokenizer_neither_truncates_nor_pads(saved):
     tokenizer = load_tokenizer(saved)
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)
     tokenizer.add_special_tokens(["<picture>"])
     tokenizer.save(str(saved / "tokenizer.json"))
-    # A special token beyond the vocabulary is no reason to refuse the others.
+    # A special token beyond the vocabulary is accepted.
     assert len(load_tokenizer(saved).encode("w7").ids) == 1
 
 
-def test_special_ids_that_are_no_numbers_are_named(saved):
+def test_special_ids_that_are_not_numbers_are_named(saved):
     edit(saved, "generation_config.json", eos_token_id="</s>")
     with pytest.raises(WeightsError, match=r"eos_token_id in .* is '</s>': make it a token id or a list of them"):
         special_ids(saved)

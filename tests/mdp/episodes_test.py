@@ -1,4 +1,4 @@
-"""Episodes against independent answers: the tree, the best responses, the hypergradient, in double precision."""
+"""Episodes against independent solutions: the tree, the best responses, the hypergradient, in double precision."""
 
 import functools
 from typing import NamedTuple
@@ -30,13 +30,13 @@ OBJECTIVES = {
 }
 
 
-# The programs run for milliseconds; compiling them is what takes the time.
+# The programs run for milliseconds; almost all of the time is compilation.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(params=OBJECTIVES, scope="module")
 def name(request):
-    """Module scope makes pytest group the tests by objective, whose programs compile once a worker."""
+    """Module scope makes pytest group the tests by objective, so that programs compile once per worker."""
     return request.param
 
 
@@ -68,22 +68,22 @@ def exact_gradient(name):
 
 
 def examined(solver):
-    """The solver, leaving in its state how each iterate stands: gradient norm, what a change of it adds to h, and h."""
+    """The solver, which stores for each iterate the gradient norm, the least excess of h under perturbations, and h."""
 
     def step(key, lowers, solver_state, task):
         del solver_state
         solved, _, residuals = solver.step(key, lowers, (), task)
         noise = np.random.default_rng(0).normal(scale=0.1, size=(20, *solved.shape))
         losses = jax.vmap(task.loss)
-        at_best = losses(solved, task.indices)
-        excess = jax.lax.map(lambda change: losses(solved + change, task.indices) - at_best, jnp.asarray(noise))
-        return solved, (residuals, jnp.min(excess, axis=0), at_best), residuals
+        solved_losses = losses(solved, task.indices)
+        excess = jax.lax.map(lambda change: losses(solved + change, task.indices) - solved_losses, jnp.asarray(noise))
+        return solved, (residuals, jnp.min(excess, axis=0), solved_losses), residuals
 
     return bilevel.LowerSolver(lambda lowers: (), step)
 
 
 class Outcome(NamedTuple):
-    """What a step gave: the estimate, the solved policies and how they stand, the report, the soft value at tilt 0."""
+    """Results of a step: the estimate, the solved policies and their checks, the info, the soft value at tilt 0."""
 
     estimate: dict
     lowers: jax.Array
@@ -94,10 +94,10 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def one_step(name, make_rule, pairs=None):
-    """One outer step of plain descent with unit rate, from the solved policy: the change of the reward is the estimate.
+    """One outer step of SGD with learning rate 1 from the solved policy: the change of the reward is the estimate.
 
     The schedule reads sigma from the step number, so that one compilation serves every sigma. With `pairs` it takes
-    many keys, and draws anew for each.
+    many keys and draws a new sample for each.
     """
     objective, against_reference, choice = OBJECTIVES[name]
     stencil = make_rule in (bilevel.forward, bilevel.central)
@@ -117,8 +117,8 @@ def one_step(name, make_rule, pairs=None):
         change = jax.tree.map(jnp.subtract, state.upper, after.upper)
         return Outcome(change, after.lowers, after.solver, info, jnp.mean(value))
 
-    many = jax.vmap(hypergradient, in_axes=(0, None, None, None))
-    return compiled(hypergradient if pairs is None else many)
+    over_keys = jax.vmap(hypergradient, in_axes=(0, None, None, None))
+    return compiled(hypergradient if pairs is None else over_keys)
 
 
 def estimate(name, make_rule, frozen, upper, index=0):
@@ -126,7 +126,7 @@ def estimate(name, make_rule, frozen, upper, index=0):
 
 
 def ravel(tree, *, batch=()):
-    """All leaves in one row, in NumPy: each new JAX operation is a compilation more."""
+    """All leaves in one vector, in NumPy: each new JAX operation would be one more compilation."""
     return np.concatenate([np.reshape(leaf, (*batch, -1)) for leaf in jax.tree.leaves(tree)], axis=-1)
 
 
@@ -147,7 +147,7 @@ def test_the_best_response_minimises_every_tilted_loss(name):
     assert np.all(residuals < 1e-10)
     assert np.all(excess > 1e-4)
     assert outcome.info.value_gap > 0
-    # The core's J at tilt 0 is the soft value of the root: both discount reward and KL alike.
+    # J at tilt 0 is the soft value of the root: both discount reward and KL in the same way.
     np.testing.assert_allclose(-losses[0], outcome.value, rtol=1e-12)
 
 
@@ -156,7 +156,7 @@ def test_the_central_error_is_of_second_order(name):
 
 
 def test_exact_gradient_agrees_with_finite_differences():
-    """On the objective without an uncoupled part, which makes the field no gradient."""
+    """On the objective without an uncoupled part: with one, the estimated field is not a gradient."""
     frozen, upper = instance()
     value_and_gradient = exact_gradient(PAIR)
     direction = jax.tree.map(np.cos, upper)
@@ -186,7 +186,7 @@ def implicit():
 
 
 def test_implicit_is_exact():
-    """To the tolerance of its linear solver, 1e-5 of the residual, times the rarity of the deepest histories."""
+    """Up to its linear solver's tolerance, 1e-5 of the residual, divided by the probability of the rarest histories."""
     frozen, upper = instance()
     _, gradient = exact_gradient(PAIR)(upper, frozen)
     assert distance(estimate(PAIR, implicit, frozen, upper), gradient) < 3e-4
@@ -201,7 +201,7 @@ def test_drawn_samples_are_unbiased(name):
     estimates = ravel(drawn, batch=(len(keys),))
     error = estimates.std(axis=0) / np.sqrt(len(keys))
     assert np.all(np.abs(estimates.mean(axis=0) - truth) < 5 * error)
-    # The interval is narrow enough to notice a missing factor.
+    # The interval is narrow enough to detect a missing factor.
     assert np.linalg.norm(error) < 0.1 * np.linalg.norm(truth)
 
 
@@ -230,7 +230,7 @@ def test_one_step_without_discount_is_the_bandit():
 def test_the_tilted_policy_depends_on_the_history_and_the_untilted_one_does_not():
     frozen, upper = instance()
     lowers = one_step(PAIR, bilevel.central)(jax.random.key(0), frozen, upper, LARGE).lowers
-    tree = mdp.grow(frozen)
+    tree = mdp.history_tree(frozen)
     spread = []
     for log_policy in np.asarray(lowers)[:, 0]:
         where = (tree.steps, np.asarray(tree.states[0]))
@@ -241,26 +241,26 @@ def test_the_tilted_policy_depends_on_the_history_and_the_untilted_one_does_not(
     assert min(spread[1:]) > 1e-3
 
 
-def test_the_judge_agrees_with_the_core_and_knows_the_best():
+def test_evaluation_agrees_with_the_info_and_finds_no_gap_at_the_optimum():
     frozen, upper = instance()
     outcome = one_step(PAIR, bilevel.central)(jax.random.key(0), frozen, upper, LARGE)
 
     @compiled
-    def verdicts(learned):
+    def evaluate(learned):
         best, _ = mdp.soft_policy(frozen.gold, frozen, BETA)
         policies = jnp.stack([learned, best, mdp.reference_logits(frozen)])
         return jax.vmap(lambda lower: mdp.evaluate_policy(lower, frozen, beta=BETA))(policies)
 
-    verdict = verdicts(outcome.lowers[0])
-    np.testing.assert_allclose(verdict.kl[0], outcome.info.kl, rtol=1e-10)
-    np.testing.assert_allclose(verdict.entropy[0], outcome.info.entropy, rtol=1e-10)
-    assert verdict.gap[0] > 0.01
-    assert verdict.true_return[1] > verdict.true_return[0]
-    np.testing.assert_allclose([verdict.gap[1], verdict.kl[2]], 0.0, atol=1e-12)
-    np.testing.assert_allclose(verdict.win_rate[2], 0.5, rtol=1e-12)
+    evaluations = evaluate(outcome.lowers[0])
+    np.testing.assert_allclose(evaluations.kl[0], outcome.info.kl, rtol=1e-10)
+    np.testing.assert_allclose(evaluations.entropy[0], outcome.info.entropy, rtol=1e-10)
+    assert evaluations.gap[0] > 0.01
+    assert evaluations.true_return[1] > evaluations.true_return[0]
+    np.testing.assert_allclose([evaluations.gap[1], evaluations.kl[2]], 0.0, atol=1e-12)
+    np.testing.assert_allclose(evaluations.win_rate[2], 0.5, rtol=1e-12)
 
 
-def test_the_listed_pairs_are_all_and_their_probabilities_sum_to_one():
+def test_the_listed_pairs_are_complete_and_their_probabilities_sum_to_one():
     frozen, _ = instance()
     problem = mdp.episode_problem(reward, objectives.likelihood(), against_reference=False)
     lower = jnp.asarray(np.random.default_rng(1).normal(size=mdp.reference_logits(frozen).shape))
@@ -270,15 +270,15 @@ def test_the_listed_pairs_are_all_and_their_probabilities_sum_to_one():
     trajectories = np.concatenate([*sample.responses], axis=-1)
     for slot in (0, 1):
         assert all(len(np.unique(rows, axis=0)) == 32 for rows in trajectories[:, :, slot])
-    # The nodes read off states and actions are those that the pairs were listed by.
+    # The nodes computed from states and actions are those that the pairs were listed with.
     again = compiled(problem.log_prob)(lower, sample, frozen)
     np.testing.assert_allclose(again, sample.behaviour_log_prob, rtol=1e-12)
 
 
 def test_a_listed_trajectory_has_the_probability_of_its_steps():
-    """By hand, a step at a time, in a process whose transitions are given as tables."""
+    """Against a product over steps, with dense transition tables."""
     frozen, _ = instance()
-    tree = mdp.grow(frozen)
+    tree = mdp.history_tree(frozen)
     lower = jax.nn.log_softmax(np.random.default_rng(1).normal(size=mdp.reference_logits(frozen).shape))
     totals = tree.log_prob(lower)
     states, actions = map(np.asarray, tree.trajectories())
@@ -294,18 +294,20 @@ def test_a_listed_trajectory_has_the_probability_of_its_steps():
 
 
 def test_a_markov_policy_stands_in_for_the_table():
-    """One policy in both forms: the same pairs and probabilities; and draws beyond what can be listed."""
+    """The same policy in both forms gives the same pairs and probabilities; it also draws where listing is impossible."""
     frozen, _ = instance()
-    tree = mdp.grow(frozen)
+    tree = mdp.history_tree(frozen)
     markov = jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 2)))
 
-    def seen(policy, lower):
+    def sample_and_log_prob(policy, lower):
         problem = mdp.episode_problem(reward, objectives.likelihood(), policy=policy)
         sample = problem.sample(jax.random.key(0), lower, None, frozen)
         return sample, problem.log_prob(lower, sample, frozen)
 
     history = markov[tree.steps, tree.states]
-    both = compiled(lambda: (seen(mdp.markov_table, markov), seen(mdp.history_table, history)))()
+    both = compiled(
+        lambda: (sample_and_log_prob(mdp.markov_table, markov), sample_and_log_prob(mdp.history_table, history))
+    )()
     np.testing.assert_allclose(both[0][0].measure.sum(), 1.0, rtol=1e-12)
     for left, right in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-10)
@@ -325,7 +327,7 @@ def test_a_markov_policy_stands_in_for_the_table():
         (lambda: mdp.random_episodes(jax.random.key(0), successors=4), "must not exceed states"),
         (lambda: mdp.random_episodes(jax.random.key(0), gamma=0.0), "gamma must lie"),
         (lambda: mdp.random_episodes(jax.random.key(0), horizon=0), "horizon must be"),
-        (lambda: mdp.grow(instance()[0]._replace(discount=jnp.ones(6))), "draw pairs, or shorten"),
+        (lambda: mdp.history_tree(instance()[0]._replace(discount=jnp.ones(6))), "draw pairs, or shorten"),
         (lambda: mdp.episode_problem(reward, objectives.likelihood(), pairs=0), "pairs must be at least 1"),
         (lambda: mdp.episode_problem(reward, objectives.brier(), against_reference=False), "policy-reference"),
         (lambda: mdp.episode_problem(reward, objectives.excess_likelihood(), pairs=4), "probability of each answer"),

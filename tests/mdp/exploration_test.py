@@ -1,4 +1,4 @@
-"""State entropy against distances by hand."""
+"""The state entropy bonus against brute-force distances."""
 
 import functools
 
@@ -10,27 +10,27 @@ import pytest
 from jaxrlhf.mdp.exploration import state_entropy_bonus
 
 
-def by_hand(places, others, neighbours):
-    distances = np.sort(np.linalg.norm(places[:, None] - others[None], axis=-1), axis=1)
+def brute_force(states, particles, neighbours):
+    distances = np.sort(np.linalg.norm(states[:, None] - particles[None], axis=-1), axis=1)
     return np.log1p(distances[:, neighbours - 1])
 
 
 def test_the_bonus_is_the_log_distance_to_a_neighbour(x64):
     observations = jax.random.normal(jax.random.key(0), (2, 3, 7, 4))
     visited = jnp.arange(7)[None, None] < jnp.array([[7, 3, 1], [5, 7, 2]])[..., None]
-    for particles in (10, 64):
-        bonus = jax.jit(functools.partial(state_entropy_bonus, neighbours=3, particles=particles))
-        found = np.asarray(bonus(observations, visited))
-        taken = np.asarray(visited)
-        places = np.asarray(observations)[taken]
-        others = places[np.arange(10) * 25 // 10] if particles == 10 else places
-        np.testing.assert_allclose(found[taken], by_hand(places, others, 3), rtol=1e-7)
-        assert np.all(found[~taken] == 0)
+    for count in (10, 64):
+        bonus = jax.jit(functools.partial(state_entropy_bonus, neighbours=3, particles=count))
+        result = np.asarray(bonus(observations, visited))
+        mask = np.asarray(visited)
+        states = np.asarray(observations)[mask]
+        particles = states[np.arange(10) * 25 // 10] if count == 10 else states
+        np.testing.assert_allclose(result[mask], brute_force(states, particles, 3), rtol=1e-7)
+        assert np.all(result[~mask] == 0)
 
 
-def test_a_state_that_nobody_else_visits_is_worth_more():
-    crowd = 0.1 * jax.random.normal(jax.random.key(0), (1, 99, 2))
-    observations = jnp.concatenate([crowd, jnp.full((1, 1, 2), 3.0)], axis=1)
+def test_an_isolated_state_has_a_larger_bonus():
+    cluster = 0.1 * jax.random.normal(jax.random.key(0), (1, 99, 2))
+    observations = jnp.concatenate([cluster, jnp.full((1, 1, 2), 3.0)], axis=1)
     bonus = jax.jit(state_entropy_bonus)(observations, jnp.ones((1, 100)))
     assert bonus[0, -1] > 2 * jnp.max(bonus[0, :-1])
 

@@ -1,4 +1,4 @@
-"""The environment equals its description, and its hypergradients each other."""
+"""The environment matches its description, and its hypergradients agree with each other."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def test_there_are_104_cells_and_probabilities_sum_to_one():
     assert len(rooms.CELLS) == 104
     assert environment.mdp.transition.shape == (2, 104, 4, 104)
     tabular.check(environment.mdp, name="Four-Rooms")
-    np.testing.assert_array_equal(environment.mdp.ends.sum(axis=1), [1, 1])
-    np.testing.assert_array_equal(environment.mdp.ends, environment.goal)
+    np.testing.assert_array_equal(environment.mdp.terminal.sum(axis=1), [1, 1])
+    np.testing.assert_array_equal(environment.mdp.terminal, environment.goal)
     assert environment.mdp.start[0, state((4, 1))] == 1
     assert environment.target[0, state((8, 4))] == 1
 
@@ -45,7 +45,7 @@ def test_actions_succeed_slip_and_stop_at_walls():
     "start, end, steps", [((4, 1), (1, 9), 11), ((4, 1), (11, 11), 17), ((4, 1), (8, 4), 7), ((8, 4), (1, 9), 16)]
 )
 def test_short_paths(start, end, steps):
-    """The way to the second goal passes the target at no cost; the way to the first is 12 steps shorter without."""
+    """A shortest path to the second goal passes the target; the shortest path to the first is 12 steps shorter without."""
     moves = np.asarray(rooms.four_rooms().mdp.transition[0].sum(axis=1) > 0)
     reached, count = np.eye(104, dtype=bool)[state(start)], 0
     while not reached[state(end)]:
@@ -58,7 +58,7 @@ def test_charges_are_bounded_and_spare_the_goal():
     charges = rooms.charges(upper)
     assert jnp.all(charges >= 0) and charges.sum() < 0.2
     here = jax.tree.map(lambda leaf: leaf[0], environment)
-    data = jax.tree.map(lambda leaf: leaf[0], rooms.terms(0.003, 5.0))
+    data = jax.tree.map(lambda leaf: leaf[0], rooms.coefficients(0.003, 5.0))
     reward = rooms.follower_reward(upper, data, here)
     assert reward[state((1, 9)), 0] == 1
     np.testing.assert_allclose(reward[state((4, 1))], -charges[state((4, 1))], rtol=1e-6)
@@ -73,7 +73,7 @@ def exact_gradient(upper, data, environment):
 
 
 def estimates(make_rule, sigmas, upper, data, environment):
-    """The gradient and the report at each sigma, which the rule reads from the step number: compiled once."""
+    """The gradient and the info at each sigma, which the rule reads from the step number, so that step compiles once."""
     rule = make_rule(lambda step: jnp.asarray(sigmas)[step])
     upper_loss, lower_loss = incentives.incentive_losses(*REWARDS)
     algorithm = bilevel.bilevel_descent_on_losses(
@@ -82,24 +82,26 @@ def estimates(make_rule, sigmas, upper, data, environment):
     state = algorithm.init(jax.random.key(0), upper, jnp.zeros((2, 104, 4)))
     step = jax.jit(algorithm.step)
     for index in range(len(sigmas)):
-        given = state._replace(step=jnp.asarray(index, jnp.int32))
-        after, info = step(jax.random.key(0), given, data, environment)
+        indexed = state._replace(step=jnp.asarray(index, jnp.int32))
+        after, info = step(jax.random.key(0), indexed, data, environment)
         yield after.upper - upper, info
 
 
 def test_the_exact_gradient_against_finite_differences(x64):
-    environment, data = rooms.four_rooms(), rooms.terms(0.001, 5.0)
+    environment, data = rooms.four_rooms(), rooms.coefficients(0.001, 5.0)
     upper = rooms.draw_incentives(jax.random.key(2))
-    along = rooms.draw_incentives(jax.random.key(3))
+    direction = rooms.draw_incentives(jax.random.key(3))
     value = jax.jit(lambda upper: incentives.leader_value(*REWARDS, upper, data, environment))
     step = 1e-4
-    near, far = ((value(upper + size * along) - value(upper - size * along)) / (2 * size) for size in (step, 2 * step))
-    slope = exact_gradient(upper, data, environment) @ along
-    np.testing.assert_allclose((4 * near - far) / 3, slope, rtol=1e-6)
+    near, far = (
+        (value(upper + size * direction) - value(upper - size * direction)) / (2 * size) for size in (step, 2 * step)
+    )
+    derivative = exact_gradient(upper, data, environment) @ direction
+    np.testing.assert_allclose((4 * near - far) / 3, derivative, rtol=1e-6)
 
 
 def test_every_rule_follows_the_exact_gradient(x64):
-    environment, data = rooms.four_rooms(), rooms.terms(0.003, 1.0)
+    environment, data = rooms.four_rooms(), rooms.coefficients(0.003, 1.0)
     upper = rooms.draw_incentives(jax.random.key(4))
     truth = exact_gradient(upper, data, environment)
     rules = {
@@ -108,25 +110,25 @@ def test_every_rule_follows_the_exact_gradient(x64):
         "five_point": (bilevel.five_point, (0.1,), 1e-5),
         "forward": (bilevel.forward, (1e-3,), 1e-3),
     }
-    found = {}
+    estimated = {}
     for name, (make_rule, sigmas, tolerance) in rules.items():
-        found[name] = list(estimates(make_rule, sigmas, upper, data, environment))
-        gradient, info = found[name][0]
+        estimated[name] = list(estimates(make_rule, sigmas, upper, data, environment))
+        gradient, info = estimated[name][0]
         assert jnp.linalg.norm(gradient - truth) < tolerance * jnp.linalg.norm(truth), name
-        assert info.coupling_share > 0.5
+        assert info.coupling_fraction > 0.5
         assert info.residual_over_sigma < 1e-6
-    coarse, fine = (gradient for gradient, _ in found["central"][1:])
+    coarse, fine = (gradient for gradient, _ in estimated["central"][1:])
     ratio = jnp.linalg.norm(coarse - truth) / jnp.linalg.norm(fine - truth)
     assert 8 < ratio < 10.5  # sigma^2
 
 
 def test_one_step_processes_have_the_bandits_gradient(x64):
-    """Where every state ends the episode the rule is (1 / b) Cov(leader's reward, gradient of the follower's)."""
+    """Where every state is terminal the rule is (1 / b) Cov(leader's reward, gradient of the follower's)."""
     mdp = tabular.TabularMDP(jnp.ones((1, 1, 6, 1)), jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones(1))
     frozen = rooms.FourRooms(mdp, goal=jnp.zeros((1, 1)), target=jnp.zeros((1, 1)))
     gold = jax.random.normal(jax.random.key(0), (6,))
     follower, leader = (lambda upper, data, frozen: upper[None]), (lambda upper, data, frozen: gold[None])
-    data = rooms.Terms(jnp.ones(1), jnp.full(1, 0.4), jnp.zeros(1))
+    data = rooms.Coefficients(jnp.ones(1), jnp.full(1, 0.4), jnp.zeros(1))
     upper = jax.random.normal(jax.random.key(1), (6,))
     losses = incentives.incentive_losses(follower, leader)
     algorithm = bilevel.bilevel_descent_on_losses(
@@ -144,11 +146,11 @@ def small_design(seed=0):
     mdp = tabular.TabularMDP(
         transition=jax.nn.softmax(2.0 * jax.random.normal(keys[0], (2, 5, 3, 5))),
         start=jax.nn.softmax(jax.random.normal(keys[1], (2, 5))),
-        ends=jnp.tile(jnp.arange(5) < 2, (2, 1)).astype(float),
+        terminal=jnp.tile(jnp.arange(5) < 2, (2, 1)).astype(float),
         discount=jnp.full(2, 0.9),
     )
     frozen = rooms.FourRooms(mdp, goal=jnp.zeros((2, 5)), target=jax.random.normal(keys[2], (2, 5)))
-    data = rooms.Terms(jnp.array([0.3, 0.7]), jnp.full(2, 0.5), jnp.zeros(2))
+    data = rooms.Coefficients(jnp.array([0.3, 0.7]), jnp.full(2, 0.5), jnp.zeros(2))
 
     def follower(upper, data, frozen):
         return upper
@@ -169,7 +171,7 @@ def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64):
         problem, bilevel.central(0.02), solver, optax.sgd(1.0), beta=1.0, annotate=incentives.unlabelled
     )
     state = algorithm.init(jax.random.key(0), upper, jnp.zeros((2, 5, 3)))
-    # The episodes come from the policy that the state holds: the answer to this reward.
+    # The episodes come from the policy in the state: make it the best response to this reward.
     state = state._replace(lowers=jax.jit(algorithm.step)(jax.random.key(0), state, data, frozen)[0].lowers)
 
     def one(key):
@@ -186,7 +188,7 @@ def test_drawn_episodes_give_the_exact_gradient_in_the_mean(x64):
 
 @pytest.mark.slow
 def test_a_network_follower_learns_the_best_response_from_episodes():
-    """No planning: a network of state and context, moved by sampled gradients of J alone."""
+    """No planning: a network of state and context, trained by sampled gradients of J alone."""
     follower, leader, upper, data, frozen = small_design()
 
     def policy(lower, frozen):
@@ -213,11 +215,11 @@ def test_a_network_follower_learns_the_best_response_from_episodes():
     state = train(state)
     optimum = jax.vmap(tabular.soft_policy_iteration, (None, 0, 0))(upper, frozen.mdp, data.entropy_weight)
     best = jnp.sum(data.weight / data.entropy_weight * jnp.sum(frozen.mdp.start * optimum.value, axis=-1))
-    gap, first = (loss + best for loss in (loss_at(state.policy), before))
-    assert 0 <= gap < 0.05 * first
+    gap, initial_gap = (loss + best for loss in (loss_at(state.policy), before))
+    assert 0 <= gap < 0.05 * initial_gap
 
 
-def test_a_closed_answer_needs_losses_and_episodes_need_company():
+def test_the_exact_rule_needs_losses_and_a_baseline_needs_two_episodes():
     follower, leader, *_ = small_design()
     problem = incentives.incentive_problem(follower, leader, episodes=2, steps=3)
     with pytest.raises(ValueError, match="implicit_from_direction is for problems given as two losses"):

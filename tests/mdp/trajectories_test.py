@@ -1,4 +1,4 @@
-"""Environments through their adapters; trajectory preferences against exact answers on a tabular process."""
+"""Environments through their adapters; trajectory preferences against exact values on a tabular process."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ def process():
     mdp = tabular.TabularMDP(
         transition=jax.nn.softmax(2.0 * jax.random.normal(keys[0], (4, 3, 4))),
         start=jax.nn.softmax(jax.random.normal(keys[1], (4,))),
-        ends=(jnp.arange(4) < 1).astype(float),
+        terminal=(jnp.arange(4) < 1).astype(float),
         discount=jnp.asarray(0.9),
     )
     gold = jax.random.normal(keys[2], (4, 3))
@@ -36,7 +36,7 @@ def table_reward(upper, observations, actions):
 
 
 class Toy:
-    """An environment of gymnax's interface with a fault to order."""
+    """An environment with gymnax's interface and an optional fault."""
 
     def __init__(self, fault=None):
         self.fault = fault
@@ -83,12 +83,12 @@ def test_a_broken_environment_is_named(fault, message):
 
 
 class Slide:
-    """An object of brax's interface: a point that an action pushes, over when it has gone far."""
+    """An object with brax's interface: a point pushed by the action; the episode ends after three steps."""
 
     action_size, observation_size = 1, 2
 
     class State(NamedTuple):
-        """What brax's states hold."""
+        """The fields of brax's states that are used."""
 
         obs: jax.Array
         reward: jax.Array
@@ -113,9 +113,9 @@ def test_an_object_of_braxs_interface_plugs_in():
     np.testing.assert_array_equal(drawn.alive.sum(axis=1), np.full(500, 3))
     places = np.cumsum(drawn.actions[:, :3, 0], axis=1)
     np.testing.assert_allclose(drawn.reward[:, :3], -np.abs(places), rtol=1e-5)
-    taken = np.asarray(drawn.actions[:, :3, 0])
-    np.testing.assert_allclose(taken.mean(), 0.5, atol=5 * np.exp(0.5) / np.sqrt(1500))
-    expected = -0.5 * ((taken - 0.5) / np.exp(0.5)) ** 2 - 0.5 - 0.5 * np.log(2 * np.pi)
+    actions = np.asarray(drawn.actions[:, :3, 0])
+    np.testing.assert_allclose(actions.mean(), 0.5, atol=5 * np.exp(0.5) / np.sqrt(1500))
+    expected = -0.5 * ((actions - 0.5) / np.exp(0.5)) ** 2 - 0.5 - 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(drawn.log_prob[:, :3], expected, atol=1e-5)
     again = actor.log_prob(lower, drawn.observations[:, :3], drawn.actions[:, :3])
     np.testing.assert_allclose(again, expected, atol=1e-5)
@@ -156,8 +156,8 @@ def test_rollouts_of_a_tabular_process_follow_it():
 
 def problem_of(objective, **settings):
     environment, mdp, gold = process()
-    given = {"reference": UNIFORM, "pairs": 64, "steps": 40, "gamma": 0.9} | settings
-    return trajectory_problem(environment, TABLE, table_reward, objective, **given), mdp, gold
+    settings = {"reference": UNIFORM, "pairs": 64, "steps": 40, "gamma": 0.9} | settings
+    return trajectory_problem(environment, TABLE, table_reward, objective, **settings), mdp, gold
 
 
 def test_whole_episodes_are_compared_by_their_returns():
@@ -210,17 +210,17 @@ def test_segments_lie_within_their_episodes(segment):
 
 @pytest.mark.slow
 def test_the_stencils_gradient_is_that_of_two_exact_tilts(x64):
-    """With lower iterates given and held, the estimate is sum_i c_i grad_phi [s_i G - J](phi, lambda_i) in the mean."""
+    """With fixed lower iterates the estimate is sum_i c_i grad_phi [s_i G - J](phi, lambda_i) in the mean."""
     problem, mdp, _ = problem_of(objectives.utility(kl_price=0.0), pairs=256)
     upper = jax.random.normal(jax.random.key(5), (4, 3))
     lower = jax.random.normal(jax.random.key(6), (4, 3))
     sigma, beta = 0.1, 0.5
     tilts = jnp.array([0.0, sigma, -sigma])
     lowers = lower[None] + tilts[:, None, None] * jax.random.normal(jax.random.key(7), (4, 3))[None]
-    keep = bilevel.LowerSolver(lambda lowers: (), lambda key, lowers, state, task: (lowers, state, jnp.zeros(3)))
+    keep_lowers = bilevel.LowerSolver(lambda lowers: (), lambda key, lowers, state, task: (lowers, state, jnp.zeros(3)))
     annotate = preferences.gold_annotator(gold_score)
     algorithm = bilevel.bilevel_descent(
-        problem, bilevel.central(sigma / beta), keep, optax.sgd(1.0), beta=beta, annotate=annotate
+        problem, bilevel.central(sigma / beta), keep_lowers, optax.sgd(1.0), beta=beta, annotate=annotate
     )
     state = algorithm.init(jax.random.key(0), upper, lower)._replace(lowers=lowers)
 
@@ -228,14 +228,14 @@ def test_the_stencils_gradient_is_that_of_two_exact_tilts(x64):
         return upper - algorithm.step(key, state, None, FrozenPolicies())[0].upper
 
     drawn = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(8), 150))
-    # The utility does not read the reward: grad_phi h = -grad_phi J, the visits of each step.
-    visits = [
+    # The utility does not depend on the reward: grad_phi h = -grad_phi J, the occupancies.
+    occupancies = [
         tabular.occupancy(jax.nn.log_softmax(each), mdp)[:, None] * jax.nn.softmax(each)
         for each in (lowers[1], lowers[2])
     ]
-    truth = -(visits[0] - visits[1]) / (2 * sigma)
+    truth = -(occupancies[0] - occupancies[1]) / (2 * sigma)
     error = drawn.std(axis=0) / np.sqrt(150)
-    # Episodes are cut at 40 steps.
+    # Episodes are truncated at 40 steps.
     assert jnp.all(jnp.abs(drawn.mean(axis=0) - truth) < 5 * error + 0.02 * jnp.linalg.norm(truth))
     assert float(ravel_pytree(truth)[0] @ ravel_pytree(drawn.mean(axis=0))[0]) > 0
 

@@ -9,7 +9,8 @@ from jaxrlhf import bandit, objectives, preferences
 from jaxrlhf.bilevel import SKIPPED, Sample, uniform_measure
 from jaxrlhf.lm.annotators import reward_model_annotator
 from jaxrlhf.lm.hugging_face.weights import WeightsError, save_reward_model
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, Responses
+from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 
@@ -122,10 +123,14 @@ def test_a_skipped_pair_costs_nothing_and_is_not_counted():
     objective = objectives.add(
         objectives.brier(), objectives.utility(kl_price=0.1), objectives.likelihood(coupled=False)
     )
-    cost = objective.at(scores, labels)
+
+    def total(returns):
+        cost = objective.at(returns, labels)
+        return cost.uncoupled.sum(), cost
+
+    gradient, cost = jax.jit(jax.grad(total, has_aux=True))(scores)
     assert cost.coupled[0, 0] == 0 and cost.uncoupled[0, 0] == 0
     assert cost.uncoupled[0, 1] > 0
-    gradient = jax.grad(lambda returns: objective.at(returns, labels).uncoupled.sum())(scores)
     assert jnp.all(gradient[0, 0] == 0) and jnp.all(jnp.isfinite(gradient))
 
 

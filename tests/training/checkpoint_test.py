@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, the right ones kept, and none used that is not as it was written."""
+"""Checkpoints: restored bit for bit, the right ones kept, damaged ones never used."""
 
 import json
 import math
@@ -21,7 +21,7 @@ IDENTITY = {"model": "tiny", "width": 4}
 
 
 def state_of(step):
-    """A tree with what states hold: several dtypes, optimiser states, empty ones, a scalar, a key."""
+    """A tree like a training state: several dtypes, optimiser states, empty leaves, a scalar, a key."""
     params = {
         "weight": jax.random.normal(jax.random.key(step), (5, 7)),
         "half": jnp.arange(step, step + 6, dtype=jnp.bfloat16),
@@ -65,7 +65,7 @@ def copied(written, tmp_path):
     return pathlib.Path(shutil.copytree(written, tmp_path / "checkpoints"))
 
 
-def test_the_last_one_comes_back_bit_for_bit(written):
+def test_the_last_checkpoint_is_restored_bit_for_bit(written):
     checkpoints = Checkpoints(written, IDENTITY)
     restored = checkpoints.restore(SHAPES)
     assert restored.step == 3 and restored.notes == {"next": 3, "phase": "labels"}
@@ -77,13 +77,13 @@ def test_an_empty_folder_has_none(tmp_path):
     assert Checkpoints(tmp_path / "new", IDENTITY).restore(SHAPES) is None
 
 
-def test_the_best_are_kept_beside_the_last(tmp_path):
+def test_the_best_are_kept_besides_the_last(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", IDENTITY, keep=1, keep_best=1)
     for step, score in ((1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3)):
         checkpoints.save(step, {"a": jnp.ones(2)}, score=score)
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == ["2", "4"]
-    # Another process knows what was best, and a step without a score, or of one that is no number, takes no place.
+    # Scores survive in another process; steps without a score, or with NaN, do not replace the best.
     checkpoints = Checkpoints(tmp_path / "run", IDENTITY, keep=1, keep_best=1)
     checkpoints.save(5, {"a": jnp.ones(2)}, score=math.nan)
     checkpoints.save(6, {"a": 6 * jnp.ones(2)})
@@ -105,12 +105,12 @@ def test_it_is_due_by_steps_and_by_seconds(tmp_path, monkeypatch):
     assert not checkpoints.due(2)
 
 
-FILES = ("arrays/ocdbt.process_0/d/*", "arrays/d/*", "arrays/manifest.ocdbt", "arrays/_METADATA", "told/metadata")
+FILES = ("arrays/ocdbt.process_0/d/*", "arrays/d/*", "arrays/manifest.ocdbt", "arrays/_METADATA", "metadata/metadata")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing"])
 @pytest.mark.parametrize("pattern", FILES)
-def test_a_damaged_one_is_named_and_the_one_before_it_used(written, tmp_path, harm, pattern):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_restored(written, tmp_path, harm, pattern):
     folder = copied(written, tmp_path)
     path = max((folder / "3").glob(pattern), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
@@ -122,13 +122,13 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(written, tmp_path, ha
         content[len(content) // 2] ^= 0x10
         path.write_bytes(content)
     checkpoints = Checkpoints(folder, IDENTITY)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         restored = checkpoints.restore(SHAPES)
-    # A part may be one that nobody reads; then the checkpoint is what it was.
+    # The damaged bytes may be ones that restoring does not read; then the checkpoint is intact.
     assert_same(restored.arrays, state_of(restored.step))
     if restored.step == 2:
-        assert any("The checkpoint of step 3 is damaged" in str(each.message) for each in told)
+        assert any("The checkpoint of step 3 is damaged" in str(each.message) for each in caught)
         assert len(list(tmp_path.glob("checkpoints-damaged-3-*"))) == 1
         checkpoints.save(3, state_of(3), {"again": True})
         checkpoints.close()
@@ -156,17 +156,17 @@ def test_any_flipped_bit_is_found_or_harmless(written, tmp_path):
     assert found > 0
 
 
-def test_where_none_is_whole_nothing_is_touched(written, tmp_path):
+def test_if_all_are_damaged_nothing_is_changed(written, tmp_path):
     folder = copied(written, tmp_path)
     for step in (2, 3):
-        (folder / str(step) / "told" / "metadata").write_text("{")
+        (folder / str(step) / "metadata" / "metadata").write_text("{")
     before = sorted(str(path) for path in folder.rglob("*"))
     with pytest.raises(ValueError, match=r"No checkpoint in .* is whole \(step 3: .*; step 2: .*Move the folder away"):
         Checkpoints(folder, IDENTITY).restore(SHAPES)
     assert sorted(str(path) for path in folder.rglob("*")) == before
 
 
-def test_another_runs_are_refused(written):
+def test_checkpoints_of_another_run_are_refused(written):
     with pytest.raises(ValueError, match="are another run's: its width is 4, this one's 8"):
         Checkpoints(written, IDENTITY | {"width": 8}).restore(SHAPES)
     with pytest.raises(ValueError, match="its width is 4, this one's None"):
@@ -212,7 +212,7 @@ print("SAME")
 """
 
 
-def test_it_comes_back_on_another_number_of_devices(tmp_path):
+def test_it_is_restored_on_another_number_of_devices(tmp_path):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(tmp_path)],

@@ -5,9 +5,9 @@
     python tests/training/eight_devices.py microbatches
 
 The same tokens and labels must give the same gradients (the first moments of Adam after a step) to 1e-5 and the same state
-after 5 steps to 1e-4, relative; the same keys the same tokens. The hypergradient is told apart: a stencil divides the
-rounding of its iterates by sigma. `microbatches` is about rows that two devices of a CPU write and read some at a time. Prints
-what it found, as JSON.
+after 5 steps to 1e-4, relative; the same keys must give the same tokens. The hypergradient is reported separately, as a
+stencil divides the rounding of its iterates by sigma. `microbatches` tests generation and scoring in microbatches on two
+devices of a CPU. Prints its results as JSON.
 """
 
 import functools
@@ -26,17 +26,19 @@ import optax
 from benchmarks.programs import collectives_of, largest_collective
 from jaxrlhf import bilevel, objectives, preferences
 from jaxrlhf.lm import microbatch
+from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.hugging_face.weights import load_decoder
 from jaxrlhf.lm.language import alphabet_gold
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.problem import LanguageFrozen, Prompts, language_problem
+from jaxrlhf.lm.pairing import Prompts
+from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.axes import decoder_names
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives
 from jaxrlhf.training.sharding import by_size, make_mesh, shardings
-from jaxrlhf.training.step import compile_algorithm, create, place, split_by_batch, within
+from jaxrlhf.training.step import batch_sharding, compile_algorithm, init_on_devices, put_on_devices, within
 
 MESHES = ({"fsdp": 8}, {"tensor": 2, "data": 4}, {"stencil": 2, "fsdp": 4})
 STEPS = 5
@@ -45,7 +47,7 @@ STEPS = 5
 class Case(NamedTuple):
     """An algorithm, where it begins, what it is given, and how its labels are made of `(key, sample, frozen)`."""
 
-    algorithm: bilevel.BilevelAlgorithm
+    algorithm: bilevel.Algorithm
     upper: Any
     lower: Any
     data: Any
@@ -58,7 +60,7 @@ def language(policy, shape, params, prompts, *, pairs: int, new_tokens: int) -> 
     """Returns a language model against its own reference, with a stencil of two iterates."""
     reward = reward_model(policy)
     objective = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=0.1))
-    problem = language_problem(policy, reward, objective, pairs=pairs, max_new_tokens=new_tokens, stop_ids=(0,))
+    problem = language_problem(policy, reward, objective, pairs=pairs, generation=Generation(new_tokens, (0,)))
     solver = bilevel.tangent(optax.adam(1e-3), optax.adam(1e-3))
     algorithm = bilevel.bilevel_descent(problem, bilevel.forward(0.2), solver, optax.adam(1e-3), beta=0.4)
     trunk = {name: part for name, part in params.items() if name != "output_head"}
@@ -71,7 +73,8 @@ def enumerable() -> Case:
     shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6)
     policy = decoder(shape)
     prompts = Prompts(jnp.arange(16).reshape(8, 2) % 7 + 1, jnp.ones((8, 2), bool))
-    return language(policy, shape, policy.init(jax.random.key(0)), prompts, pairs=4, new_tokens=4)
+    params = optax.tree.cast(policy.init(jax.random.key(0)), jnp.result_type(float))
+    return language(policy, shape, params, prompts, pairs=4, new_tokens=4)
 
 
 def stories(directory: str) -> Case:
@@ -86,7 +89,7 @@ def in_rooms() -> Case:
     rewards = (rooms.follower_reward, rooms.leader_reward)
     environment, data = (
         jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 4), each)
-        for each in (rooms.four_rooms(), rooms.terms(0.003, 1.0))
+        for each in (rooms.four_rooms(), rooms.coefficients(0.003, 1.0))
     )
     data = data._replace(weight=data.weight / 4)
     problem = incentives.incentive_problem(*rewards, episodes=16, steps=50)
@@ -128,11 +131,13 @@ def follow(case: Case, sizes: dict[str, int], given: list[bilevel.Labelled] | No
     where = shardings(jax.eval_shape(case.algorithm.init, *begins), mesh, case.names_of)
     frozen_where = shardings(case.frozen, mesh, case.names_of)
     compiled = compile_algorithm(case.algorithm, mesh, state=where, frozen=frozen_where)
-    state, frozen = create(case.algorithm.init, *begins, where=where), place(case.frozen, frozen_where)
+    state = init_on_devices(case.algorithm.init, *begins, shardings=where)
+    frozen = put_on_devices(case.frozen, frozen_where)
     drawn = compiled.propose(jax.random.key(7), state, case.data, frozen)
     tokens = jax.tree.map(np.asarray, drawn.responses)
     labelled = given[0] if given else bilevel.Labelled(drawn, case.label(jax.random.key(8), drawn, case.frozen))
-    text = compiled.update.lower(jax.random.key(8), state, labelled, frozen).compile().as_text()
+    update = compiled.update.lower(jax.random.key(8), state, labelled, frozen).compile()
+    text = update.as_text()
     parts = [(leaf.addressable_shards[0].data.nbytes, leaf.nbytes) for leaf in jax.tree.leaves(state)]
     share, gradients, used = sum(part for part, _ in parts) / sum(whole for _, whole in parts), None, []
     for step in range(STEPS):
@@ -143,13 +148,13 @@ def follow(case: Case, sizes: dict[str, int], given: list[bilevel.Labelled] | No
             labelled = bilevel.Labelled(sample, case.label(jax.random.key(30 + step), sample, case.frozen))
             labelled = jax.tree.map(np.asarray, labelled)
             used.append(labelled)
-        state, _ = compiled.update(jax.random.key(50 + step), state, labelled, frozen)
+        state, _ = update(jax.random.key(50 + step), state, labelled, frozen)
         if gradients is None:
             gradients = jax.tree.map(np.asarray, (moments(state.upper_optimizer), moments(state.solver)))
     return Followed(gradients, jax.tree.map(np.asarray, state), tokens, share, text), used
 
 
-def max_importance_weight(case: Case) -> int:
+def largest_layer_bytes(case: Case) -> int:
     """Returns the bytes of the largest array of one layer."""
     return max(
         leaf.nbytes // (len(leaf) if "layers" in str(path) else 1)
@@ -160,9 +165,9 @@ def max_importance_weight(case: Case) -> int:
 def in_microbatches() -> dict[str, Any]:
     """Returns how completions and gradients of two devices, in four parts of eight rows, differ from all rows at once."""
     writing = importlib.import_module("jaxrlhf.lm.generate")
-    writing.PART, microbatch.TOKENS = 1, 144
+    writing.CPU_CACHE_BYTES, microbatch.CPU_TOKENS = 1, 144
     model = decoder(DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=16))
-    params, key = model.init(jax.random.key(0)), jax.random.key(1)
+    params, key = optax.tree.cast(model.init(jax.random.key(0)), jnp.result_type(float)), jax.random.key(1)
     rows = jnp.arange(128).reshape(64, 2) % 7 + 1, jnp.ones((64, 2), bool)
     write = functools.partial(writing.generate, model, max_new_tokens=7, stop_ids=(0,))
 
@@ -174,14 +179,14 @@ def in_microbatches() -> dict[str, Any]:
         return jax.grad(negative)(params, None, *rows)
 
     mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
-    split, seen, divided = split_by_batch(mesh), [], microbatch.divided
-    microbatch.divided = writing.divided = lambda *given, **settings: (
-        seen.append(divided(*given, **settings)) or seen[-1]
+    split, seen, fewest = batch_sharding(mesh), [], microbatch.fewest_microbatches
+    microbatch.fewest_microbatches = writing.fewest_microbatches = lambda *given, **settings: (
+        seen.append(fewest(*given, **settings)) or seen[-1]
     )
     two = within(mesh, write), within(mesh, read)
-    here = jax.jit(two[0])(params, key, *place(rows, split))
-    text = jax.jit(two[0]).lower(params, key, *place(rows, split)).compile().as_text()
-    moved = jax.jit(two[1])(params, *place((*rows, here.tokens, here.mask), split))
+    here = jax.jit(two[0])(params, key, *put_on_devices(rows, split))
+    text = jax.jit(two[0]).lower(params, key, *put_on_devices(rows, split)).compile().as_text()
+    moved = jax.jit(two[1])(params, *put_on_devices((*rows, here.tokens, here.mask), split))
     whole = jax.jit(functools.partial(write, microbatches=1))(params, key, *rows)
     return {
         "microbatches": seen,
@@ -209,7 +214,7 @@ def main(name: str, *arguments: str) -> None:
             "states": relative(here.state, one.state),
             "same_tokens": all(map(np.array_equal, jax.tree.leaves(here.tokens), jax.tree.leaves(one.tokens))),
             "share": here.share,
-            "largest_collective": largest_collective(here.text) / max(max_importance_weight(case), rows),
+            "largest_collective": largest_collective(here.text) / max(largest_layer_bytes(case), rows),
             "host": any(word in here.text for word in ("infeed", "outfeed", "callback", " send(", " recv(")),
         }
     print(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""Runs that are ended by kill -9 go on to the last bit: three kills here, a hundred in `experiments/kills.py`."""
+"""Runs ended by kill -9 resume bit for bit: three kills here, a hundred in `experiments/kills.py`."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ def test_three_kills_change_nothing(tmp_path, make_world):
     (tmp_path / "world").mkdir()
     world = make_world(tmp_path / "world")
     command = [sys.executable, KILLS, "--policy", world / "base", "--kills", "3", "--most", "3", "--steps", "12"]
-    # With this seed each of the moments that are waited for comes once.
+    # With this seed each of the three moments that are waited for occurs once.
     command += ["--seed", "7", "--output", tmp_path / "runs"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

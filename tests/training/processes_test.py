@@ -1,4 +1,4 @@
-"""Several real processes on this machine do what one does; one that dies takes the others with it and is named."""
+"""Several local processes compute what one does; if one dies, the others stop and name it."""
 
 import json
 import os
@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrlhf.training.processes import ProcessAddress, connect, gathered, lost, parse_process_address, shared
+from jaxrlhf.training.processes import (
+    ProcessAddress,
+    connect,
+    gathered,
+    lost_processes,
+    parse_process_address,
+    split_over_processes,
+)
 
 JUDGE = """
 import os, pathlib
@@ -38,7 +45,7 @@ def free_port():
 
 
 def begin(world, name, count, *options, steps=2, devices=1):
-    """Starts a run in so many processes, each with so many simulated devices; returns them."""
+    """Starts a run in `count` processes, each with `devices` simulated devices; returns them."""
     port, started = free_port(), []
     for index in range(count):
         place = ["--processes", f"127.0.0.1:{port},{count},{index}"] if count > 1 else []
@@ -55,7 +62,7 @@ def begin(world, name, count, *options, steps=2, devices=1):
 
 
 def finish(world, name, processes, *, seconds=300):
-    """Waits for a run's processes; those that take longer are ended."""
+    """Waits for a run's processes and kills those that take longer; returns the exit codes."""
     deadline = time.monotonic() + seconds
     try:
         return [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
@@ -74,7 +81,7 @@ def questions(world, who):
 
 
 def asked_in_steps(world, name):
-    """Returns samples and labels of the steps, without those of evaluations, which have one pair a prompt."""
+    """Returns the labelled samples of training steps; those of evaluations have one pair a prompt."""
     lines = map(json.loads, (world / "runs" / name / "labels.jsonl").read_text().splitlines())
     return [line for line in lines if len(line["labels"][0]) == 2]
 
@@ -84,8 +91,8 @@ def models_of(world, name):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_do_what_one_does(world, count):
-    """The same tokens and labels, each process asking about its share; the states of one process."""
+def test_several_processes_compute_what_one_does(world, count):
+    """The same tokens, labels and final states; each process annotates its part."""
     several, one = f"several-{count}", f"one-{count}"
     for name, processes in ((several, count), (one, 1)):
         started = begin(world, name, processes, "--keep-best", "1")
@@ -102,7 +109,7 @@ def test_several_processes_do_what_one_does(world, count):
 
 
 @pytest.mark.slow
-def test_one_of_four_dies_and_all_go_on_later(world):
+def test_a_killed_process_is_named_and_the_run_resumes(world):
     whole = begin(world, "whole", 4, steps=150)
     assert finish(world, "whole", whole) == [0] * 4, said(world, "whole", 0)
     processes = begin(world, "killed", 4, "--checkpoint-steps", "2", steps=150)
@@ -127,7 +134,7 @@ def test_one_of_four_dies_and_all_go_on_later(world):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_number_of_devices(world):
+def test_a_run_resumes_on_another_number_of_devices(world):
     for name, stages in {
         "one-device": [(6, 1, ())],
         "fewer": [(3, 4, ("--mesh", "fsdp=4")), (6, 1, ())],
@@ -144,7 +151,7 @@ def test_a_run_goes_on_on_another_number_of_devices(world):
                 np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5)
 
 
-def test_places_are_told():
+def test_process_addresses_are_parsed():
     assert parse_process_address("auto") is None
     assert parse_process_address("10.0.0.1:1234,4,3") == ProcessAddress("10.0.0.1:1234", 4, 3)
     for text in ("10.0.0.1,4,0", "host:1,2", "host:1,2,2", "host:x,2,1", ""):
@@ -152,12 +159,12 @@ def test_places_are_told():
             parse_process_address(text)
 
 
-def test_one_process_needs_nothing_of_it():
-    assert lost() == [] and shared(len) is len
+def test_a_single_process_needs_no_communication():
+    assert lost_processes() == [] and split_over_processes(len) is len
     tree = gathered({"a": np.arange(3)})
     np.testing.assert_array_equal(tree["a"], np.arange(3))
 
 
-def test_a_first_process_that_does_not_come_is_waited_for_a_while():
+def test_a_missing_first_process_is_waited_for_and_named():
     with pytest.raises(ValueError, match=r"The first process does not answer at 127\.0\.0\.1"):
         connect(ProcessAddress(f"127.0.0.1:{free_port()}", 2, 1), seconds=0)

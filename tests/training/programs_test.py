@@ -48,7 +48,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_products_are_counted(case):
     function, products = CASES[case]
-    assert programs.flops_of(jax.make_jaxpr(function)(*ONE), turns=7) == products * PRODUCT
+    assert programs.flops_of(jax.make_jaxpr(function)(*ONE), trip_count=7) == products * PRODUCT
 
 
 TEXT = """HloModule step, entry_computation_layout={()->f32[]}
@@ -91,7 +91,7 @@ def test_a_loop_that_counts_to_a_constant_runs_as_often():
     )
     assert programs.collectives_of(text)["all-gather"] == 12 * 16 * 64 * 2
     unknown = text.replace("direction=LT", "direction=NE")
-    assert programs.collectives_of(unknown, turns=3)["all-gather"] == 3 * 16 * 64 * 2
+    assert programs.collectives_of(unknown, trip_count=3)["all-gather"] == 3 * 16 * 64 * 2
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "h100:", "8"])
@@ -104,4 +104,4 @@ def test_a_topology_that_nobody_knows_is_named(topology):
 def test_an_update_is_planned_for_a_tpu_that_is_not_here():
     pytest.importorskip("libtpu", reason="pip install '.[plan]'")
     row = plan.plan(plan.Config(model="llama-1b", layers=2, topology="v5e:2x4", max_prompt=64, max_new_tokens=64))
-    assert row.how == "compiled" and row.fits and row.flops > 1e12 and row.collectives["all-gather"] > 0
+    assert row.method == "compiled" and row.fits and row.flops > 1e12 and row.collectives["all-gather"] > 0

@@ -1,4 +1,4 @@
-"""The report: one file, whole, and harmless whatever a model has written."""
+"""The report: one self-contained file, safe whatever a model has written."""
 
 import dataclasses
 import html.parser
@@ -23,7 +23,7 @@ TABLE = Table(
 
 
 class Page(html.parser.HTMLParser):
-    """Parses a page: its texts by class, its tags; fails where a tag is left open or closed twice."""
+    """Parses a page into its texts by class and its tags; fails if a tag is left open or closed twice."""
 
     def __init__(self, text):
         super().__init__()
@@ -61,7 +61,7 @@ def write(folder, **changes):
     return write_report(folder, **(given | changes))
 
 
-def test_all_that_is_given_is_in_one_file(tmp_path):
+def test_everything_is_in_one_file(tmp_path):
     draw_curves(tmp_path / "true_return.png", {"a": ("x", "y", {"one": ([0, 1], [1, 2])})})
     draw_curves(tmp_path / "kl.svg", {"a": ("x", "y", {"one": ([0, 1], [1, 2])})})
     path = write(
@@ -89,7 +89,7 @@ def test_all_that_is_given_is_in_one_file(tmp_path):
     assert f"jaxrlhf {jaxrlhf.__version__}, JAX 0" in footer and re.search(r"on \d+ × \w", footer)
 
 
-def test_a_script_in_a_text_comes_out_as_text(tmp_path):
+def test_a_script_in_a_text_is_escaped(tmp_path):
     text = write(
         tmp_path,
         title=NASTY,
@@ -103,7 +103,7 @@ def test_a_script_in_a_text_comes_out_as_text(tmp_path):
     assert "script" not in Page(text).tags
 
 
-def test_numbers_stand_to_the_right(tmp_path):
+def test_numbers_are_right_aligned(tmp_path):
     page = Page(write(tmp_path).read_text())
     assert page.of("td", "number") == ["0.5123", "12,800", "0.51 ± 0.02", "nan", "7"]
     assert page.of("th", "number") == ["return", "labels", "interval"]
@@ -121,7 +121,7 @@ def test_the_settings_may_be_a_dataclass(tmp_path):
     assert '"seed": 3' in "".join(Page(write(tmp_path, config=config).read_text()).of("pre"))
 
 
-def test_what_does_not_fit_is_named_and_the_old_report_stays(tmp_path):
+def test_bad_input_is_named_and_the_old_report_is_kept(tmp_path):
     old = write(tmp_path).read_bytes()
     (tmp_path / "curves.pdf").write_text("")
     with pytest.raises(ValueError, match=r"figure gone\.png is not in"):
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_named_and_the_old_report_stays(tmp_path):
     assert (tmp_path / "report.html").read_bytes() == old and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_table_goes_into_markdown_and_comes_out_again():
+def test_markdown_tables_round_trip():
     table = Table("All", ("method", "return"), [("a|b", 1.23456), ("none", None)])
     text = as_markdown(table)
     assert text.splitlines() == [
@@ -145,7 +145,7 @@ def test_a_table_goes_into_markdown_and_comes_out_again():
     assert tables_of("# All\n\n" + plain) == [Table("All", ["method", "return"], [["none", ""], ["some", "2.500"]])]
 
 
-def test_tables_come_out_of_markdown():
+def test_tables_are_parsed_from_markdown():
     text = "# All\n\nwords\n\n| method | return |\n|---|---|\n| **ours** | 1.0 ± 0.1 |\n\n"
     text += "## More\n| a |\n|---|\n| `x` |\n| 2 |"
     assert tables_of(text) == [

@@ -1,4 +1,4 @@
-"""Tracking: the numbers that arrive, and the sentence where a library is missing."""
+"""Tracking: what is logged, and the message if a library is missing."""
 
 import dataclasses
 import math
@@ -62,7 +62,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path, caplog):
 
 
 def fake_wandb():
-    """Returns a module with the part of wandb's interface that is used, and the calls it has seen."""
+    """Returns a fake wandb module with the functions we use, and the list of calls to it."""
     calls = []
 
     class Run:
@@ -84,7 +84,7 @@ def fake_wandb():
     return module, calls
 
 
-def test_wandb_is_given_every_step_even_when_steps_start_again(tmp_path, monkeypatch):
+def test_wandb_gets_every_step_even_if_steps_restart(tmp_path, monkeypatch):
     module, calls = fake_wandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
     tracked = tracker("wandb", tmp_path, name="study", config=Config())

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, through the command: one sentence says what, and the run goes on as if nothing had been."""
+"""Failures of a run, through the command: one sentence names the cause, and the run resumes with the same result."""
 
 import resource
 import shutil
@@ -15,16 +15,19 @@ SAME = ("policy/model.safetensors", "reward/model.safetensors", "metrics.jsonl")
 
 
 class Judge(types.ModuleType):
-    """A module of annotators whose fourth question meets with some trouble."""
+    """A module with an annotator one of whose calls fails in some way."""
 
     def __init__(self):
         super().__init__("troubled")
-        self.trouble, self.calls = lambda: None, 0
+        self.trouble, self.calls, self.fails_at = lambda: None, 0, 4
 
     def prefers(self, prompts, firsts, seconds):
         self.calls += 1
         answer = [float(a.count("sun") > b.count("sun")) for a, b in zip(firsts, seconds, strict=True)]
-        return (self.trouble() if self.calls == 4 else None) or answer
+        return (self.trouble() if self.calls == self.fails_at else None) or answer
+
+    def arm(self, trouble, fails_at=4):
+        self.trouble, self.calls, self.fails_at = trouble, 0, fails_at
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +67,17 @@ def whole(world, judge):
     return run(settings(world, "whole"))
 
 
-def told(capsys, config):
-    """Runs what ends with 2 and one sentence; returns the sentence."""
+def error_of(capsys, config):
+    """Runs a command that must exit with 2 and one sentence; returns the sentence."""
     with pytest.raises(SystemExit) as caught:
         run(config)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1, said
-    return said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
 
 
-def goes_on(world, judge, whole, name):
+def resumes(world, judge, whole, name):
     judge.calls = 100
     folder = run(settings(world, name))
     for each in SAME:
@@ -89,54 +92,49 @@ def fail():
     raise RuntimeError("the line is dead")
 
 
-@pytest.mark.parametrize(
-    "trouble, sentence",
-    [
+def test_a_failing_annotator_loses_nothing(world, judge, whole, capsys):
+    """One run fails in three ways, each time one call further on."""
+    for trouble, sentence in (
         (fail, "the line is dead"),
         (hang, "troubled:prefers"),
         (lambda: [7.0] * 8, "troubled:prefers answered 7"),
-    ],
-    ids=["raises", "hangs", "garbage"],
-)
-def test_an_annotator_that_fails_loses_nothing(world, judge, whole, capsys, trouble, sentence, request):
-    name = request.node.callspec.id
-    judge.calls, judge.trouble = 0, trouble
-    assert sentence in told(capsys, settings(world, name, annotator_timeout=1.0))
-    goes_on(world, judge, whole, name)
+    ):
+        judge.arm(trouble, fails_at=2)
+        assert sentence in error_of(capsys, settings(world, "annotator", annotator_timeout=1.0))
+    resumes(world, judge, whole, "annotator")
 
 
-def test_a_folder_of_another_run_is_refused_before_anybody_is_asked(world, judge, whole, capsys):
+def test_a_folder_of_another_run_is_refused_before_any_label_is_asked_for(world, judge, whole, capsys):
     labels = (whole / "labels.jsonl").read_bytes()
-    judge.calls, judge.trouble = 0, lambda: None
-    assert "another run's: its beta" in told(capsys, settings(world, "whole", beta=0.9))
+    judge.arm(lambda: None)
+    assert "another run's: its beta" in error_of(capsys, settings(world, "whole", beta=0.9))
     assert judge.calls == 0 and (whole / "labels.jsonl").read_bytes() == labels
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(world, judge, whole, capsys):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(world, judge, whole, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    judge.calls, judge.trouble = 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    judge.arm(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1])))
     try:
-        said = told(capsys, settings(world, "full", checkpoint_steps=1))
+        message = error_of(capsys, settings(world, "full", checkpoint_steps=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "The disk is full" in said and "--resume" in said, said
-    goes_on(world, judge, whole, "full")
+    assert "The disk is full" in message and "--resume" in message, message
+    resumes(world, judge, whole, "full")
 
 
-def test_data_that_are_gone_are_named_and_may_come_back(world, judge, whole, capsys):
-    judge.calls, judge.trouble = 0, fail
-    assert "the line is dead" in told(capsys, settings(world, "gone"))
+def test_missing_data_are_named_and_the_run_resumes_when_they_are_back(world, judge, whole, capsys):
+    judge.arm(fail, fails_at=2)
+    assert "the line is dead" in error_of(capsys, settings(world, "gone"))
     source, kept = world / "pairs.jsonl", world / "kept.jsonl"
     source.rename(kept)
     shutil.rmtree(world / "prepared")
-    assert "There is no file or folder" in told(capsys, settings(world, "gone"))
+    assert "There is no file or folder" in error_of(capsys, settings(world, "gone"))
     kept.rename(source)
-    goes_on(world, judge, whole, "gone")
-    # Prepared data of which a part is missing are prepared again.
-    judge.calls, judge.trouble = 0, fail
-    told(capsys, settings(world, "shard"))
+    judge.arm(fail, fails_at=2)
+    assert "the line is dead" in error_of(capsys, settings(world, "gone"))
+    # Prepared data with a missing file are prepared again.
     largest = max(
         (path for path in (world / "prepared").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
     largest.unlink()
-    goes_on(world, judge, whole, "shard")
+    resumes(world, judge, whole, "gone")

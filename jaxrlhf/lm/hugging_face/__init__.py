@@ -1,1 +1,1 @@
-"""Hugging Face directories: `families` and their `settings`, names of `tensors`, `files`, and whole `weights` in and out."""
+"""Hugging Face directories: `families` and their `settings`, names of `tensors`, `files`, and whole `weights`."""

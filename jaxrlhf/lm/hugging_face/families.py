@@ -1,8 +1,8 @@
-"""What the `config.json` of each model family says of a decoder; `lm.settings` says a decoder in it.
+"""From the `config.json` of a model family to a `DecoderConfig`; `settings` is the inverse.
 
-Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that transformers names. What a
-file leaves out has the meaning that transformers gives it; what a decoder lacks is refused, since ignoring it would change
-the model's output in silence.
+Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that transformers names. Omitted
+settings have transformers' defaults; features that the decoder lacks are refused, since ignoring them would silently
+change the model's output.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -99,10 +99,10 @@ WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
 def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
-    """The name in `FAMILIES` of the model that a `config.json` describes.
+    """Returns the name in `FAMILIES` of the model that a `config.json` describes.
 
     Raises:
-        WeightsError: it is none of them, or of the other kind.
+        WeightsError: the model is of no known family, or of the other kind.
     """
     found = settings.get("architectures") or ["no architecture"]
     if not isinstance(found, list):
@@ -113,34 +113,34 @@ def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
     others = {getattr(family, "reward" if kind == "policy" else "policy") for family in FAMILIES.values()}
     what = ", ".join(map(str, found))
     if others & set(found):
-        asked = "a language model is wanted here" if kind == "policy" else "a reward model is wanted here"
-        raise WeightsError(f"{source} describes {what}: {asked}.")
+        expected = "a language model is wanted here" if kind == "policy" else "a reward model is wanted here"
+        raise WeightsError(f"{source} describes {what}: {expected}.")
     known = ", ".join(getattr(family, kind) for family in FAMILIES.values())
     raise WeightsError(f"{source} describes {what}: only {known} can be read here.")
 
 
 def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderConfig:
-    """The decoder's shape that a `config.json` describes.
+    """Returns the decoder that a `config.json` describes.
 
     Args:
         settings: the file's contents.
-        kind: whether a policy or a reward model is wanted.
+        kind: whether a policy or a reward model is expected.
         source: the file's name, for messages.
 
     Returns:
         The configuration.
 
     Raises:
-        WeightsError: another architecture, a feature the decoder lacks, or a missing or impossible size.
+        WeightsError: unknown architecture, a feature that the decoder lacks, or a missing or invalid size.
     """
     name = family_of(settings, kind, source)
     if settings.get("quantization_config"):
         _refuse(source, "quantization_config", settings["quantization_config"], "use the unquantised model")
-    given = FAMILIES[name].defaults | {key: value for key, value in settings.items() if value is not None}
+    values = FAMILIES[name].defaults | {key: value for key, value in settings.items() if value is not None}
     nulls = {key: None for key, value in settings.items() if value is None and key in _MEANINGFUL_NULLS}
     try:
         read = _gpt2 if name == "gpt2" else _llama_like
-        return read(name, given | nulls, source)
+        return read(name, values | nulls, source)
     except KeyError as error:
         raise WeightsError(
             f"{source} has no {error.args[0]}: save the model again with its full configuration."
@@ -151,55 +151,55 @@ def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderCon
         raise WeightsError(f"{source} describes no decoder ({error}): correct the value.") from error
 
 
-# Settings where null is a choice and not an omission.
+# Settings where null is a value, not an omission.
 _MEANINGFUL_NULLS = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
 
 
-def _llama_like(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
-    heads, gemma = given["num_attention_heads"], name.startswith("gemma")
-    bias = bool(given.get("attention_bias"))
-    activation = given["hidden_activation"] if gemma else given["hidden_act"]
+def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
+    heads, gemma = values["num_attention_heads"], name.startswith("gemma")
+    bias = bool(values.get("attention_bias"))
+    activation = values["hidden_activation"] if gemma else values["hidden_act"]
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         _refuse(source, "hidden_activation" if gemma else "hidden_act", activation, f"use a model with {known}")
-    windowed = _windowed_layers(name, given, source)
-    base, scaling, local = _rope(name, given, source)
-    if gemma and given.get("use_bidirectional_attention"):
+    windowed = _windowed_layers(name, values, source)
+    base, scaling, local = _rope(name, values, source)
+    if gemma and values.get("use_bidirectional_attention"):
         _refuse(source, "use_bidirectional_attention", True, "use a causal model")
-    if name == "gemma3" and given.get("attn_logit_softcapping"):
-        _refuse(source, "attn_logit_softcapping", given["attn_logit_softcapping"], "use a model without it")
-    if name != "llama" and given.get("mlp_bias"):
+    if name == "gemma3" and values.get("attn_logit_softcapping"):
+        _refuse(source, "attn_logit_softcapping", values["attn_logit_softcapping"], "use a model without it")
+    if name != "llama" and values.get("mlp_bias"):
         _refuse(source, "mlp_bias", True, "use a model without biases")
     if name in ("mistral", "qwen2") and bias:
         _refuse(source, "attention_bias", True, "use a model without that setting")
-    width = given["hidden_size"]
+    width = values["hidden_size"]
     gemma_settings: dict[str, Any] = {
         "norm": "rms_from_one",
         "norm_after": True,
-        "query_scale": given.get("query_pre_attn_scalar", 0) ** -0.5 if gemma else None,
+        "query_scale": values.get("query_pre_attn_scalar", 0) ** -0.5 if gemma else None,
         "embedding_scale": width**0.5,
-        "score_cap": given.get("attn_logit_softcapping"),
-        "logit_cap": given.get("final_logit_softcapping"),
+        "score_cap": values.get("attn_logit_softcapping"),
+        "logit_cap": values.get("final_logit_softcapping"),
     }
     return DecoderConfig(
-        vocabulary_size=given["vocab_size"],
+        vocabulary_size=values["vocab_size"],
         width=width,
-        layers=given["num_hidden_layers"],
+        layers=values["num_hidden_layers"],
         query_heads=heads,
-        key_value_heads=given.get("num_key_value_heads") or heads,
-        head_size=given.get("head_dim") or width // heads,
-        mlp_width=given["intermediate_size"],
-        norm_epsilon=given["rms_norm_eps"],
+        key_value_heads=values.get("num_key_value_heads") or heads,
+        head_size=values.get("head_dim") or width // heads,
+        mlp_width=values["intermediate_size"],
+        norm_epsilon=values["rms_norm_eps"],
         rope_base=base,
-        tied_embeddings=bool(given["tie_word_embeddings"]),
-        context_length=given["max_position_embeddings"],
+        tied_embeddings=bool(values["tie_word_embeddings"]),
+        context_length=values["max_position_embeddings"],
         family=name,
         query_key_norm=name in ("qwen3", "gemma3"),
         activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
         query_key_value_bias=bias or name == "qwen2",
         output_bias=bias,
-        mlp_bias=bool(given.get("mlp_bias")),
-        window=given["sliding_window"] if windowed else None,
+        mlp_bias=bool(values.get("mlp_bias")),
+        window=values["sliding_window"] if windowed else None,
         windowed_layers=windowed,
         rope_scaling=scaling,
         window_rope_base=local if windowed else None,
@@ -207,33 +207,33 @@ def _llama_like(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
     )
 
 
-def _gpt2(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
-    if given["activation_function"] not in ACTIVATIONS:
+def _gpt2(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
+    if values["activation_function"] not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        _refuse(source, "activation_function", given["activation_function"], f"use a model with {known}")
+        _refuse(source, "activation_function", values["activation_function"], f"use a model with {known}")
     for setting in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if given.get(setting):
+        if values.get(setting):
             _refuse(source, setting, True, "use a plain GPT-2")
-    if not given.get("scale_attn_weights", True):
+    if not values.get("scale_attn_weights", True):
         _refuse(source, "scale_attn_weights", False, "use a plain GPT-2")
-    width, heads = given["n_embd"], given["n_head"]
+    width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise ValueError(f"{width} features do not divide into {heads} heads")
     return DecoderConfig(
-        vocabulary_size=given["vocab_size"],
+        vocabulary_size=values["vocab_size"],
         width=width,
-        layers=given["n_layer"],
+        layers=values["n_layer"],
         query_heads=heads,
         key_value_heads=heads,
         head_size=width // heads,
-        mlp_width=given.get("n_inner") or 4 * width,
-        norm_epsilon=given["layer_norm_epsilon"],
+        mlp_width=values.get("n_inner") or 4 * width,
+        norm_epsilon=values["layer_norm_epsilon"],
         rope_base=None,
-        tied_embeddings=bool(given["tie_word_embeddings"]),
-        context_length=given["n_positions"],
+        tied_embeddings=bool(values["tie_word_embeddings"]),
+        context_length=values["n_positions"],
         family=name,
         norm="layer",
-        activation=ACTIVATIONS[given["activation_function"]],  # pyright: ignore[reportArgumentType]
+        activation=ACTIVATIONS[values["activation_function"]],  # pyright: ignore[reportArgumentType]
         gated=False,
         query_key_value_bias=True,
         output_bias=True,
@@ -241,13 +241,13 @@ def _gpt2(name: str, given: dict[str, Any], source: str) -> DecoderConfig:
     )
 
 
-def _windowed_layers(name: str, given: dict[str, Any], source: str) -> tuple[int, ...]:
-    layers = range(given["num_hidden_layers"])
-    if not given.get("sliding_window") or name == "llama":
+def _windowed_layers(name: str, values: dict[str, Any], source: str) -> tuple[int, ...]:
+    layers = range(values["num_hidden_layers"])
+    if not values.get("sliding_window") or name == "llama":
         return ()
-    if name.startswith("qwen") and not given.get("use_sliding_window"):
+    if name.startswith("qwen") and not values.get("use_sliding_window"):
         return ()
-    kinds = given.get("layer_types")
+    kinds = values.get("layer_types")
     if kinds and name != "mistral":
         if len(kinds) != len(layers) or not set(kinds) <= {WINDOWED, FULL}:
             _refuse(source, "layer_types", kinds, f"give every layer {WINDOWED} or {FULL}")
@@ -255,23 +255,23 @@ def _windowed_layers(name: str, given: dict[str, Any], source: str) -> tuple[int
     if name == "mistral":
         return tuple(layers)
     if name.startswith("qwen"):
-        return tuple(index for index in layers if index >= given["max_window_layers"])
-    period = 2 if name == "gemma2" else given.get("sliding_window_pattern", 6)
+        return tuple(index for index in layers if index >= values["max_window_layers"])
+    period = 2 if name == "gemma2" else values.get("sliding_window_pattern", 6)
     return tuple(index for index in layers if (index + 1) % period)
 
 
-def _rope(name: str, given: dict[str, Any], source: str) -> tuple[float, RopeScaling | None, float | None]:
-    """Base and scaling of the rotary positions, and the base of windowed layers."""
-    rope = given.get("rope_parameters") or {}
+def _rope(name: str, values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None, float | None]:
+    """Returns base and scaling of the rotary positions, and the base in windowed layers."""
+    rope = values.get("rope_parameters") or {}
     local = None
     if name == "gemma3":
-        near = rope.get(WINDOWED) or {}
-        local = near.get("rope_theta") or given["rope_local_base_freq"]
-        if near.get("rope_type", "default") != "default":
-            _refuse(source, "rope_parameters", near, "use a model with plain rotary positions in its windows")
+        windowed = rope.get(WINDOWED) or {}
+        local = windowed.get("rope_theta") or values["rope_local_base_freq"]
+        if windowed.get("rope_type", "default") != "default":
+            _refuse(source, "rope_parameters", windowed, "use a model with plain rotary positions in its windows")
         rope = rope.get(FULL) or {}
-    base = rope.get("rope_theta") or given["rope_theta"]
-    for setting, value in (("rope_parameters", rope), ("rope_scaling", given.get("rope_scaling") or {})):
+    base = rope.get("rope_theta") or values["rope_theta"]
+    for setting, value in (("rope_parameters", rope), ("rope_scaling", values.get("rope_scaling") or {})):
         kind = value.get("rope_type", value.get("type", "default"))
         if kind not in ("default", "linear", "llama3") or value.get("partial_rotary_factor", 1.0) != 1.0:
             _refuse(source, setting, value, "use a model with plain, linear or llama3 rotary positions")

@@ -1,6 +1,6 @@
-"""Files of a Hugging Face model directory: JSON and safetensors, never unpickled.
+"""Files of a Hugging Face model directory: JSON and safetensors, never pickles.
 
-Whatever is wrong with a directory is a `WeightsError`, whose one sentence names the thing and the remedy.
+Anything wrong with a directory raises `WeightsError`, whose one sentence names the problem and the remedy.
 """
 
 import json
@@ -23,7 +23,7 @@ class WeightsError(ValueError):
 
 
 def read_json(directory: str | Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Args:
         directory: the model directory.
@@ -53,22 +53,22 @@ def read_json(directory: str | Path, name: str) -> dict[str, Any]:
 
 
 def write_json(directory: Path, name: str, content: dict[str, Any]) -> None:
-    """Writes a JSON file in one piece."""
+    """Writes a JSON file atomically."""
     text = json.dumps(content, indent=2) + "\n"
-    in_one_piece(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(directory / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_tensors(
     directory: str | Path, shapes: Mapping[str, tuple[int, ...]], *, optional_prefix: str = ""
 ) -> dict[str, np.ndarray]:
-    """Named tensors of `model.safetensors`, or of the files that its index lists.
+    """Returns named tensors of `model.safetensors`, or of the files that its index lists.
 
     All names, shapes and dtypes are checked before the first tensor is read.
 
     Args:
         directory: the model directory.
-        shapes: the shape that each wanted tensor must have; other tensors are left alone.
-        optional_prefix: of names, which a file may leave out.
+        shapes: the required shape of each tensor to read; other tensors are ignored.
+        optional_prefix: of names; a file may omit it.
 
     Returns:
         The tensors, in the dtype they are stored in.
@@ -80,10 +80,10 @@ def read_tensors(
     try:
         files = [safe_open(path, framework="numpy") for path in tensor_files(Path(directory))]
         holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
-        called = {name: name if name in holders else name.removeprefix(optional_prefix) for name in shapes}
+        stored = {name: name if name in holders else name.removeprefix(optional_prefix) for name in shapes}
         for name, shape in shapes.items():
-            check_tensor(Path(directory), called[name], shape, holders.get(called[name]))
-        return {name: holders[called[name]].get_tensor(called[name]) for name in shapes}
+            check_tensor(Path(directory), stored[name], shape, holders.get(stored[name]))
+        return {name: holders[stored[name]].get_tensor(stored[name]) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"A safetensors file in {directory} is damaged or cut short ({error}): copy or save it again."
@@ -91,7 +91,7 @@ def read_tensors(
 
 
 def check_tensor(directory: Path, name: str, shape: tuple[int, ...], file: Any) -> None:
-    """Raises WeightsError unless the open safetensors file (or None) has the tensor that is wanted."""
+    """Raises WeightsError unless the open safetensors file (or None) has the tensor in this shape."""
     if file is None:
         raise WeightsError(
             f"{directory} has no tensor {name}, which its config.json asks for: save model and config together."
@@ -110,7 +110,7 @@ def check_tensor(directory: Path, name: str, shape: tuple[int, ...], file: Any) 
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model; raises WeightsError if there are none or one is missing or outside."""
+    """Returns the safetensors files of a model; WeightsError if there are none, or one is missing or elsewhere."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
@@ -126,7 +126,7 @@ def tensor_files(directory: Path) -> list[Path]:
         raise WeightsError(f"{directory / INDEX} has no weight_map of file names: save the model again.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        # Also what another system would read as a path.
+        # Rejects names that any operating system would read as a path.
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
             raise WeightsError(
                 f"{directory / INDEX} lists {name!r}, which is not a .safetensors file of that directory: do not "
@@ -138,15 +138,15 @@ def tensor_files(directory: Path) -> list[Path]:
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `model.safetensors` in one piece."""
-    # Contiguous: the writer stores a transposed view's buffer as it lies in memory.
+    """Writes `model.safetensors` atomically."""
+    # Contiguous: the writer would store the underlying buffer of a transposed view.
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    # The format is what transformers looks for before it reads the file.
-    in_one_piece(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    # transformers checks the format before it reads the file.
+    write_atomically(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
-def in_one_piece(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and renames, so that an interrupted save leaves what was there before."""
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside `path` and renames, so that an interrupted save leaves the previous file."""
     partial = path.with_name(f"{path.name}.partial")
     write(partial)
     os.replace(partial, path)

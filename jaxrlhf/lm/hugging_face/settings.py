@@ -1,4 +1,4 @@
-"""The `config.json` of a decoder in its family's words; the inverse of `lm.families`."""
+"""From a `DecoderConfig` to the `config.json` of its family; the inverse of `families`."""
 
 import dataclasses
 from typing import Any
@@ -9,18 +9,18 @@ from jaxrlhf.lm.transformer.config import DecoderConfig
 
 
 def settings_from(config: DecoderConfig, kind: Kind, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a decoder or reward model, less its special token ids.
+    """Returns the `config.json` of a decoder or reward model, without its special token ids.
 
     Args:
-        config: the decoder's shape.
+        config: the decoder.
         kind: whether it is a policy or a reward model.
         dtype: name of the dtype that the tensors are stored in.
 
     Returns:
-        Settings that transformers reads, before and after it moved the rotary base into `rope_parameters`.
+        Settings for versions of transformers before and after it moved the rotary base into `rope_parameters`.
 
     Raises:
-        WeightsError: the family is unknown, or cannot hold such a decoder.
+        WeightsError: the family is unknown, or cannot describe this decoder.
     """
     if config.family not in FAMILIES:
         raise WeightsError(f"The family {config.family!r} is none of {', '.join(FAMILIES)}: name one of them.")
@@ -36,12 +36,12 @@ def settings_from(config: DecoderConfig, kind: Kind, dtype: str) -> dict[str, An
     settings |= _gpt2_settings(config) if config.family == "gpt2" else _llama_like_settings(config)
     if kind == "reward":
         settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    said = config_from(settings, kind, "the configuration")
-    if said != config:
+    read_back = config_from(settings, kind, "the configuration")
+    if read_back != config:
         fields = dataclasses.fields(config)
-        unlike = [field.name for field in fields if getattr(said, field.name) != getattr(config, field.name)]
+        differ = [field.name for field in fields if getattr(read_back, field.name) != getattr(config, field.name)]
         raise WeightsError(
-            f"A {config.family} checkpoint cannot say {', '.join(unlike)} of this decoder: choose the family that has it."
+            f"A {config.family} checkpoint cannot say {', '.join(differ)} of this decoder: choose the family that has it."
         )
     return settings
 

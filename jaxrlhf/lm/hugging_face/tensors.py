@@ -1,7 +1,7 @@
-"""How a checkpoint's tensors correspond to a decoder's parameters: names and layouts, in both directions.
+"""Correspondence of a checkpoint's tensors and a decoder's parameters: names and layouts, in both directions.
 
-Theirs are separate and mostly `[out, in]`; ours are `[in, out]` and fused (queries, key and value by key/value head; gate
-and up). Every `Entry` says both directions of one parameter, and everything else follows from the list of entries.
+A checkpoint's are separate and mostly `[out, in]`; the decoder's are `[in, out]` and fused (queries, key and value by
+key/value head; gate and up). Each `Entry` has both directions of one parameter; all else follows from the list of entries.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from jaxrlhf.lm.transformer.config import DecoderConfig
 
 
 class Entry(NamedTuple):
-    """One of our parameters.
+    """One parameter of the decoder.
 
     Attributes:
-        path: where it is in our nested dict, the layers by their numbers; in `params_from` they are stacked.
-        theirs: the tensors it is made of, names and shapes, in order.
-        join: from those tensors to ours.
+        path: in the nested dict of parameters, with layers by number; `params_from` stacks them.
+        sources: names and shapes of the checkpoint's tensors that it consists of, in order.
+        join: from those tensors to the parameter.
         split: the inverse.
     """
 
     path: tuple[str, ...]
-    theirs: dict[str, tuple[int, ...]]
+    sources: dict[str, tuple[int, ...]]
     join: Callable[..., np.ndarray]
     split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 def entries(config: DecoderConfig, kind: Kind) -> list[Entry]:
-    """The correspondence for a policy, or for the trunk and head of a reward model."""
+    """Returns the correspondence for a policy, or for the trunk and head of a reward model."""
     width, gpt2 = config.width, config.family == "gpt2"
     shape = (config.vocabulary_size, width)
     names = ("transformer.wte", "transformer.ln_f") if gpt2 else ("model.embed_tokens", "model.norm")
@@ -43,66 +43,66 @@ def entries(config: DecoderConfig, kind: Kind) -> list[Entry]:
         found += of_layer(config, ("layers", str(index)), f"{'transformer.h' if gpt2 else 'model.layers'}.{index}")
     found += _norm(config, ("final_norm",), names[1], width)
     if kind == "reward":
-        found.append(Entry(("head",), {"score.weight": (1, width)}, lambda row: row[0], lambda ours: (ours[None],)))
+        found.append(Entry(("head",), {"score.weight": (1, width)}, lambda row: row[0], lambda param: (param[None],)))
     elif not config.tied_embeddings:
         found.append(_transposed(("output_head",), "lm_head.weight", shape))
     return found
 
 
 def tensor_shapes(config: DecoderConfig, kind: Kind) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a checkpoint."""
-    return {name: shape for entry in entries(config, kind) for name, shape in entry.theirs.items()}
+    """Returns names and shapes of the tensors of a checkpoint."""
+    return {name: shape for entry in entries(config, kind) for name, shape in entry.sources.items()}
 
 
 def params_from(tensors: dict[str, np.ndarray], config: DecoderConfig, kind: Kind) -> dict:
-    """Our parameters from a checkpoint's tensors; a reward model's `head` beside the trunk's."""
+    """Returns parameters from a checkpoint's tensors; those of a reward model have a `head` beside the trunk's."""
     params: dict[str, Any] = {}
     for entry in entries(config, kind):
-        *above, name = entry.path
-        place = params
-        for part in above:
-            place = place.setdefault(part, {})
-        place[name] = entry.join(*(tensors[name] for name in entry.theirs))
+        *parents, name = entry.path
+        parent = params
+        for key in parents:
+            parent = parent.setdefault(key, {})
+        parent[name] = entry.join(*(tensors[name] for name in entry.sources))
     layers = [params["layers"][str(index)] for index in range(config.layers)]
-    return params | {"layers": jax.tree.map(lambda *rows: np.stack(rows), *layers)}
+    return params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
 
 
 def tensors_from(params: dict, config: DecoderConfig, kind: Kind) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors from our parameters; the inverse of `params_from`."""
+    """Returns a checkpoint's tensors from parameters; the inverse of `params_from`."""
     tensors, stacked = {}, jax.tree.map(np.asarray, params["layers"])
     layers = {
         str(index): jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(config.layers)
     }
     for entry in entries(config, kind):
         leaf: Any = params | {"layers": layers}
-        for part in entry.path:
-            leaf = leaf[part]
-        tensors |= dict(zip(entry.theirs, entry.split(np.asarray(leaf)), strict=True))
+        for key in entry.path:
+            leaf = leaf[key]
+        tensors |= dict(zip(entry.sources, entry.split(np.asarray(leaf)), strict=True))
     return tensors
 
 
-def _llama_like_layer(config: DecoderConfig, path: tuple[str, ...], theirs: str) -> list[Entry]:
+def _llama_like_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> list[Entry]:
     width, mlp_width, size = config.width, config.mlp_width, config.head_size
     attended = config.query_heads * size
-    # Gemma's norm before the MLP has a name of its own: the one that others give it is the norm behind the attention.
+    # Gemma has a norm after attention under the name that other families use for the norm before the MLP.
     before_mlp = "pre_feedforward_layernorm" if config.norm_after else "post_attention_layernorm"
-    found = _norm(config, (*path, "attention_norm"), f"{theirs}.input_layernorm", width)
-    found += _norm(config, (*path, "mlp_norm"), f"{theirs}.{before_mlp}", width)
+    found = _norm(config, (*path, "attention_norm"), f"{prefix}.input_layernorm", width)
+    found += _norm(config, (*path, "mlp_norm"), f"{prefix}.{before_mlp}", width)
     if config.norm_after:
-        found += _norm(config, (*path, "attention_norm_after"), f"{theirs}.post_attention_layernorm", width)
-        found += _norm(config, (*path, "mlp_norm_after"), f"{theirs}.post_feedforward_layernorm", width)
+        found += _norm(config, (*path, "attention_norm_after"), f"{prefix}.post_attention_layernorm", width)
+        found += _norm(config, (*path, "mlp_norm_after"), f"{prefix}.post_feedforward_layernorm", width)
     if config.query_key_norm:
-        found += _norm(config, (*path, "query_norm"), f"{theirs}.self_attn.q_norm", size)
-        found += _norm(config, (*path, "key_norm"), f"{theirs}.self_attn.k_norm", size)
-    found += _heads(config, (*path, "query_key_value"), [f"{theirs}.self_attn.{kind}_proj" for kind in "qkv"])
-    found += _product((*path, "attention_output"), f"{theirs}.self_attn.o_proj", attended, width, config.output_bias)
-    found += _gate_up(config, (*path, "gate_up"), f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
-    found += _product((*path, "mlp_output"), f"{theirs}.mlp.down_proj", mlp_width, width, config.mlp_bias)
+        found += _norm(config, (*path, "query_norm"), f"{prefix}.self_attn.q_norm", size)
+        found += _norm(config, (*path, "key_norm"), f"{prefix}.self_attn.k_norm", size)
+    found += _heads(config, (*path, "query_key_value"), [f"{prefix}.self_attn.{kind}_proj" for kind in "qkv"])
+    found += _linear((*path, "attention_output"), f"{prefix}.self_attn.o_proj", attended, width, config.output_bias)
+    found += _gate_up(config, (*path, "gate_up"), f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
+    found += _linear((*path, "mlp_output"), f"{prefix}.mlp.down_proj", mlp_width, width, config.mlp_bias)
     return found
 
 
-def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], theirs: str) -> list[Entry]:
-    """GPT-2's products are `[in, out]`, as ours, and its queries, keys and values lie in three blocks."""
+def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> list[Entry]:
+    """Returns the entries of a GPT-2 layer: weights are `[in, out]`; queries, keys and values are three blocks."""
     width, mlp_width, heads, size = config.width, config.mlp_width, config.query_heads, config.head_size
 
     def by_head(blocks):
@@ -114,29 +114,29 @@ def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], theirs: str) -> li
         return (blocks.reshape(*grouped.shape[:-1], -1),)
 
     def fused(leaf, shape):
-        name = f"{theirs}.attn.c_attn.{leaf}"
+        name = f"{prefix}.attn.c_attn.{leaf}"
         return Entry((*path, "query_key_value", leaf), {name: shape}, by_head, by_kind)
 
-    def first(leaf, shape):
-        ours = (lambda tensor: tensor.reshape(*tensor.shape[:-1], 1, -1), lambda ours: (ours.reshape(shape),))
-        return Entry((*path, "gate_up", leaf), {f"{theirs}.mlp.c_fc.{leaf}": shape}, *ours)
+    def ungated(leaf, shape):
+        join, split = lambda tensor: tensor.reshape(*tensor.shape[:-1], 1, -1), lambda param: (param.reshape(shape),)
+        return Entry((*path, "gate_up", leaf), {f"{prefix}.mlp.c_fc.{leaf}": shape}, join, split)
 
-    found = _norm(config, (*path, "attention_norm"), f"{theirs}.ln_1", width)
-    found += _norm(config, (*path, "mlp_norm"), f"{theirs}.ln_2", width)
+    found = _norm(config, (*path, "attention_norm"), f"{prefix}.ln_1", width)
+    found += _norm(config, (*path, "mlp_norm"), f"{prefix}.ln_2", width)
     found += [fused("weight", (width, 3 * width)), fused("bias", (3 * width,))]
-    found += [first("weight", (width, mlp_width)), first("bias", (mlp_width,))]
-    for ours, name, inner in (("attention_output", "attn.c_proj", width), ("mlp_output", "mlp.c_proj", mlp_width)):
-        found.append(_same((*path, ours, "weight"), f"{theirs}.{name}.weight", (inner, width)))
-        found.append(_same((*path, ours, "bias"), f"{theirs}.{name}.bias", (width,)))
+    found += [ungated("weight", (width, mlp_width)), ungated("bias", (mlp_width,))]
+    for param, name, inner in (("attention_output", "attn.c_proj", width), ("mlp_output", "mlp.c_proj", mlp_width)):
+        found.append(_same((*path, param, "weight"), f"{prefix}.{name}.weight", (inner, width)))
+        found.append(_same((*path, param, "bias"), f"{prefix}.{name}.bias", (width,)))
     return found
 
 
 def _same(path: tuple[str, ...], name: str, shape: tuple[int, ...]) -> Entry:
-    return Entry(path, {name: shape}, lambda tensor: tensor, lambda ours: (ours,))
+    return Entry(path, {name: shape}, lambda tensor: tensor, lambda param: (param,))
 
 
 def _transposed(path: tuple[str, ...], name: str, shape: tuple[int, int]) -> Entry:
-    return Entry(path, {name: shape}, lambda tensor: tensor.T, lambda ours: (ours.T,))
+    return Entry(path, {name: shape}, lambda tensor: tensor.T, lambda param: (param.T,))
 
 
 def _norm(config: DecoderConfig, path: tuple[str, ...], name: str, size: int) -> list[Entry]:
@@ -144,25 +144,25 @@ def _norm(config: DecoderConfig, path: tuple[str, ...], name: str, size: int) ->
     return [*found, _same((*path, "bias"), f"{name}.bias", (size,))] if config.norm == "layer" else found
 
 
-def _product(path: tuple[str, ...], name: str, inner: int, outer: int, bias: bool) -> list[Entry]:
+def _linear(path: tuple[str, ...], name: str, inner: int, outer: int, bias: bool) -> list[Entry]:
     found = [_transposed((*path, "weight"), f"{name}.weight", (outer, inner))]
     return [*found, _same((*path, "bias"), f"{name}.bias", (outer,))] if bias else found
 
 
 def _heads(config: DecoderConfig, path: tuple[str, ...], names: list[str]) -> list[Entry]:
-    """Queries, keys and values, side by side for each key/value head."""
+    """Returns the entries of queries, keys and values, which are grouped by key/value head."""
     width, heads, size = config.width, config.key_value_heads, config.head_size
     group = config.query_heads // heads
     outer = (config.query_heads * size, heads * size, heads * size)
 
-    def join(*rows):
-        # `[out, in]` or `[out]`, out being heads by head size.
-        parts = [row.T.reshape(-1, heads, len(row) // heads // size, size) for row in rows]
-        return np.concatenate(parts, axis=2).reshape(*rows[0].T.shape[:-1], -1)
+    def join(*tensors):
+        # `[out, in]` or `[out]`, where out is heads times head size.
+        parts = [tensor.T.reshape(-1, heads, len(tensor) // heads // size, size) for tensor in tensors]
+        return np.concatenate(parts, axis=2).reshape(*tensors[0].T.shape[:-1], -1)
 
-    def split(ours):
-        parts = np.split(ours.reshape(-1, heads, group + 2, size), [group, group + 1], axis=2)
-        return tuple(part.reshape(*ours.shape[:-1], -1).T for part in parts)
+    def split(fused):
+        parts = np.split(fused.reshape(-1, heads, group + 2, size), [group, group + 1], axis=2)
+        return tuple(part.reshape(*fused.shape[:-1], -1).T for part in parts)
 
     shapes = {f"{name}.weight": (rows, width) for name, rows in zip(names, outer, strict=True)}
     found = [Entry((*path, "weight"), shapes, join, split)]
@@ -178,8 +178,8 @@ def _gate_up(config: DecoderConfig, path: tuple[str, ...], gate: str, up: str) -
     def join(gate, up):
         return np.stack([gate.T, up.T], axis=-2)
 
-    def split(ours):
-        return ours[..., 0, :].T, ours[..., 1, :].T
+    def split(fused):
+        return fused[..., 0, :].T, fused[..., 1, :].T
 
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (mlp_width, width) for name in (gate, up)}
     found = [Entry((*path, "weight"), shapes, join, split)]

@@ -1,1 +1,1 @@
-"""The decoder: its `config`, `layers`, `trunk`, the `model` as pure functions, and names of its `axes` for sharding."""
+"""The decoder: `config`, `layers`, `block`, `trunk`, the `model` as pure functions, and its `axes` for sharding."""

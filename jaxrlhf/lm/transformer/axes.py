@@ -1,6 +1,6 @@
-"""What the dimensions of a decoder's parameters are called, for `training.sharding`."""
+"""Names of the dimensions of a decoder's parameters, for `training.sharding`."""
 
-# Of each array by the last names of its path; trailing dimensions, in order.
+# By the last names of an array's path: its trailing dimensions, in order.
 _NAMES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("embedding",): ("vocabulary", "width"),
     ("positions",): (None, "width"),
@@ -26,16 +26,16 @@ _NAMES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 
 
 def decoder_names(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """Returns the names of an array's dimensions from its path: parameters, adapters, and whatever is shaped like them.
+    """Returns the names of an array's dimensions from its path: of parameters, adapters, and their optimiser moments.
 
-    Optimiser moments end in the same names as their parameters. Arrays of layers have the layers as their first axis, and
-    one more axis than a parameter has is that of the lower iterates, which are stacked. Norms are small and not split.
+    The paths of optimiser moments end in the names of their parameters. Arrays of layers have the layers as their first
+    axis; one axis more than that stacks the lower iterates. Norms are small and stay replicated.
     """
-    above = (None,) * ("layers" in path)
+    stacked = (None,) * ("layers" in path)
     names = next((names for length in (2, 1) if (names := _NAMES.get(path[-length:])) is not None), None)
     if names is None and path[-1:] in (("scale",), ("bias",)):
         names = (None,)
-    if names is None or len(shape) < len(above) + len(names):
+    if names is None or len(shape) < len(stacked) + len(names):
         return (None,) * len(shape)
-    more = len(shape) - len(above) - len(names)
-    return (*("iterates",) * min(1, more), *(None,) * (more - 1), *above, *names)
+    extra = len(shape) - len(stacked) - len(names)
+    return (*("iterates",) * min(1, extra), *(None,) * (extra - 1), *stacked, *names)

@@ -1,4 +1,4 @@
-"""The shape of a decoder: one description that holds the model families people bring."""
+"""Configuration of a decoder: one dataclass that covers the supported model families."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -28,13 +28,13 @@ SCALES = (
 
 
 class RopeScaling(NamedTuple):
-    """How rotary frequencies were stretched for longer contexts than were trained on at first.
+    """How rotary frequencies were scaled to extend the context beyond that of pre-training.
 
     Attributes:
-        factor: by which frequencies are divided.
-        low, high: turns within the original context below which a frequency is divided in full, and above which it stays;
-            smooth in between (Llama 3). None: all are divided (linear, arXiv 2306.15595).
-        original_length: the context at first; read where `low` and `high` are given.
+        factor: divides the frequencies.
+        low, high: rotations within the original context below which a frequency is divided in full, and above which it is
+            unchanged; interpolated in between (Llama 3). None: all are divided (linear, arXiv 2306.15595).
+        original_length: the original context; needed with `low` and `high`.
     """
 
     factor: float
@@ -45,7 +45,7 @@ class RopeScaling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder. The defaults are a Llama's; `lm.layouts` knows what the other families set.
+    """Configuration of a decoder. The defaults are Llama's; `lm.hugging_face.families` has those of the other families.
 
     Attributes:
         vocabulary_size: number of token ids.
@@ -53,30 +53,30 @@ class DecoderConfig:
         layers: number of blocks.
         query_heads: number of query heads, a multiple of `key_value_heads`.
         key_value_heads: number of key and of value heads.
-        head_size: features a head, even.
+        head_size: features a head, even with rotary positions.
         mlp_width: features inside the MLP.
         norm_epsilon: added to the mean square (or variance) in every norm.
-        rope_base: base of the rotary frequencies; None learns one vector a position instead.
-        tied_embeddings: whether the logits are products with the embedding.
+        rope_base: base of the rotary frequencies; None: learned position embeddings instead.
+        tied_embeddings: whether the output head is the transposed embedding.
         context_length: the largest number of columns a sequence may have.
-        family: what a checkpoint of it is called; the arithmetic does not depend on it.
-        norm: "rms"; "rms_from_one", whose scale is one more than its parameter; or "layer", with a bias.
-        norm_after: whether attention and MLP have a norm behind them too.
-        query_key_norm: whether every query and key has a norm of its own.
+        family: name of the checkpoint format; the arithmetic does not depend on it.
+        norm: "rms"; "rms_from_one", whose scale is one plus its parameter; or "layer", with a bias.
+        norm_after: whether attention and MLP are followed by a norm too.
+        query_key_norm: whether queries and keys are normalised.
         activation: of the MLP.
-        gated: whether the MLP's features are multiplied by a gate.
-        query_key_value_bias, output_bias, mlp_bias: which products have a bias; the output is the attention's.
-        query_scale: what scores are multiplied by; None is head_size^-1/2.
+        gated: whether the MLP is gated.
+        query_key_value_bias, output_bias, mlp_bias: which linear maps have a bias; `output` is the attention's.
+        query_scale: factor of the attention scores; None is head_size^-1/2.
         score_cap, logit_cap: c of `c tanh(x / c)` on attention scores and on logits; None is no cap.
-        embedding_scale: what embeddings are multiplied by on their way in.
-        window: how many tokens, its own included, a query of a windowed layer sees.
-        windowed_layers: which layers those are.
+        embedding_scale: factor of the input embeddings.
+        window: number of tokens, its own included, that a query of a windowed layer attends to.
+        windowed_layers: indices of the windowed layers.
         rope_scaling: of the rotary frequencies, in layers without a window.
-        window_rope_base: base in windowed layers; None is `rope_base`, scaled alike.
+        window_rope_base: base in windowed layers; None: `rope_base`, with the same scaling.
 
     Raises:
-        ValueError: a size is no positive whole number, the query heads are no multiple of the key/value heads, the head
-            size is odd, or layers are windowed that do not exist or have no window.
+        ValueError: a size is not a positive integer, the query heads are not a multiple of the key/value heads, the head
+            size is odd, `windowed_layers` names layers that do not exist, or it is given without a window.
     """
 
     vocabulary_size: int
@@ -115,7 +115,7 @@ class DecoderConfig:
         scaling = () if self.rope_scaling is None else self.rope_scaling
         for name, value in (
             *((name, getattr(self, name)) for name in SCALES),
-            *(("rope_scaling", one) for one in scaling),
+            *(("rope_scaling", value) for value in scaling),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"DecoderConfig.{name} must be a number, got {value!r}.")

@@ -1,8 +1,8 @@
-"""The boundary between language models and this library, and a compact decoder that meets it.
+"""The interface between language models and this library, and a compact decoder that implements it.
 
-A `LanguageModel` is a few pure functions over a pytree of parameters: whoever brings another architecture
-writes those functions and nothing else. `decoder` builds them from a Flax NNX module, split once; `without_cache` builds
-the sampler's two from `hidden` alone.
+A `LanguageModel` is a few pure functions over a pytree of parameters: another architecture is supported by writing those
+functions. `decoder` builds them from a Flax NNX module, split once; `without_cache` builds the two that the sampler needs
+from `hidden` alone.
 
 Shapes: N rows, T columns, P prompt columns, C cache columns, D width, V vocabulary.
 """
@@ -22,12 +22,12 @@ __all__ = ["DecoderConfig", "LanguageModel", "decoder", "pad_left", "without_cac
 
 
 class LanguageModel(NamedTuple):
-    """Pure functions that are all this library knows of a language model.
+    """Pure functions: all that this library needs to know about a language model.
 
     `mask` is True on real tokens. Rows may be padded on either side, or in between: a token's position is the
     number of real tokens before it, and it attends to the real tokens at or before its own column. Where several texts
-    share a row, `hidden`'s mask is their numbers in place of True: int32, 0 on padding, growing along the row; texts do
-    not see each other and each begins at position 0. Only packed supervised training asks for that.
+    are packed in a row, `hidden` gets segment ids in place of the mask: int32, 0 on padding, increasing along the row;
+    texts do not attend to each other and each begins at position 0. Only packed supervised training needs that.
 
     Attributes:
         init: `(key) -> params`, random, float32; the key is consumed.
@@ -51,7 +51,7 @@ class LanguageModel(NamedTuple):
 
 
 def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves the real tokens of every row to its end, in order.
+    """Returns rows whose real tokens are moved to the end, in order.
 
     Args:
         tokens: `[N, P]` int32.
@@ -66,40 +66,36 @@ def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = None) -> LanguageModel:
-    """Pure functions of a decoder.
+    """Returns the pure functions of a decoder.
 
     The parameters are a nested dict: `embedding [V, D]`, `layers` (each array with the layers as its first axis),
-    `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which
-    `logits` alone reads: the other functions do without it. Parameters with adapters, of `lora.attach`, are taken too.
-    Norms, attention weights and logits are float32 at least. Up to `trunk.UNROLLED` layers are written out; more are one
-    loop, so that compile times do not grow in proportion.
+    `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which only
+    `logits` reads: the other functions accept parameters without it. Parameters with adapters (`lora.attach`) are accepted
+    too. Norms, attention weights and logits are float32 at least. Up to `trunk.MAX_UNROLLED_LAYERS` layers are unrolled;
+    more are one scan, so that compile time does not grow in proportion.
 
     Args:
-        config: the decoder's shape.
-        dtype: of the residual stream and the products; None is the widest of the parameters', so that adapters in float32
-            on weights in bfloat16 give states in float32.
-        remat: what a backward pass computes again, to save memory: "layer", everything but each layer's input, or
-            "products", everything but products with weights; by default attention's scores, where they are many.
+        config: the decoder's configuration.
+        dtype: of the residual stream and the linear maps; None is the widest of the parameters', so that adapters in
+            float32 on weights in bfloat16 give states in float32.
+        remat: what the backward pass recomputes, to save memory: "layer", everything but each layer's input, or
+            "products", everything but the results of linear maps; by default only attention scores, where they are large.
 
     Returns:
         The `LanguageModel`. Its functions raise ValueError for parameters of another structure.
 
     Raises:
-        ValueError: there is no such remat.
+        ValueError: `remat` is unknown.
     """
     if remat is not None and remat not in REMAT:
         raise ValueError(f"A decoder's remat is one of {', '.join(REMAT)}, or None, not {remat!r}.")
 
-    def structure_of(rank):
-        structure, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), rank)))
-        return jax.tree.structure(nnx.to_pure_dict(state)), structure
-
-    structures = dict(structure_of(rank) for rank in (0, 1))
+    structures = dict(_structure(config, rank) for rank in (0, 1))
     plain = next(iter(structures))
 
     def trunk(params) -> tuple[Trunk, Any]:
         params = {name: leaf for name, leaf in params.items() if name != "output_head"}
-        # Merging goes by order alone: parameters of other names would be taken silently.
+        # nnx.merge goes by order alone: parameters of other names would be accepted silently.
         structure = structures.get(jax.tree.structure(params))
         if structure is None or {len(leaf) for leaf in jax.tree.leaves(params["layers"])} != {config.layers}:
             raise ValueError(
@@ -117,12 +113,10 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
             params["output_head"] = config.width**-0.5 * jax.random.normal(head_key, shape)
         return params
 
-    def segments(mask):
-        return mask if jnp.issubdtype(mask.dtype, jnp.integer) else mask.astype(bool)
-
     def hidden(params, tokens, mask):
         module, stream = trunk(params)
-        return module.forward(tokens, segments(mask), stream, remat=remat)[0]
+        mask = mask if jnp.issubdtype(mask.dtype, jnp.integer) else mask.astype(bool)
+        return module.forward(tokens, mask, stream, remat=remat)[0]
 
     def logits(params, hidden):
         weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
@@ -140,6 +134,12 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
     return LanguageModel(init, hidden, logits, prefill, decode, config.vocabulary_size, config.context_length)
 
 
+def _structure(config: DecoderConfig, rank: int) -> tuple[Any, Any]:
+    """Returns the structure of a decoder's parameters, with adapters for rank > 0, and its module without them."""
+    module, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), rank)))
+    return jax.tree.structure(nnx.to_pure_dict(state)), module
+
+
 def without_cache(
     init: Callable[[jax.Array], Any],
     hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
@@ -148,10 +148,10 @@ def without_cache(
     vocabulary_size: int,
     context_length: int,
 ) -> LanguageModel:
-    """A language model from its forward pass alone: the sampler reads the whole row again at every token.
+    """Returns a language model from its forward pass alone: the sampler recomputes the whole row at every token.
 
-    For models whose cache cannot be brought into `prefill` and `decode`, or not yet: slower by about the length of a
-    completion, and equal otherwise. Arguments as `LanguageModel`'s.
+    For models without a cache in the form of `prefill` and `decode`: slower by about the length of a completion, and
+    otherwise equivalent. Arguments as `LanguageModel`'s.
     """
 
     def prefill(params, tokens, mask, cache_length):
@@ -160,11 +160,11 @@ def without_cache(
         return hidden(params, tokens, mask.astype(bool))[:, -1], cache
 
     def decode(params, tokens, cache):
-        written, mask, column = cache
-        write = jax.lax.dynamic_update_slice_in_dim
-        written = write(written, tokens[:, None].astype(written.dtype), column, axis=1)
-        mask = write(mask, jnp.ones((len(tokens), 1), bool), column, axis=1)
-        states = hidden(params, written, mask)
-        return jax.lax.dynamic_index_in_dim(states, column, axis=1, keepdims=False), (written, mask, column + 1)
+        row, mask, column = cache
+        update = jax.lax.dynamic_update_slice_in_dim
+        row = update(row, tokens[:, None].astype(row.dtype), column, axis=1)
+        mask = update(mask, jnp.ones((len(tokens), 1), bool), column, axis=1)
+        states = hidden(params, row, mask)
+        return jax.lax.dynamic_index_in_dim(states, column, axis=1, keepdims=False), (row, mask, column + 1)
 
     return LanguageModel(init, hidden, logits, prefill, decode, vocabulary_size, context_length)

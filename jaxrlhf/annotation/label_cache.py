@@ -1,0 +1,87 @@
+"""Labels of whole samples on disk, so that a resumed run reuses the labels of the steps it repeats.
+
+    annotate = cached_annotator(annotate, folder / "labels.jsonl")
+
+A step repeated from a checkpoint samples the same responses from the same key. Its labels were written before the update
+that used them, so a killed run neither pays twice nor, with a random annotator, turns into a different run.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.types import Key
+
+
+def cached_annotator(
+    annotate: Callable[[Key, Sample], Any],
+    path: pathlib.Path | None,
+    *,
+    agreed: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Callable[[Key, Sample], np.ndarray]:
+    """Returns the host annotator `(key, sample) -> labels [B, M, 1]` with its labels cached in a file.
+
+    Args:
+        annotate: called for samples that are not in the file or whose line is damaged.
+        path: JSON lines, one per sample; created with the first labels. None caches in memory only.
+        agreed: with several processes, `array -> ` the first process's array; only that process has a path then.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    known = {} if path is None else _read(path)
+
+    def find(digest, shape):
+        labels = known.get(digest)
+        if agreed is None:
+            return labels
+        labels = agreed(np.full(shape, np.nan, np.float32) if labels is None else labels)
+        return None if np.isnan(labels).any() else labels
+
+    def annotate_once(key: Key, sample: Sample) -> np.ndarray:
+        digest = _digest(key, sample)
+        labels = find(digest, (*sample.measure.shape, 1))
+        if labels is None:
+            labels = np.asarray(annotate(key, sample))
+            if path is not None:
+                _append(path, {"sample": digest, "dtype": str(labels.dtype), "labels": labels.tolist()})
+        known[digest] = labels
+        return labels
+
+    return annotate_once
+
+
+def _digest(key: Key, sample: Sample) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((jax.random.key_data(key), sample.prompts, sample.responses)):
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    known = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            known[row["sample"]] = np.array(row["labels"], row["dtype"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return known
+
+
+def _append(path: pathlib.Path, row: dict[str, Any]) -> None:
+    with path.open("ab+") as stream:
+        # A line that was cut off by a kill is terminated first, so that it does not swallow this one.
+        stream.seek(-min(1, stream.tell()), os.SEEK_END)
+        unfinished = stream.read() not in (b"", b"\n")
+        stream.write((b"\n" if unfinished else b"") + json.dumps(row).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,97 @@
+"""Settings of `jaxrlhf align`."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from jaxrlhf.commands.data import Format
+from jaxrlhf.commands.running import RunConfig
+
+Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Align(RunConfig):
+    """Trains a policy and a reward model together, from labels requested during training.
+
+    In each step the policy completes prompts, an annotator compares its completions with the reference's, and reward and
+    policy are updated; the reward's gradient accounts for the policy's response to the reward. With --estimator decoupled
+    it does not, which is iterated RLHF.
+    """
+
+    policy: pathlib.Path
+    """Model to align, and its reference: a Hugging Face directory, or a run's folder."""
+    data: str
+    """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records only prompts are used."""
+    annotator: str | None = None
+    """Compares completions: `module:function` of (prompts, firsts, seconds), a reward model's directory, or an LLM judge.
+    Judges are OpenAI-style addresses, `http://HOST:PORT/v1#MODEL`; key in OPENAI_API_KEY; no verdict is paid twice."""
+    score: str | None = None
+    """Instead of --annotator: `module:function` of (prompts, completions) that returns scores to draw labels from."""
+    reward: pathlib.Path | None = None
+    """Reward model to start from; by default the policy's trunk with a zero head."""
+    format: Format = "auto"
+    """Format of the data; see `jaxrlhf.data`."""
+    skip_bad: bool = False
+    """Skips unreadable lines and lists them in the report."""
+    held_out: float = 0.1
+    """Fraction of the prompts held out to compare policies on."""
+    steps: int = 100
+    """Number of outer steps."""
+    batch_size: int = 16
+    """Prompts per step, over all devices."""
+    pairs: int = 4
+    """Pairs of completions per prompt; each costs one label."""
+    max_prompt: int = 128
+    """Maximum length of a prompt in tokens; longer ones are dropped, or truncated with --cut-prompts."""
+    cut_prompts: bool = False
+    """Truncates long prompts at the beginning."""
+    max_new_tokens: int = 48
+    """Maximum length of a completion in tokens."""
+    beta: float = 0.2
+    """Weight of the KL to the reference, in units of the reward per nat."""
+    estimator: Estimator = "central"
+    """How the reward's gradient accounts for the policy's response to the reward; decoupled ignores it."""
+    relative_sigma: float = 0.2
+    """Perturbation of the finite-difference stencils, sigma / beta."""
+    utility_weight: float = 1.0
+    """Weight of the coupled utility (win rate minus KL cost) beside the uncoupled likelihood."""
+    kl_price: float = 0.05
+    """Cost of KL in the utility, per nat."""
+    policy_learning_rate: float | None = None
+    """Learning rate of the policy; by default 2e-4, or 1e-3 with adapters."""
+    tangent_learning_rate: float | None = None
+    """Learning rate of the policy's response to the reward; by default a twentieth of the policy's."""
+    reward_learning_rate: float | None = None
+    """Learning rate of the reward model; by default 1e-3, or 2e-3 with adapters."""
+    warmup: int = 10
+    """Steps over which the three learning rates rise from 0.
+    Without it Adam turns the first gradients, tiny because the reward still is, into full steps."""
+    lora_rank: int = 0
+    """Trains LoRA adapters of this rank for the policy and the reward, merged at the end; 0 trains all weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the reference's weights; bfloat16 needs --lora-rank."""
+    rollout_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which completions are generated; log-ratios are always float32."""
+    evaluations: int = 5
+    """Number of evaluations on held-out prompts; the last step is always evaluated."""
+    evaluation_answers: int = 64
+    """Completions of held-out prompts per evaluation."""
+    annotator_timeout: float = 1800.0
+    """Time limit in seconds for the annotator to label the pairs of a step; an LLM judge has limits of its own."""
+
+
+def check_config(config: Align) -> None:
+    """Raises ValueError for settings that are out of range or do not go together."""
+    if config.warmup < 0:
+        raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
+    if config.lora_rank and config.reward is not None:
+        raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
+    pairs = config.batch_size * config.pairs
+    if config.microbatches < 1 or pairs % config.microbatches:
+        raise ValueError(
+            f"--microbatches {config.microbatches} must divide the {pairs} pairs of a step, --batch-size times --pairs."
+        )
+    for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")

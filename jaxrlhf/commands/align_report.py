@@ -1,0 +1,146 @@
+"""The plan, the measurements and the report of `jaxrlhf align`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxrlhf.base.types import Params
+from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.comparison import Comparison, comparison_table
+from jaxrlhf.commands.models import Model
+from jaxrlhf.commands.running import finish
+from jaxrlhf.lm.memory import MemoryPlan
+from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.progress import bytes_text, count_text, print_table
+from jaxrlhf.training.report import Samples
+from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.tracking import Tracker
+
+
+def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPlan, notes: list[str]) -> None:
+    """Prints what the run will do, before its memory is allocated."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
+    completions = 2 * config.batch_size * config.pairs
+    sizes = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.sizes.items() if size > 1000)
+    rows = {
+        "model": f"{policy.config.family}, {count_text(count)} parameters, {config.policy}",
+        "trained": f"adapters of rank {config.lora_rank}" if config.lora_rank else "all weights",
+        "memory": f"{bytes_text(memory.total)}, {memory.relative_to():.2f} times the base ({sizes})",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "per step": f"{completions} completions of at most {config.max_new_tokens} tokens, {completions // 2} labels",
+        "total": f"{config.steps} steps, {config.steps * completions // 2:,} labels",
+    }
+    print_table(console, "Bilevel alignment", rows | {"prompts": "\n".join(notes)})
+
+
+class Recorder:
+    """Compares policies with the reference, and writes a run's measurements to its metrics and its tracker.
+
+    Attributes:
+        rows: diagnostics of the steps so far.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tracker: Tracker,
+        compare: Callable[[Params], Comparison],
+        *,
+        reference: Params,
+        policy_of: Callable[[Any], Params],
+        kl_price: float,
+    ):
+        """Starts from the metrics that the folder of a resumed run already has, and compares the reference with itself.
+
+        Args:
+            folder: of the run.
+            tracker: of the run.
+            compare: of `policy_comparer`.
+            reference: parameters.
+            policy_of: `(state) -> ` the deployed policy's parameters.
+            kl_price: cost of KL in the score of an evaluation, per nat.
+        """
+        self.rows = [row for row in folder.metrics() if "upper_loss" in row]
+        self._folder, self._tracker, self._compare = folder, tracker, compare
+        self._policy_of, self._kl_price = policy_of, kl_price
+        self._reference, self._latest = compare(reference), None
+
+    def log_step(self, number: int, info: dict[str, Any]) -> dict[str, float]:
+        """Writes a step's diagnostics; returns what the progress bar shows."""
+        row = {name: math.nan if value is None else float(value) for name, value in info.items()}
+        self._folder.append_metrics(step=number, **row)
+        self._tracker.log(number, row)
+        self.rows.append({"step": number} | row)
+        return {"KL": row["kl"]}
+
+    def evaluate(self, number: int, state: Any) -> float:
+        """Compares a state's policy with the reference; returns its win rate minus the cost of its KL."""
+        self._latest = self._compare(self._policy_of(state))
+        summary = self._latest.summary()
+        self._folder.append_metrics(step=number, **summary)
+        self._tracker.log(number, {f"held_out/{name}": value for name, value in summary.items()})
+        return summary["win_rate"] - self._kl_price * summary["kl"]
+
+    def comparisons(self, state: Any) -> dict[str, Comparison]:
+        """Returns the comparisons of the reference and of the final policy.
+
+        Args:
+            state: the last one, whose policy is compared here where a run was resumed after its last step.
+        """
+        latest = self._compare(self._policy_of(state)) if self._latest is None else self._latest
+        return {"reference": self._reference, "aligned": latest}
+
+
+def write_align_report(
+    folder: RunFolder,
+    config: Align,
+    comparisons: dict[str, Comparison],
+    rows: list[dict[str, Any]],
+    notes: list[str],
+    seconds: float,
+) -> None:
+    """Writes curves, results.json and the report.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        comparisons: of the reference and of the aligned policy.
+        rows: diagnostics by step.
+        notes: for the report.
+        seconds: that the run took.
+    """
+    reference, aligned = comparisons["reference"], comparisons["aligned"]
+    labels = sum(row["labels"] for row in rows)
+    _draw(folder, config.estimator, rows, [{"step": 0, **reference.summary()}, *_evaluations(folder)])
+    results = {name: comparison.summary() for name, comparison in comparisons.items()}
+    folder.write_json("results.json", results | {"labels": labels, "seconds": seconds})
+    finish(
+        folder,
+        config,
+        comparison_table(comparisons, labels={"reference": 0, "aligned": int(labels)}),
+        title="Bilevel alignment",
+        summary=f"{config.steps} steps and {labels:,.0f} labels in {seconds:.0f} s. The models are in policy and reward.",
+        figures=["curves.png"],
+        samples=[Samples("Completions of held-out prompts", ("reference", "aligned"), aligned.samples[:8])],
+        notes=notes,
+    )
+
+
+def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    return [row for row in folder.metrics() if "win_rate" in row]
+
+
+def _draw(folder: RunFolder, estimator: str, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    panels = {}
+    for title, field, axis, source in (
+        ("Win rate against the reference", "win_rate", "fraction", evaluations),
+        ("KL to the reference", "kl", "nats", evaluations),
+        ("Upper loss", "upper_loss", "nats", rows),
+        ("Coupling fraction", "coupling_fraction", "fraction", rows),
+    ):
+        curve = [row["step"] for row in source], [row[field] for row in source]
+        panels[title] = ("step", axis, {estimator: curve})
+    draw_curves(folder.path / "curves.png", panels)

@@ -1,0 +1,144 @@
+"""The bilevel algorithm of `jaxrlhf align`, and the parameters that it starts from."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf import bilevel
+from jaxrlhf.base.types import Params
+from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
+from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.comparison import ComparisonAnnotator
+from jaxrlhf.commands.models import Model
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.generate import Generation
+from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
+from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
+from jaxrlhf.lm.transformer.model import decoder
+from jaxrlhf.preferences import objectives
+from jaxrlhf.training.sharding import parse_mesh
+
+
+class AlignSetup(NamedTuple):
+    """What a run trains.
+
+    Attributes:
+        algorithm: the bilevel algorithm.
+        upper: initial parameters of the reward.
+        lower: initial parameters of the policy.
+        frozen: the reference, and the parameters of a traced annotator.
+        policy_of: `(state) -> ` plain parameters of the deployed policy.
+        reward_of: `(state) -> ` plain parameters of the reward model.
+    """
+
+    algorithm: Algorithm
+    upper: Params
+    lower: Params
+    frozen: LanguageFrozen
+    policy_of: Callable[[Any], Params]
+    reward_of: Callable[[Any], Params]
+
+
+def build_setup(config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator) -> AlignSetup:
+    """Returns the algorithm and initial parameters, for full training or for adapters.
+
+    Args:
+        config: of the run.
+        policy: the policy, which is also the reference.
+        reward: the reward model to start from; with adapters only its configuration is used.
+        annotator: labels the pairs.
+
+    Raises:
+        ValueError: policy and reward have different vocabularies, or a setting is out of range.
+    """
+    if reward.config.vocabulary_size != policy.config.vocabulary_size:
+        raise ValueError(
+            f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
+            f"{policy.config.vocabulary_size}; take models of one tokenizer."
+        )
+    frozen = LanguageFrozen(policy.params, annotator.params)
+    if config.lora_rank:
+        return _adapters(config, policy, reward, annotator, frozen)
+    algorithm = _algorithm(config, _problem(config, policy, reward), annotator)
+    return AlignSetup(
+        algorithm, reward.params, policy.params, frozen, lambda state: state.policy, lambda state: state.upper
+    )
+
+
+def _adapters(
+    config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator, frozen: LanguageFrozen
+) -> AlignSetup:
+    base, keys = policy.params, jax.random.split(jax.random.key(config.seed))
+    lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
+    problem = _problem(
+        config,
+        policy,
+        reward,
+        policy_params=lora.policy_on_reference,
+        reward_params=lora.reward_on_reference,
+    )
+
+    def policy_of(state):
+        return lora.merge(base, state.policy)
+
+    def reward_of(state):
+        trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
+        return {"trunk": lora.merge(trunk, state.upper["adapter"]), "head": state.upper["head"]}
+
+    upper = {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)}
+    return AlignSetup(_algorithm(config, problem, annotator), upper, lower, frozen, policy_of, reward_of)
+
+
+def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> BilevelProblem:
+    objective = objectives.add(
+        objectives.likelihood(coupled=False),
+        objectives.utility(weight=config.utility_weight, kl_price=config.kl_price),
+    )
+    # Float32 whatever the weights are stored in: the reference must compute as the policy does, or rounding counts as KL.
+    policy_model, reward_trunk = (
+        decoder(model.config, dtype=jnp.float32, remat=config.remat) for model in (policy, reward)
+    )
+    reward_on_trunk: RewardModel = reward_model(reward_trunk)
+    return language_problem(
+        policy_model,
+        reward_on_trunk,
+        objective,
+        pairs=config.pairs,
+        generation=Generation(config.max_new_tokens, stop_ids=policy.bundle.stop_ids, pad_id=policy.bundle.pad_id),
+        microbatches=config.microbatches,
+        rollout=_rollout_model(config, policy),
+        **params,
+    )
+
+
+def _rollout_model(config: Align, policy: Model) -> RolloutModel | None:
+    if config.rollout_dtype == "float32":
+        return None
+    dtype = jnp.dtype(config.rollout_dtype)
+    return RolloutModel(decoder(policy.config, dtype=dtype), lambda params: optax.tree.cast(params, dtype))
+
+
+def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnnotator) -> Algorithm:
+    rules = {
+        "central": lambda: bilevel.central(relative_sigma=config.relative_sigma),
+        "forward": lambda: bilevel.forward(config.relative_sigma),
+        "five_point": lambda: bilevel.five_point(config.relative_sigma),
+        "boltzmann": bilevel.boltzmann,
+        "decoupled": bilevel.decoupled,
+    }
+
+    def adam(rate):
+        return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
+
+    policy_learning_rate = config.policy_learning_rate or (1e-3 if config.lora_rank else 2e-4)
+    reward_learning_rate = config.reward_learning_rate or (2e-3 if config.lora_rank else 1e-3)
+    solver = tangent(adam(policy_learning_rate), adam(config.tangent_learning_rate or policy_learning_rate / 20))
+    rule, optimizer = rules[config.estimator](), adam(reward_learning_rate)
+    # In parallel only where the mesh splits the tilts.
+    sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
+    return bilevel_descent(
+        problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
+    )

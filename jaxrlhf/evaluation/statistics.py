@@ -1,0 +1,89 @@
+"""Confidence intervals and correlations, in numpy on the host. Every interval has a level of 95%.
+
+Every function raises ValueError for shapes that do not match, and for an empty or non-finite input unless it says
+otherwise.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+NORMAL_95 = 1.959963984540054
+"""The 0.975 quantile of the standard normal: half the width of a two-sided 95% interval in standard errors."""
+
+
+class Correlation(NamedTuple):
+    """Pearson's correlation and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: float, count: int, *, z: float = NORMAL_95) -> tuple[float, float]:
+    """Returns the interval of a proportion, 95% by default (Wilson 1927, without continuity correction)."""
+    proportion, extra = successes / count, z * z / count
+    middle = (proportion + extra / 2) / (1 + extra)
+    half_width = z * math.sqrt(proportion * (1 - proportion) / count + extra / (4 * count)) / (1 + extra)
+    return middle - half_width, middle + half_width
+
+
+def student_interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean of `[seeds]` and the half-width of its interval, `t sd / sqrt(seeds)`: NaN for one seed.
+
+    t is the 0.975 quantile of Student's distribution (1908) with `seeds - 1` degrees of freedom. NaNs propagate.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"Values must be [seeds], at least one; they are {values.shape}.")
+    count = len(values)
+    if count == 1:
+        return float(values[0]), math.nan
+    half_width = float(scipy.stats.t.ppf(0.975, count - 1) * values.std(ddof=1)) / math.sqrt(count)
+    return float(values.mean()), half_width
+
+
+def paired_gain(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
+    """Returns the mean of `values - baseline`, `[seeds]` each and paired by seed, and its interval's half-width."""
+    values, baseline = same_length(values=values, baseline=baseline)
+    return student_interval(values - baseline)
+
+
+def normal_interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean of `[N]` and the half-width of its normal interval, `1.96 sd / sqrt(N)`."""
+    return float(values.mean()), NORMAL_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def correlation(scores: np.ndarray, lengths: np.ndarray) -> Correlation:
+    """Returns Pearson's correlation of `[N]` scores and lengths: NaN if either is constant.
+
+    The interval is `tanh(artanh(r) -+ 1.96 / sqrt(N - 3))` (Fisher 1921), NaN for N of at most 3.
+    """
+    scores, lengths = same_length(scores=scores, lengths=lengths)
+    refuse_non_finite(scores=scores, lengths=lengths)
+    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
+        return Correlation(math.nan, math.nan, math.nan)
+    x, y = scores - scores.mean(), lengths - lengths.mean()
+    value = float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
+    half_width = NORMAL_95 / math.sqrt(len(scores) - 3) if len(scores) > 3 else math.nan
+    with np.errstate(divide="ignore"):
+        low, high = np.tanh(np.arctanh(value) + np.array([-half_width, half_width]))
+    return Correlation(value, float(low), float(high))
+
+
+def same_length(**arrays: np.ndarray) -> list[np.ndarray]:
+    """Returns the arrays in float64; raises ValueError unless all are vectors of one length."""
+    vectors = [np.asarray(array, np.float64) for array in arrays.values()]
+    if any(vector.ndim != 1 or vector.shape != vectors[0].shape for vector in vectors):
+        shapes = ", ".join(f"{name} {vector.shape}" for name, vector in zip(arrays, vectors, strict=True))
+        raise ValueError(f"Arrays must be vectors of one length; they are {shapes}.")
+    return vectors
+
+
+def refuse_non_finite(**arrays: np.ndarray) -> None:
+    """Raises ValueError where an array holds NaN or infinity; the message names it."""
+    for name, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{int(np.sum(~np.isfinite(array)))} of {name} are not finite.")

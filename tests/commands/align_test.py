@@ -1,0 +1,44 @@
+"""`align` and `evaluate`: with all weights and with adapters, labelled by a function and by a reward model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxrlhf.commands import evaluate, models
+
+
+@pytest.mark.parametrize("kind", ["all-weights", "adapters"])
+def test_alignment_moves_the_policy_and_reports(trained, aligned, report_text, logits, kind):
+    policy, reward_run = trained
+    folder = aligned[kind]
+    assert float(np.max(np.abs(logits(folder) - logits(policy)))) > 1e-3
+    results = json.loads((folder / "results.json").read_text())
+    assert results["labels"] == 6 * 4 * 2
+    assert 0 <= results["aligned"]["win_rate"] <= 1
+    assert results["reference"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert "Completions of held-out prompts" in report_text(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "upper_loss" in row] == [1, 2, 3, 4, 5, 6]
+    # Nothing has been updated before the first step, whatever precision the weights are in.
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert models.open_model(folder, "reward").config == models.open_model(reward_run, "reward").config
+    # The only evaluated step is the last one.
+    assert (folder / "best").is_dir() == (kind == "adapters")
+    if kind == "adapters":
+        np.testing.assert_array_equal(logits(folder / "best"), logits(folder))
+
+
+def test_policies_and_rewards_are_evaluated(here, trained, aligned, report_text):
+    policy, reward_run = trained
+    shared = {"data": "pairs.jsonl", "held_out": 0.25}
+    settings = {"annotator": "annotators:prefers_sun", "prompts": 8, "max_new_tokens": 6}
+    folder = evaluate.main(evaluate.Evaluate(policy=aligned["all-weights"], reference=policy, **settings, **shared))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["kl"] != 0
+    assert "win rate against the reference" in report_text(folder)
+    folder = evaluate.main(evaluate.Evaluate(reward=reward_run, split="test", **shared))
+    during_training = json.loads((reward_run / "results.json").read_text())["reward"]
+    evaluated = json.loads((folder / "results.json").read_text())["reward"]
+    assert evaluated["pairs"] == during_training["pairs"]
+    assert evaluated["log_loss"] == pytest.approx(during_training["log_loss"], rel=1e-4)
