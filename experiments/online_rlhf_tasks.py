@@ -100,9 +100,13 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
             "phi": float(evaluation.phi),
         }
 
+    @jax.jit
+    def generate_from(params, rows):
+        return generate(policy, params, jax.random.key(0), *rows, max_new_tokens=4, stop_ids=(STOP,))
+
     def complete(params):
         rows = Prompts(*(jnp.repeat(leaf, 4, axis=0) for leaf in language.prompts))
-        generated = generate(policy, params, jax.random.key(0), *rows, max_new_tokens=4, stop_ids=(STOP,))
+        generated = generate_from(params, rows)
         return [
             (spell(prompt), spell(tokens))
             for prompt, tokens in zip(np.asarray(rows.tokens), np.asarray(generated.tokens), strict=True)

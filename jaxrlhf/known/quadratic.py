@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.bilevel import bilevel_descent_on_losses, closed_form
+from jaxrlhf.bilevel import ZeroOrder, bilevel_descent_on_losses, closed_form, zero_order_descent_on_losses
 from jaxrlhf.known.problem import KnownProblem
 
 
@@ -37,7 +37,8 @@ def _solution(task, index) -> jax.Array:
 
 def _algorithm(rule, solver, upper_optimizer, pairs=None, **options):
     del pairs
-    return bilevel_descent_on_losses(_upper_loss, _lower_loss, rule, solver, upper_optimizer, **options)
+    descend = zero_order_descent_on_losses if isinstance(rule, ZeroOrder) else bilevel_descent_on_losses
+    return descend(_upper_loss, _lower_loss, rule, solver, upper_optimizer, **options)
 
 
 def quadratic(*, conditioning: float = 4.0) -> KnownProblem:
