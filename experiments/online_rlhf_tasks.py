@@ -63,13 +63,17 @@ class Task(NamedTuple):
     complete: Callable[[Any], list[tuple[str, str]]]
 
 
+MAX_LETTERS = 4
+"""Longest word of the enumerable language."""
+
+
 def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int) -> Task:
     """Returns the language of words over seven letters, at most four long: 2,801 completions for each of four prompts.
 
     Policy and reward are two-layer decoders; the reference is the policy's random initialisation. Evaluation enumerates
     every completion, so it has no sampling error.
     """
-    language = alphabet_language()
+    language = alphabet_language(length=MAX_LETTERS)
     shape = DecoderConfig(
         vocabulary_size=8,
         width=32,
@@ -102,7 +106,7 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
 
     @jax.jit
     def generate_from(params, rows):
-        return generate(policy, params, jax.random.key(0), *rows, max_new_tokens=4, stop_ids=(STOP,))
+        return generate(policy, params, jax.random.key(0), *rows, max_new_tokens=MAX_LETTERS, stop_ids=(STOP,))
 
     def complete(params):
         rows = Prompts(*(jnp.repeat(leaf, 4, axis=0) for leaf in language.prompts))
@@ -115,7 +119,7 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
     spread = jnp.mean(exact.mean_under(reference, gold**2) - exact.mean_under(reference, gold) ** 2) ** 0.5
     return Task(
         problem=lambda objective: language_problem(
-            policy, reward, objective, pairs=pairs, generation=Generation(4, (STOP,))
+            policy, reward, objective, pairs=pairs, generation=Generation(MAX_LETTERS, (STOP,))
         ),
         upper=reward.init(reward_key),
         frozen=LanguageFrozen(start),

@@ -51,21 +51,22 @@ def owned(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), params)
 
 
-def label_by(annotate: Annotator | None) -> Callable[[Key, Sample, Params], Labelled]:
-    """Returns `(key, sample, frozen) -> Labelled`; without an annotator it raises ValueError when it is called."""
-
-    def label(key: Key, sample: Sample, frozen: Params) -> Labelled:
-        if annotate is None:
-            raise ValueError("step needs an annotator: give the algorithm one, or use propose and update.")
-        return Labelled(sample, annotate(key, sample, frozen))
-
-    return label
+def label_by(annotate: Annotator | None) -> Callable[[Key, Sample, Params], Labelled] | None:
+    """Returns `(key, sample, frozen) -> Labelled`; None without an annotator."""
+    if annotate is None:
+        return None
+    return lambda key, sample, frozen: Labelled(sample, annotate(key, sample, frozen))
 
 
-def compose(propose: Callable, label: Callable, update: Callable) -> Callable:
-    """Returns the `step` that proposes, labels and updates, each with a key of its own."""
+def compose(propose: Callable, label: Callable | None, update: Callable) -> Callable:
+    """Returns the `step` that proposes, labels and updates, each with a key of its own.
+
+    Without a `label`, whose labels come from outside, the step raises ValueError.
+    """
 
     def step(key: Key, state: State, data: Batch, frozen: Params) -> tuple[State, Info]:
+        if label is None:
+            raise ValueError("step needs an annotator: give the algorithm one, or use propose and update.")
         sample_key, label_key, update_key = jax.random.split(key, 3)
         sample = propose(sample_key, state, data, frozen)
         return update(update_key, state, label(label_key, sample, frozen), frozen)

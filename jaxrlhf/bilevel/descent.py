@@ -187,7 +187,7 @@ def _descent(
     sequential: bool,
     *,
     propose: Callable,
-    label: Callable,
+    label: Callable | None,
 ) -> Algorithm:
     """Assembles the algorithm.
 

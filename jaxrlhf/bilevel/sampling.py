@@ -34,12 +34,12 @@ def proposer(problem: BilevelProblem, sampling: Sampling, count: int):
 
 
 def labeller(annotate: Annotator | None, sampling: Sampling, count: int):
-    """Returns `(key, sample, frozen) -> Labelled` for the samples of `proposer`."""
+    """Returns `(key, sample, frozen) -> Labelled` for the samples of `proposer`; None without an annotator."""
     label = label_by(annotate)
+    if label is None or sampling == "shared":
+        return label
 
     def label_each(key: Key, sample: Sample, frozen: Params) -> Labelled:
-        if sampling == "shared":
-            return label(key, sample, frozen)
         return map_iterates(lambda key, sample: label(key, sample, frozen))(_keys(key, sampling, count), sample)
 
     return label_each

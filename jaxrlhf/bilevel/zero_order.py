@@ -125,7 +125,7 @@ def _descent(
     sequential: bool,
     *,
     propose: Callable,
-    label: Callable,
+    label: Callable | None,
 ) -> Algorithm:
     own_samples = settings.sampling != "shared"
 

@@ -10,6 +10,7 @@ import pytest
 from jaxrlhf import bandit, bilevel, exact, objectives, preferences
 from jaxrlhf.algorithms.replay import refitted, replayed
 from jaxrlhf.algorithms.reward_learning import reward_learning
+from jaxrlhf.base import importance
 from jaxrlhf.bilevel import Labelled
 from jaxrlhf.preferences import buffer as preference_buffer
 
@@ -173,7 +174,7 @@ def test_self_play_pushes_towards_winning_against_itself(x64):
 
         def cost(policy):
             nothing = jnp.zeros_like(labelled.sample.behaviour_log_prob)
-            return bilevel.importance.evaluate(
+            return importance.evaluate(
                 problem.log_prob(policy, labelled.sample, frozen), nothing,
                 problem.cost((), nothing, labelled, frozen), labelled.sample, beta=0.0,
             ).upper  # fmt: skip

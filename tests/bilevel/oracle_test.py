@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxrlhf import bandit, bilevel, exact, objectives, preferences
+from jaxrlhf.known.problem import descend
 
 BETA = 0.5
 CONTEXTS, ARMS, FEATURES, HIDDEN = 2, 5, 4, 8
@@ -75,7 +76,7 @@ def one_step(name, make_rule, sigmas=None, pairs=None):
     problem = bandit.bandit_problem(reward, objective, against_reference=against_reference, pairs=pairs)
     solver = bandit.best_response(reward, objective, beta=BETA, against_reference=against_reference)
     annotate = preferences.expected_annotator(bandit.gold_score, labels=objective.labels)
-    algorithm = bilevel.bilevel_descent(problem, rule, solver, optax.sgd(1.0), beta=BETA, annotate=annotate)
+    algorithm = descend(problem, rule, solver, optax.sgd(1.0), beta=BETA, annotate=annotate)
     step = jax.jit(algorithm.step)  # traced once, though it is called twice below
 
     @jax.jit

@@ -81,7 +81,10 @@ def check_folder(folder, results, methods, steps):
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("runs"), steps=3, pairs=2, evaluations=2)
+    # Words of at most two letters: an evaluation compares all pairs of completions, 2,801 squared with four.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["online_rlhf_tasks"], "MAX_LETTERS", 2)
+        return run(tmp_path_factory.mktemp("runs"), steps=3, pairs=2, evaluations=1)
 
 
 def test_the_default_run_writes_its_folder(short_run, capsys):
@@ -92,17 +95,18 @@ def test_the_default_run_writes_its_folder(short_run, capsys):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits(short_run, tmp_path):
+def test_the_same_seed_gives_the_same_bits(short_run, tmp_path, monkeypatch):
     _, results = short_run
-    # Evaluations do not affect training: with fewer of them the run is the same.
-    _, again = run(tmp_path, steps=3, pairs=2, evaluations=1, methods=("bilevel",))
+    monkeypatch.setattr(sys.modules["online_rlhf_tasks"], "MAX_LETTERS", 2)
+    # Evaluations do not affect training: with more of them the run is the same.
+    _, again = run(tmp_path, steps=3, pairs=2, evaluations=2, methods=("bilevel",))
     assert again["methods"]["bilevel"] == results["methods"]["bilevel"] | {"gap": again["methods"]["bilevel"]["gap"]}
     _, other = run(tmp_path / "other", steps=3, pairs=2, evaluations=1, methods=("bilevel",), seed=1)
     assert other["methods"]["bilevel"] != again["methods"]["bilevel"]
 
 
 def test_a_model_directory_runs_the_same_way(model_directory, tmp_path):
-    options = {"steps": 2, "batch": 2, "pairs": 2, "max_new_tokens": 4, "evaluations": 1}
+    options = {"steps": 2, "batch": 2, "pairs": 2, "max_new_tokens": 4, "evaluations": 2}
     folder, results = run(tmp_path, policy=model_directory, methods=("bilevel",), **options)
     check_folder(folder, results, ("bilevel",), 2)
     assert results["methods"]["bilevel"]["labels"] == 2 * 2 * 2

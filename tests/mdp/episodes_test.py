@@ -330,7 +330,7 @@ def test_a_markov_policy_stands_in_for_the_table():
         (lambda: mdp.history_tree(instance()[0]._replace(discount=jnp.ones(6))), "draw pairs, or shorten"),
         (lambda: mdp.episode_problem(reward, objectives.likelihood(), pairs=0), "pairs must be at least 1"),
         (lambda: mdp.episode_problem(reward, objectives.brier(), against_reference=False), "policy-reference"),
-        (lambda: mdp.episode_problem(reward, objectives.excess_likelihood(), pairs=4), "probability of each answer"),
+        (lambda: mdp.episode_problem(reward, objectives.excess_likelihood(), pairs=4), "probability of each label"),
         (lambda: estimate(PAIR, bilevel.boltzmann, *instance()), "one-step responses"),
     ],
 )
