@@ -319,11 +319,13 @@ FORWARD_PASSES = [
     (bilevel.boltzmann, 1),
     (bilevel.decoupled, 1),
     (lambda: bilevel.implicit(iterations=3), 8),
+    # At each of its three points: the policy solved for that reward, and the policy of phi.
+    (lambda: bilevel.zero_order(0.1), 2),
 ]
 
 
 @pytest.mark.parametrize("make_rule, passes", FORWARD_PASSES)
-def test_a_hypergradient_runs_each_iterate_forward_once_but_for_implicit(make_rule, passes):
+def test_how_often_a_hypergradient_runs_each_iterate_forward(make_rule, passes):
     """Counted as the policy is traced; one trace serves all iterates, and one all iterations of a linear solver."""
     frozen, traced = make(9), []
     problem = bandit.bandit_problem(linear, DEFAULT, pairs=4)
@@ -335,7 +337,7 @@ def test_a_hypergradient_runs_each_iterate_forward_once_but_for_implicit(make_ru
     counted = problem._replace(log_prob=log_prob)
     # A solver that reads no loss: what is left is the hypergradient and its report.
     solver = bilevel.LowerSolver(lambda lowers: (), lambda key, lowers, state, task: (lowers, state, task.tilts))
-    algorithm = bilevel.bilevel_descent(counted, make_rule(), solver, optax.adam(0.3), beta=BETA)
+    algorithm = descend(counted, make_rule(), solver, optax.adam(0.3), beta=BETA)
     state = algorithm.init(jax.random.key(0), jnp.zeros(10), frozen.reference)
     sample = algorithm.propose(jax.random.key(1), state, None, frozen)
     labels = preferences.gold_annotator(bandit.gold_score)(jax.random.key(2), sample, frozen)
