@@ -37,8 +37,9 @@ def _solution(task, index) -> jax.Array:
 
 def _algorithm(rule, solver, upper_optimizer, pairs=None, **options):
     del pairs
-    descend = zero_order_descent_on_losses if isinstance(rule, ZeroOrder) else bilevel_descent_on_losses
-    return descend(_upper_loss, _lower_loss, rule, solver, upper_optimizer, **options)
+    if isinstance(rule, ZeroOrder):
+        return zero_order_descent_on_losses(_upper_loss, _lower_loss, rule, solver, upper_optimizer, **options)
+    return bilevel_descent_on_losses(_upper_loss, _lower_loss, rule, solver, upper_optimizer, **options)
 
 
 def quadratic(*, conditioning: float = 4.0) -> KnownProblem:
