@@ -1,4 +1,4 @@
-"""Advantages against their definition; the critic's slope against the exact gradient, and its noise."""
+"""Advantages against their definition; the critic's policy gradient against the exact one, and its noise."""
 
 import functools
 
@@ -70,7 +70,7 @@ def task_of(problem, key):
     )
 
 
-def slopes(estimators, problem, count):
+def draw_policy_gradients(estimators, problem, count):
     """Each estimate of the gradient of -J at `lower`, from the same fresh episodes, `[count, 1, 4, 3]`."""
     keys = jax.random.split(jax.random.key(5), count)
 
@@ -81,7 +81,7 @@ def slopes(estimators, problem, count):
     return jax.jit(jax.vmap(draw))(keys)
 
 
-def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
+def test_the_policy_gradient_is_unbiased_and_a_critic_reduces_its_noise(x64):
     reward, upper, lower, data, frozen = design()
     problem = incentives.incentive_problem(reward, reward, episodes=16, steps=60)
     _, lower_loss = incentives.incentive_losses(reward, reward)
@@ -104,14 +104,14 @@ def test_the_slope_is_the_gradient_in_the_mean_and_a_critic_quiets_it(x64):
         "exact critic, short trace": with_critic(exact, 0.0),
     }
     spread = {}
-    for name, drawn in slopes(estimators, problem, 1000).items():
+    for name, drawn in draw_policy_gradients(estimators, problem, 1000).items():
         error = drawn.std(axis=0) / np.sqrt(1000)
         assert jnp.all(jnp.abs(drawn.mean(axis=0) - truth) < 5 * error + 0.02 * jnp.linalg.norm(truth)), name
         spread[name] = float(jnp.sum(drawn.var(axis=0)))
     assert spread["exact critic, short trace"] < 0.7 * min(spread["loss"], spread["no critic"])
 
 
-def test_an_opponents_episodes_teach_as_the_policys_own(x64):
+def test_opponents_episodes_are_learned_from_like_the_policys(x64):
     reward, _, lower, *_ = design()
     problem = incentives.incentive_problem(reward, reward, episodes=8, steps=20)
 

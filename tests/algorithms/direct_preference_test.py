@@ -104,7 +104,7 @@ def test_simpo_reaches_the_minimum_that_scipy_finds(x64):
 
 
 def test_the_coupled_gradient_is_that_of_the_loss_on_its_own_pairs(x64):
-    """SAIL's objective, E over the policy's own pairs, differentiated by JAX through both parts."""
+    """SAIL's objective, E over the policy's own pairs, differentiated by JAX through the loss and the distribution."""
     frozen = make(float)
     start = frozen.reference + jax.random.normal(jax.random.key(3), (2, 5))
 

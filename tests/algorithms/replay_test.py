@@ -58,7 +58,7 @@ def test_labels_are_counted_once_and_age_is_the_buffers():
     assert jnp.all(state.policy == state.inner.policy)
 
 
-def test_an_old_pair_stands_for_the_policy_of_today(x64):
+def test_importance_weights_correct_old_pairs(x64):
     """An update from the buffer has the gradient of fresh pairs in the mean, though another policy gave its pairs."""
     frozen = jax.tree.map(lambda leaf: leaf.astype(float), make())
     problem = problem_of(4)

@@ -173,7 +173,7 @@ def test_estimates_and_gradients_of_both_levels_are_exact_on_an_enumerated_sampl
 
 
 def test_a_quadratic_enters_through_two_losses(x64):
-    """G = |lower - target|^2 / 2, lower*(upper) = A upper: the answer is A upper = target."""
+    """G = |lower - target|^2 / 2, lower*(upper) = A upper: the solution has A upper = target."""
     matrix = jnp.array([[1.0, 0.5], [0.0, 2.0]])
     target = jnp.array([1.0, -1.0])
 
@@ -304,7 +304,7 @@ TANGENT = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1), steps=2)
         (lambda: INDEPENDENT, None),
     ],
 )
-def test_iterates_in_turn_are_those_taken_at_once(make_rule, solver, x64):
+def test_sequential_iterates_equal_mapped_ones(make_rule, solver, x64):
     frozen = make(8)
 
     def ends(sequential):
@@ -375,7 +375,7 @@ def test_sigma_schedule_is_followed():
 
 
 @pytest.mark.parametrize("make_rule", [bilevel.forward, bilevel.central, bilevel.five_point])
-def test_the_tangent_finds_the_answer_whatever_sigma(make_rule, x64):
+def test_the_tangent_is_accurate_at_any_sigma(make_rule, x64):
     """At a fixed reward the hypergradient approaches the exact one, also at a sigma a thousand times smaller."""
     frozen = jax.tree.map(lambda leaf: leaf.astype(float), make(7))
     upper = 0.5 * jax.random.normal(jax.random.key(1), (10,))

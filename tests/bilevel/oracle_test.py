@@ -84,7 +84,7 @@ def one_step(name, make_rule, sigmas=None, pairs=None):
         policy = exact.soft_policy(reward(upper, frozen.features), frozen.reference, BETA)
         state = algorithm.init(key, upper, policy)._replace(step=index)
         if rule.sampling != "shared":
-            # Each tilt draws from its own solved policy: a closed form of the reward, whatever the key.
+            # Each tilt samples from its own solved policy, a closed form of the reward that does not depend on the key.
             state = state._replace(lowers=step(jax.random.key(0), state, None, frozen)[0].lowers)
         after, _ = step(key, state, None, frozen)
         return jax.tree.map(jnp.subtract, state.upper, after.upper)
@@ -133,8 +133,8 @@ def test_stencil_error_falls_with_its_order(name, make_rule, order, tolerance, s
     _, gradient = exact_gradient(name)(frozen, upper)
     hypergradient = one_step(name, make_rule, sigmas)
     errors = [distance(hypergradient(jax.random.key(0), frozen, upper, index), gradient) for index in range(3)]
-    slope = np.polyfit(np.log(sigmas), np.log(errors), 1)[0]
-    assert abs(slope - order) <= tolerance, (errors, slope)
+    exponent = np.polyfit(np.log(sigmas), np.log(errors), 1)[0]
+    assert abs(exponent - order) <= tolerance, (errors, exponent)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -239,7 +239,7 @@ def test_implicit_with_few_iterations_is_not():
 
 
 @pytest.mark.parametrize("name", ["likelihood, policy-policy", "utility"])
-def test_zero_order_is_the_slope_along_its_direction(name):
+def test_zero_order_is_the_derivative_along_its_direction(name):
     """The estimate is <grad Phi, u> u; over many u its mean is grad Phi."""
     frozen, upper = make(2)
     _, gradient = exact_gradient(name)(frozen, upper)
@@ -247,8 +247,8 @@ def test_zero_order_is_the_slope_along_its_direction(name):
     estimate = draw(jax.random.key(0), frozen, upper, 0)
     update_key = jax.random.split(jax.random.key(0), 3)[2]
     direction = optax.tree.random_like(jax.random.split(update_key)[1], upper, jax.random.normal)
-    slope = optax.tree.vdot(gradient, direction)
-    assert distance(estimate, jax.tree.map(lambda leaf: slope * leaf, direction)) < 1e-4
+    derivative = optax.tree.vdot(gradient, direction)
+    assert distance(estimate, jax.tree.map(lambda leaf: derivative * leaf, direction)) < 1e-4
     keys = jax.random.split(jax.random.key(1), 4000)
     estimates = jax.jit(jax.vmap(lambda key: ravel(draw(key, frozen, upper, 0))))(keys)
     error = estimates.std(axis=0) / np.sqrt(4000)

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def newton(features, labels, penalty):
-    """Ridge-penalised logistic regression, an implementation of its own."""
+    """Ridge-penalised logistic regression, an independent implementation."""
     weights = np.zeros(features.shape[1])
     for _ in range(50):
         chance = 1 / (1 + np.exp(-features @ weights))

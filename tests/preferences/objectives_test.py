@@ -126,7 +126,7 @@ def descent_from(name, seed, start):
 @pytest.mark.parametrize("name", ["default", "brier"])
 @pytest.mark.parametrize("start", ["collapsed", "flat", "true"])
 def test_loophole_contract(name, start):
-    """From collapsed, flat and true rewards: collapse is no minimum, and the policy reached is worth nearly the best."""
+    """From collapsed, flat and true rewards: collapse is no minimum, and the policy reached is nearly the best."""
     for seed in range(2):
         _, (phi, missed) = descent_from(name, seed, start)
         (phi_collapsed, _), _ = descent_from(name, seed, "collapsed")
