@@ -1,10 +1,12 @@
 """An algorithm is four pure functions; bilevel descent, policy gradients, replay and controllers all have this shape.
 
-state = algorithm.init(key, reward_params, policy_params)
-state, info = algorithm.step(key, state, data, frozen)                    # with an annotator that JAX can trace
+In use:
 
-sample = algorithm.propose(key, state, data, frozen)                      # with labels from outside
-state, info = algorithm.update(key, state, Labelled(sample, labels), frozen)
+    state = algorithm.init(key, reward_params, policy_params)
+    state, info = algorithm.step(key, state, data, frozen)                    # with an annotator that JAX can trace
+
+    sample = algorithm.propose(key, state, data, frozen)                      # with labels from outside
+    state, info = algorithm.update(key, state, Labelled(sample, labels), frozen)
 """
 
 from collections.abc import Callable

@@ -300,6 +300,8 @@ TANGENT = bilevel.tangent(optax.sgd(0.1), optax.sgd(0.1), steps=2)
         (lambda: bilevel.central(0.2), None),
         (lambda: bilevel.five_point(0.4), TANGENT),
         (bilevel.boltzmann, TANGENT),
+        pytest.param(bilevel.boltzmann, None, marks=pytest.mark.slow),
+        pytest.param(bilevel.decoupled, TANGENT, marks=pytest.mark.slow),
         (lambda: bilevel.zero_order(0.1), None),
         (lambda: INDEPENDENT, None),
     ],
@@ -314,18 +316,22 @@ def test_sequential_iterates_equal_mapped_ones(make_rule, solver, x64):
     chex.assert_trees_all_close(ends(True), ends(False), rtol=1e-9, atol=1e-11)
 
 
+# A solver that reads no loss leaves the hypergradient and its report.
+IDLE = bilevel.LowerSolver(lambda lowers: (), lambda key, lowers, state, task: (lowers, state, task.tilts))
 FORWARD_PASSES = [
-    (lambda: bilevel.central(0.2), 1),
-    (bilevel.boltzmann, 1),
-    (bilevel.decoupled, 1),
-    (lambda: bilevel.implicit(iterations=3), 8),
+    (lambda: bilevel.central(0.2), IDLE, 1),
+    # The policy's gradient, the tangent's at all tilts, and the hypergradient.
+    (lambda: bilevel.central(0.2), TANGENT, 3),
+    (bilevel.boltzmann, IDLE, 1),
+    (bilevel.decoupled, IDLE, 1),
+    (lambda: bilevel.implicit(iterations=3), IDLE, 8),
     # At each of its three points: the policy solved for that reward, and the policy of phi.
-    (lambda: bilevel.zero_order(0.1), 2),
+    (lambda: bilevel.zero_order(0.1), IDLE, 2),
 ]
 
 
-@pytest.mark.parametrize("make_rule, passes", FORWARD_PASSES)
-def test_how_often_a_hypergradient_runs_each_iterate_forward(make_rule, passes):
+@pytest.mark.parametrize("make_rule, solver, passes", FORWARD_PASSES)
+def test_how_often_an_update_runs_each_iterate_forward(make_rule, solver, passes):
     """Counted as the policy is traced; one trace serves all iterates, and one all iterations of a linear solver."""
     frozen, traced = make(9), []
     problem = bandit.bandit_problem(linear, DEFAULT, pairs=4)
@@ -335,8 +341,6 @@ def test_how_often_a_hypergradient_runs_each_iterate_forward(make_rule, passes):
         return problem.log_prob(lower, sample, frozen)
 
     counted = problem._replace(log_prob=log_prob)
-    # A solver that reads no loss: what is left is the hypergradient and its report.
-    solver = bilevel.LowerSolver(lambda lowers: (), lambda key, lowers, state, task: (lowers, state, task.tilts))
     algorithm = descend(counted, make_rule(), solver, optax.adam(0.3), beta=BETA)
     state = algorithm.init(jax.random.key(0), jnp.zeros(10), frozen.reference)
     sample = algorithm.propose(jax.random.key(1), state, None, frozen)

@@ -122,12 +122,16 @@ FIVE_POINT = (bilevel.five_point, 4.0, 0.3, (0.05, 0.1, 0.2))
 PAIR, MIXED = "likelihood, policy-policy", "uncoupled likelihood + utility"
 
 
-# One stencil on every objective; the others where pairs are of both kinds, with and without an uncoupled part.
-@pytest.mark.parametrize(
-    "name, make_rule, order, tolerance, sigmas",
-    [(name, *CENTRAL) for name in OBJECTIVES]
-    + [(name, *stencil) for stencil in (FORWARD, FIVE_POINT) for name in (PAIR, MIXED)],
-)
+# By default one stencil on every objective, the others where pairs are of both kinds, with and without an uncoupled part;
+# all other combinations are marked slow.
+ORDERS = [
+    pytest.param(name, *stencil, marks=() if stencil is CENTRAL or name in (PAIR, MIXED) else pytest.mark.slow)
+    for stencil in (CENTRAL, FORWARD, FIVE_POINT)
+    for name in OBJECTIVES
+]
+
+
+@pytest.mark.parametrize("name, make_rule, order, tolerance, sigmas", ORDERS)
 def test_stencil_error_falls_with_its_order(name, make_rule, order, tolerance, sigmas):
     frozen, upper = make(0)
     _, gradient = exact_gradient(name)(frozen, upper)
@@ -195,7 +199,15 @@ def test_drawn_samples_are_unbiased(name, make_rule):
 
 
 # "common" is "independent" with one key for all tilts.
-@pytest.mark.parametrize("name, sampling", [(PAIR, "independent"), (MIXED, "independent"), (MIXED, "common")])
+@pytest.mark.parametrize(
+    "name, sampling",
+    [
+        (PAIR, "independent"),
+        (MIXED, "independent"),
+        (MIXED, "common"),
+        pytest.param(PAIR, "common", marks=pytest.mark.slow),
+    ],
+)
 def test_samples_of_their_own_are_unbiased_too(name, sampling):
     frozen, upper = make(3)
     truth = ravel(one_step(name, bilevel.central, (0.5,))(jax.random.key(0), frozen, upper, 0))

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxrlhf.base import importance
 from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost
@@ -91,4 +92,4 @@ def policy_weights(log_weights: jax.Array) -> jax.Array:
 
     They give the fixed-policy gradient, without the coupling.
     """
-    return jax.numpy.exp(importance.pair_log_weights(log_weights[0]))
+    return jnp.exp(importance.pair_log_weights(log_weights[0]))

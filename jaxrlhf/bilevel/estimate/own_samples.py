@@ -51,6 +51,7 @@ def objectives_at(objectives: SampledObjectives, index: int | jax.Array) -> Samp
 def _hypergradient(
     setting: Setting, objectives: SampledObjectives, upper: Params, lowers: Params, sigma: jax.Array
 ) -> tuple[Params, Report]:
+    """Returns grad Phi as the sum of the stencil's terms, each from its own sample, and the report."""
     stencil = setting.rule.stencil
     indices = jnp.arange(len(stencil.offsets))
 
@@ -94,6 +95,7 @@ def _pulled_back(
     reward_weights: jax.Array | float = 0.0,
     uncoupled_weight: jax.Array | float = 1.0,
 ) -> Params:
+    """Returns the weighted objective's gradient in the reward parameters; the weights are those of `output_cotangent`."""
     cotangent, direct = output_cotangent(objectives, upper, pair_weights, reward_weights, uncoupled_weight)
     # The output cotangent is known; only a parameter VJP is needed.
     _, reward_vjp = jax.vjp(
