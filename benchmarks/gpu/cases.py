@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.batches import random_tokens
 from benchmarks.plan import decoder_config
 from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.trunk import Attention
 
 Library = Literal["ours", "transformers", "Tunix"]
 Workload = Literal["supervised", "reward", "bilevel", "decode"]
@@ -28,6 +29,8 @@ class Config:
     rows: int = 64
     """Rows decoded at once."""
     rounds: int = 5
+    attention: Attention = "xla"
+    """What computes our attention of whole rows; rows in float32 are always by plain products."""
     tiny: bool = False
     """Use tiny models and batches, to test the benchmark itself."""
     output: pathlib.Path = pathlib.Path("runs")
@@ -94,12 +97,13 @@ TINY = Sizes(texts=4, length=32, prompts=2, pairs=2, rows=4, prompt=8, completio
 
 
 class Case(NamedTuple):
-    """A row with the model's configuration, the batch sizes, and the number of timed calls."""
+    """A row with the model's configuration, the batch sizes, the number of timed calls, and our attention's kernel."""
 
     row: Row
     model: DecoderConfig
     sizes: Sizes
     rounds: int
+    attention: Attention = "xla"
 
     @property
     def batch(self) -> str:
@@ -124,11 +128,12 @@ class Case(NamedTuple):
 
 def case_of(config: Config, row: Row) -> Case:
     """Returns the case of a row."""
+    attention = "xla" if row.dtype == jnp.float32 else config.attention
     if config.tiny:
-        return Case(row, tiny_model(row.model), TINY, config.rounds)
+        return Case(row, tiny_model(row.model), TINY, config.rounds, attention)
     # The adapters' products are float32, so fewer texts fit with them.
     sizes = Sizes(4 if row.rank else 16, 1024, 4, 4, config.rows, 128, 256)
-    return Case(row, decoder_config(row.model, context_length=2048), sizes, config.rounds)
+    return Case(row, decoder_config(row.model, context_length=2048), sizes, config.rounds, attention)
 
 
 def tiny_model(name: ModelName, layers: int = 2) -> DecoderConfig:

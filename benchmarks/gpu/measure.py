@@ -83,17 +83,20 @@ def train_ours(case: Case) -> Measurement:
     *cheaper, last = REMAT[case.row.workload]
     for remat in cheaper:
         try:
-            return time_training(case, call_of(step_of(case, remat=remat)), f"remat {remat}")
+            return time_training(
+                case, call_of(step_of(case, remat=remat)), f"remat {remat}, attention {case.attention}"
+            )
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
         free_memory()
-    return time_training(case, call_of(step_of(case, remat=last)), f"remat {last}")
+    return time_training(case, call_of(step_of(case, remat=last)), f"remat {last}, attention {case.attention}")
 
 
 def decode_ours(case: Case) -> Measurement:
     """Times our sampler, after checking its log-probabilities against those without a cache."""
-    policy, params = decoder(case.model, dtype=case.row.dtype), random_weights(case.model, case.row.dtype)
+    policy = decoder(case.model, dtype=case.row.dtype, attention=case.attention)
+    params = random_weights(case.model, case.row.dtype)
     prompts = as_prompts(decoding_prompts(case))
     sample = jax.jit(functools.partial(generate, policy, stop_ids=()), static_argnames="max_new_tokens")
 

@@ -27,6 +27,7 @@ from benchmarks.gpu.steps import call_of, supervised_step
 from benchmarks.timing import EXTRA, check_close
 from jaxrlhf.lm.hugging_face.weights import load_decoder
 from jaxrlhf.lm.transformer.model import decoder
+from jaxrlhf.lm.transformer.trunk import Attention
 
 TIME_FRACTIONS: dict[Library, float] = {"ours": 0.65, "transformers": 0.5, "Tunix": 1.0}
 """Of the time left when a library's process starts; the last one may use all of it."""
@@ -58,12 +59,12 @@ class Results(NamedTuple):
     notes: list[str]
 
 
-def first_losses(library: Library, directory: pathlib.Path) -> list[float]:
+def first_losses(library: Library, directory: pathlib.Path, attention: Attention) -> list[float]:
     """Returns a library's losses of the first 4 supervised steps of the model in a directory."""
     config, params = load_decoder(directory)
     tokens = random_tokens(config, 4, 32)
     if library == "ours":
-        policy = decoder(config, dtype=jnp.bfloat16)
+        policy = decoder(config, dtype=jnp.bfloat16, attention=attention)
         call = call_of(supervised_step(policy, params, 0, tokens, CHECKED_LEARNING_RATE))
         return [float(call().loss) for _ in range(4)]
     if library == "transformers":
@@ -75,14 +76,14 @@ def first_losses(library: Library, directory: pathlib.Path) -> list[float]:
     return [step() for _ in range(4)]
 
 
-def start(library: Library, directory: pathlib.Path) -> Start:
+def start(library: Library, directory: pathlib.Path, attention: Attention) -> Start:
     """Returns the device that a library runs on, and its first losses."""
     device = jax.devices()[0].device_kind
     if library == "transformers":
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return Start(device, first_losses(library, directory))
+    return Start(device, first_losses(library, directory, attention))
 
 
 def attempt(function: Callable, *arguments: Any) -> Any:
@@ -104,7 +105,7 @@ def run(config: Config, library: Library, directory: pathlib.Path, sender: Conne
     """Sends `Start`, then a result for each of a library's rows as soon as it is there; runs in its own process."""
     if library == "transformers":
         jax.config.update("jax_platforms", "cpu")  # torch needs the GPU's memory
-    sender.send(attempt(start, library, directory))
+    sender.send(attempt(start, library, directory, config.attention))
     for row in rows_of(config, library):
         began = time.monotonic()
         print(f"{library}, {row.label}, {row.workload}: begins", flush=True)

@@ -111,7 +111,7 @@ def step_of(case: Case, *, remat: str | None) -> Step:
     """Returns the step of a case. Its weights live only in its state, or in `frozen` under adapters."""
     row, model, sizes = case.row, case.model, case.sizes
     base = random_weights(model, jnp.bfloat16 if row.rank else jnp.float32)
-    policy = decoder(model, dtype=row.dtype, remat=remat)
+    policy = decoder(model, dtype=row.dtype, remat=remat, attention=case.attention)
     if row.workload == "bilevel":
         return bilevel_step(policy, base, row.rank, random_tokens(model, sizes.prompts, sizes.prompt), sizes)
     make = supervised_step if row.workload == "supervised" else reward_step

@@ -18,7 +18,7 @@ import optax
 
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Batch, Params
-from jaxrlhf.lm.log_probs import MAX_LOGITS, token_log_probs
+from jaxrlhf.lm.log_probs import default_chunk_size, token_log_probs
 from jaxrlhf.lm.microbatch import default_microbatches, split
 from jaxrlhf.lm.reward import RewardModel
 from jaxrlhf.lm.transformer.model import LanguageModel
@@ -142,7 +142,7 @@ def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = full_params) 
         params = params_of(params, frozen)
         tokens, counted = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
         hidden = model.hidden(params, batch.tokens, batch.segments)[:, :-1]
-        chunk_size = max(1, MAX_LOGITS // (len(tokens) * model.vocabulary_size))
+        chunk_size = default_chunk_size(len(tokens), model.vocabulary_size)
         log_prob, best = token_log_probs(model, params, hidden, tokens, 1.0, chunk_size)
         weight = jnp.sum(counted, dtype=log_prob.dtype)
         return Totals(-jnp.sum(jnp.where(counted, log_prob, 0.0)), jnp.sum(best & counted, dtype=weight.dtype), weight)

@@ -11,6 +11,9 @@ from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 MAX_LOGITS = 2**25
 """Logits materialised at once where no chunk size is given: 128 MiB of float32."""
 
+MAX_LOGITS_GPU = 2**28
+"""The same on a GPU, 1 GiB: every chunk adds to the gradient of the whole output head, so that few are faster."""
+
 
 class TokenScores(NamedTuple):
     """Scores of given tokens, each `[N, L]`.
@@ -50,7 +53,7 @@ def completion_log_probs(
         completions: `[N, L]` int32, padded on the right.
         completion_mask: `[N, L]`, True on real tokens, the stop token included.
         temperature: the sampler's, so that both refer to the same distribution.
-        chunk_size: columns whose logits are materialised at once; by default as many as `MAX_LOGITS` allows.
+        chunk_size: columns whose logits are materialised at once; by default `default_chunk_size`.
         microbatches: into how many the rows are split, one after another, recomputed in the backward pass; by default
             `default_microbatches`.
 
@@ -80,12 +83,18 @@ def completion_log_probs(
         tokens = jnp.concatenate([prompts, completions[:, :-1]], axis=1)
         mask = jnp.concatenate([prompt_mask, completion_mask[:, :-1]], axis=1)
         hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
-        columns = chunk_size or max(1, MAX_LOGITS // (len(completions) * model.vocabulary_size))
+        columns = chunk_size or default_chunk_size(len(completions), model.vocabulary_size)
         scores = token_log_probs(model, params, hidden, completions, temperature, columns)
         return jnp.where(completion_mask, scores.log_prob, 0.0)
 
     microbatches = default_microbatches(rows, prompt_length + length) if microbatches is None else microbatches
     return in_microbatches(read, microbatches)(params, prompts, prompt_mask, completions, completion_mask)
+
+
+def default_chunk_size(rows: int, vocabulary_size: int) -> int:
+    """Returns how many columns of `rows` rows have their logits materialised at once by default, at least 1."""
+    largest = MAX_LOGITS_GPU if jax.default_backend() == "gpu" else MAX_LOGITS
+    return max(1, largest // (rows * vocabulary_size))
 
 
 def token_log_probs(

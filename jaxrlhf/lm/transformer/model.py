@@ -8,7 +8,7 @@ Shapes: N rows, T columns, P prompt columns, C cache columns, D width, V vocabul
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import capped, wide
-from jaxrlhf.lm.transformer.trunk import REMAT, Trunk
+from jaxrlhf.lm.transformer.trunk import REMAT, Attention, Trunk
 
 __all__ = ["DecoderConfig", "LanguageModel", "decoder", "pad_left", "without_cache"]
 
@@ -65,7 +65,9 @@ def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
-def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = None) -> LanguageModel:
+def decoder(
+    config: DecoderConfig, *, dtype: Any = None, remat: str | None = None, attention: Attention = "xla"
+) -> LanguageModel:
     """Returns the pure functions of a decoder.
 
     The parameters are a nested dict: `embedding [V, D]`, `layers` (each array with the layers as its first axis),
@@ -80,13 +82,18 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
             float32 on weights in bfloat16 give states in float32.
         remat: what the backward pass recomputes, to save memory: "layer", everything but each layer's input, or
             "products", everything but the results of linear maps; by default only attention scores, where they are large.
+        attention: what computes the attention of whole rows, "xla" or "cudnn" (NVIDIA GPUs, a dtype in half precision, no
+            capped scores); cached decoding is the same for both.
 
     Returns:
-        The `LanguageModel`. Its functions raise ValueError for parameters of another structure.
+        The `LanguageModel`. Its functions raise ValueError for parameters of another structure, and where cuDNN cannot
+        compute this decoder's attention.
 
     Raises:
-        ValueError: `remat` is unknown.
+        ValueError: `remat` or `attention` is unknown.
     """
+    if attention not in get_args(Attention):
+        raise ValueError(f"A decoder's attention is one of {', '.join(get_args(Attention))}, not {attention!r}.")
     if remat is not None and remat not in REMAT:
         raise ValueError(f"A decoder's remat is one of {', '.join(REMAT)}, or None, not {remat!r}.")
 
@@ -116,7 +123,7 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
     def hidden(params, tokens, mask):
         module, stream = trunk(params)
         mask = mask if jnp.issubdtype(mask.dtype, jnp.integer) else mask.astype(bool)
-        return module.forward(tokens, mask, stream, remat=remat)[0]
+        return module.forward(tokens, mask, stream, remat=remat, kernel=attention)[0]
 
     def logits(params, hidden):
         weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
@@ -125,7 +132,7 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
 
     def prefill(params, tokens, mask, cache_length):
         module, stream = trunk(params)
-        return module.prefill(tokens, mask.astype(bool), cache_length, stream)
+        return module.prefill(tokens, mask.astype(bool), cache_length, stream, kernel=attention)
 
     def decode(params, tokens, cache):
         module, stream = trunk(params)

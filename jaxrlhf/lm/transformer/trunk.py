@@ -5,7 +5,7 @@ Shapes: N rows, T columns, P prompt columns, C cache columns, D width, L layers,
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import (
     attend,
     attend_causally,
+    attend_fused,
     frequencies,
     positions_of,
     rotary,
@@ -33,6 +34,10 @@ REMAT = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 """What is saved of a layer for the backward pass, by name: only its input, or also the results of its linear maps."""
+
+
+Attention = Literal["xla", "cudnn"]
+"""What computes the attention of whole rows: plain products, or cuDNN's fused kernel (`layers.attend_fused`)."""
 
 
 class Cache(NamedTuple):
@@ -145,7 +150,14 @@ class Trunk(nnx.Module):
         return {"scale": self.config.query_scale, "cap": self.config.score_cap}
 
     def forward(
-        self, tokens: jax.Array, mask: jax.Array, dtype: jnp.dtype, *, keep: bool = False, remat: str | None = None
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        dtype: jnp.dtype,
+        *,
+        keep: bool = False,
+        remat: str | None = None,
+        kernel: Attention = "xla",
     ) -> tuple[jax.Array, Any]:
         """Returns states `[N, T, D]` of whole rows, and with `keep` each layer's keys and values (`Block.project`)."""
         columns, positions = jnp.arange(tokens.shape[1]), positions_of(mask)
@@ -154,9 +166,10 @@ class Trunk(nnx.Module):
         allowed = real & (columns[None, :, None] >= columns[None, None, :])
         allowed = allowed, allowed & self.in_window(positions, positions)
         rotations = self.rotations(positions)
-        attention = functools.partial(attend_causally, **self.score_settings())
+        attend_rows = attend_fused if kernel == "cudnn" else attend_causally
+        attention = functools.partial(attend_rows, **self.score_settings())
         # Scores are quadratic in T: recomputing many of them in the backward pass beats saving them.
-        if not keeps_scores(self.config, *tokens.shape):
+        if kernel == "xla" and not keeps_scores(self.config, *tokens.shape):
             attention = jax.checkpoint(attention)
 
         def step(block, index, windowed, x, layer_input):
@@ -176,10 +189,10 @@ class Trunk(nnx.Module):
         return keys[:, None, :] > queries[:, :, None] - (self.config.window or 0)
 
     def prefill(
-        self, tokens: jax.Array, mask: jax.Array, cache_length: int, dtype: jnp.dtype
+        self, tokens: jax.Array, mask: jax.Array, cache_length: int, dtype: jnp.dtype, *, kernel: Attention = "xla"
     ) -> tuple[jax.Array, Cache]:
         """Returns the last column's state `[N, D]` and a cache of `cache_length` columns that holds the prompts."""
-        hidden, kept = self.forward(tokens, mask, dtype, keep=True)
+        hidden, kept = self.forward(tokens, mask, dtype, keep=True, kernel=kernel)
         room = cache_length - tokens.shape[1]
 
         def lengthened(leaf, axis):
