@@ -175,6 +175,61 @@ def kl(
     return first + jax.lax.stop_gradient(estimate - first)
 
 
+class Slopes(NamedTuple):
+    """Derivatives of the coupled objective's parts in the log of the reward's scale, through the best response; scalars.
+
+    Attributes:
+        coupled: d E[coupled cost] / d alpha.
+        kl: d KL(policy || reference) / d alpha, in nats.
+    """
+
+    coupled: jax.Array
+    kl: jax.Array
+
+
+def scale_slopes(
+    log_prob: jax.Array,
+    reward: jax.Array,
+    cost: PairCost,
+    sample: Sample,
+    *,
+    beta: float | jax.Array,
+    largest: float | None = None,
+) -> Slopes:
+    """Estimates how the coupled cost and the KL change when the reward is scaled by exp(alpha), at alpha = 0.
+
+        (1 / beta) Cov_pi(dE[cost]/dpi, return)      and      (1 / beta) Cov_pi(log pi / reference, return)
+
+    within each prompt: the derivatives along pi proportional to reference * exp(return / beta), at whatever policy is
+    here. Exact at the best response where transitions are deterministic (T = 1, tokens); 0 where a prompt has a single
+    pair.
+
+    Args:
+        log_prob: `[B, M, 2, T]`, of the policy.
+        reward: `[B, M, 2, T]`.
+        cost: costs `[B, M]`, of which the coupled part is read.
+        sample: the pairs.
+        beta: weight of the lower level's KL.
+        largest: bound of the weights, see `step_log_weights`.
+    """
+    log_weights = step_log_weights(log_prob, sample, largest=largest)
+    joint, single = jnp.exp(pair_log_weights(log_weights)), jnp.exp(log_weights[..., -1:])
+    through_cost = joint * (cost.coupled - others_mean(joint * cost.coupled, sample))
+    log_ratio = sample.cumulative_discount * jnp.where(
+        sample.from_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0
+    )
+    log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True)
+    through_kl = single * (log_ratio - others_mean_responses(single * log_ratio, sample))
+    returned = jnp.sum(sample.cumulative_discount * reward, axis=-1) / beta
+    of_policy = sample.from_policy[None, None, :] * returned
+    weighted = policy_slot_weights(sample)[..., 0] * returned
+    slopes = Slopes(
+        coupled=expectation(through_cost * jnp.sum(of_policy, axis=-1), sample),
+        kl=expectation(jnp.sum(through_kl[..., 0] * weighted, axis=-1), sample),
+    )
+    return jax.tree.map(lambda slope: jnp.where(sample.num_draws > 1, slope, 0.0), slopes)
+
+
 def _controlled(ratio: jax.Array, values: jax.Array, baseline: jax.Array) -> jax.Array:
     return ratio * values - (ratio - 1.0) * jax.lax.stop_gradient(baseline)
 

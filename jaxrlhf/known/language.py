@@ -1,6 +1,6 @@
 """A language small enough to enumerate, with transformers for policy and reward."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -108,7 +108,7 @@ class LanguageSetting(NamedTuple):
         return self.gold_value(exact.soft_policy(self.rewards(upper), self.reference, self.beta))
 
 
-def small_language(
+def small_language_setting(
     *,
     seed: int = 0,
     letters: int = 3,
@@ -116,14 +116,14 @@ def small_language(
     objective: Objective | None = None,
     against_reference: bool = True,
     beta: float = 0.5,
-) -> KnownProblem:
-    """Short strings over a few letters; policy and reward are transformers, run by the same code as real models."""
+) -> LanguageSetting:
+    """Returns short strings over a few letters; policy and reward are transformers, by the code of real models."""
     language = alphabet_language(letters=letters, length=length, prompts=2, prompt_length=1)
     config = DecoderConfig(letters + 1, 16, 1, 2, 1, 8, 32, context_length=length + 2)
     policy, reward = decoder(config), reward_model(decoder(config))
     reference = policy.init(jax.random.key(seed))
     gold = table_of(lambda prompts, responses: alphabet_gold(prompts, responses, letters=letters), language)
-    setting = LanguageSetting(
+    return LanguageSetting(
         language=language,
         letters=letters,
         policy=policy,
@@ -135,17 +135,22 @@ def small_language(
         against="reference" if against_reference else "policy",
         beta=beta,
     )
+
+
+def small_language(**options: Any) -> KnownProblem:
+    """The known problem of `small_language_setting`, which takes the options."""
+    setting = small_language_setting(**options)
     return KnownProblem(
         algorithm=setting.algorithm,
         frozen=setting.frozen,
-        data=language.prompts,
+        data=setting.language.prompts,
         start=setting.start,
         solver=gradient(shared_adam(0.01), steps=200),
         phi=setting.phi,
         gold_value_of_best_response=setting.gold_value_of_best_response,
-        gold_value=lambda lower: setting.gold_value(policy_table(policy, lower, language)),
-        best_gold_value=exact.soft_value(gold, setting.reference, beta),
+        gold_value=lambda lower: setting.gold_value(policy_table(setting.policy, lower, setting.language)),
+        best_gold_value=exact.soft_value(setting.gold, setting.reference, setting.beta),
         optimum=None,
-        beta=beta,
+        beta=setting.beta,
         exact_solver=False,
     )

@@ -20,6 +20,8 @@ class Report(NamedTuple):
     entropy: jax.Array
     collision_rate: jax.Array
     labels: jax.Array
+    coupled_slope: jax.Array
+    kl_slope: jax.Array
 
 
 def sampled_report(
@@ -43,6 +45,7 @@ def sampled_report(
         ess_fractions: `[S]`, of the iterates.
     """
     sample = objectives.labelled.sample
+    slopes = objectives.scale_slopes(log_prob)
     return Report(
         upper_loss=values.upper + importance.expectation(objectives.cost.uncoupled, sample),
         value_gap=value_gap,
@@ -52,6 +55,8 @@ def sampled_report(
         entropy=importance.entropy(log_prob, sample),
         collision_rate=importance.expectation(_coincide(sample.responses), sample),
         labels=importance.count_labels(labelled),
+        coupled_slope=slopes.coupled,
+        kl_slope=slopes.kl,
     )
 
 

@@ -49,4 +49,6 @@ def losses_report(upper_loss: jax.Array, *, value_gap: jax.Array, coupling_fract
         entropy=unknown,
         collision_rate=unknown,
         labels=jnp.zeros((), jnp.int32),
+        coupled_slope=unknown,
+        kl_slope=unknown,
     )
