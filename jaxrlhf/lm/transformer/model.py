@@ -135,8 +135,8 @@ def decoder(config: DecoderConfig, *, dtype: Any = None, remat: str | None = Non
     return LanguageModel(init, hidden, logits, prefill, decode, config.vocabulary_size, config.context_length)
 
 
-# Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is not part of
-# a structure, so it is no part of the key.
+# Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is no part of
+# a structure.
 @functools.cache
 def _structure(config: DecoderConfig, rank: int) -> tuple[Any, Any]:
     """Returns the structure of a decoder's parameters, with adapters for rank > 0, and its module without them."""
