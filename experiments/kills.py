@@ -13,7 +13,9 @@ import collections
 import contextlib
 import dataclasses
 import filecmp
+import functools
 import json
+import math
 import os
 import pathlib
 import random
@@ -115,7 +117,9 @@ def begin(config: Config, place: pathlib.Path, name: str) -> subprocess.Popen:
         return subprocess.Popen(command(config, place, name), cwd=place, env=environment, stdout=log, stderr=log)
 
 
-def moment_of(moment: str, folder: pathlib.Path, place: pathlib.Path, rng: random.Random, usual: float) -> Callable:
+def moment_of(
+    moment: str, folder: pathlib.Path, place: pathlib.Path, rng: random.Random, usual: Callable[[], float]
+) -> Callable:
     """Returns `() -> bool`, whether it is time to kill: the first, second or third event of the kind has happened.
 
     Args:
@@ -123,10 +127,11 @@ def moment_of(moment: str, folder: pathlib.Path, place: pathlib.Path, rng: rando
         folder: of the run.
         place: of the run's annotator.
         rng: draws which event, or the time.
-        usual: seconds that a run takes.
+        usual: returns the seconds that a run takes; called for a kill at random only.
     """
-    began, count = time.monotonic(), rng.randint(1, 3)
-    after = rng.uniform(0.2, 1.0) * usual
+    count, share = rng.randint(1, 3), rng.uniform(0.2, 1.0)
+    after = share * usual() if moment == "at random" else math.inf
+    began = time.monotonic()
 
     def lines(path: pathlib.Path) -> int:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
@@ -148,7 +153,7 @@ def moment_of(moment: str, folder: pathlib.Path, place: pathlib.Path, rng: rando
     return due
 
 
-def kill(config: Config, place: pathlib.Path, moment: str, rng: random.Random, usual: float) -> bool:
+def kill(config: Config, place: pathlib.Path, moment: str, rng: random.Random, usual: Callable[[], float]) -> bool:
     """Resumes a run and kills it at a moment; returns False if the run ended first.
 
     Raises:
@@ -203,14 +208,11 @@ def repeated_requests(place: pathlib.Path, kills: int) -> list[str]:
 
 
 def run_uninterrupted(config: Config, place: pathlib.Path) -> tuple[pathlib.Path, float]:
-    """Runs without a kill; returns the folder and the seconds of a second run, which compiles nothing."""
-    for name in ("first", "mine"):
-        began = time.monotonic()
-        prepare(place)
-        (place / "requests").unlink(missing_ok=True)
-        process = begin(config, place, name)
-        if process.wait(timeout=config.seconds):
-            raise RuntimeError(f"A run failed; see {place / 'log'}.")
+    """Runs without a kill; returns the folder and the seconds it took."""
+    prepare(place)
+    began = time.monotonic()
+    if begin(config, place, "mine").wait(timeout=config.seconds):
+        raise RuntimeError(f"A run failed; see {place / 'log'}.")
     return place / "runs" / "mine", time.monotonic() - began
 
 
@@ -220,7 +222,7 @@ def killed_run(
     uninterrupted: pathlib.Path,
     moments: list[str],
     rng: random.Random,
-    usual: float,
+    usual: Callable[[], float],
 ) -> tuple[list[Kill], list[str]]:
     """Kills one run at each moment in turn, until it ends before one of them, and then lets it finish.
 
@@ -233,7 +235,7 @@ def killed_run(
         if not kill(config, place, moment, rng, usual):
             break
         kills.append(Kill(moment, *steps_of(folder)))
-    kill(config, place, "at random", rng, float("inf"))
+    kill(config, place, "at random", rng, lambda: math.inf)
     return kills, differences(folder, uninterrupted) + repeated_requests(place, len(kills))
 
 
@@ -272,7 +274,9 @@ def main(config: Config) -> pathlib.Path:
         raise SystemExit(2) from None
     folder.write_json("config.json", config)
     work = folder.path / "runs"
-    uninterrupted, usual = run_uninterrupted(config, work / "uninterrupted")
+    uninterrupted, _ = run_uninterrupted(config, work / "uninterrupted")
+    # The time of another run: unlike the first, it compiles nothing.
+    usual = functools.cache(lambda: run_uninterrupted(config, work / "timed")[1])
     kills, wrong = [], []
     with progress("kills", config.kills, "kills", console=console) as advance:
         while len(kills) < config.kills:

@@ -65,19 +65,21 @@ class Task(NamedTuple):
 
 MAX_LETTERS = 4
 """Longest word of the enumerable language."""
+LAYERS = 2
+"""Layers of its policy and reward."""
 
 
 def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int) -> Task:
     """Returns the language of words over seven letters, at most four long: 2,801 completions for each of four prompts.
 
-    Policy and reward are two-layer decoders; the reference is the policy's random initialisation. Evaluation enumerates
+    Policy and reward are small decoders; the reference is the policy's random initialisation. Evaluation enumerates
     every completion, so it has no sampling error.
     """
     language = alphabet_language(length=MAX_LETTERS)
     shape = DecoderConfig(
         vocabulary_size=8,
         width=32,
-        layers=2,
+        layers=LAYERS,
         query_heads=2,
         key_value_heads=1,
         head_size=16,

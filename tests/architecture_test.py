@@ -114,3 +114,11 @@ def test_no_file_names_a_machine_or_a_registry():
         if path.suffix in {".png", ".safetensors"} or not path.exists() or path.name == "architecture_test.py":
             continue
         assert not hosts.search(path.read_text()), f"{name} names a machine or a registry"
+
+
+def test_what_is_slow_to_import_is_imported_where_it_is_used():
+    """A command that draws nothing starts without matplotlib, and none waits for scipy."""
+    for path in FILES:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        code = "\n".join(map(ast.unparse, top))
+        assert not re.search(r"^(import|from) (matplotlib|scipy)\b", code, re.MULTILINE), path

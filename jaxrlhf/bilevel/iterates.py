@@ -14,7 +14,7 @@ from jaxrlhf.base.types import Params
 
 def stack(params: Params, count: int) -> Params:
     """Returns `count` copies of one policy, leaves `[S, ...]`."""
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), params)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), params)
 
 
 def first(stacked: Any) -> Any:

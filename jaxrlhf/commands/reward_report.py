@@ -4,7 +4,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxrlhf.data.batches import padded_pairs
 from jaxrlhf.data.pipelines import evaluation_batches
@@ -93,6 +92,9 @@ def accuracy_json(predictors: dict[str, Predictor]) -> dict:
 
 def draw_reliability(path: pathlib.Path, accuracy: PreferenceAccuracy) -> None:
     """Draws accuracy by predicted confidence, and the number of pairs in each bin."""
+    # Imported here, so that commands without a figure start sooner.
+    from matplotlib.figure import Figure
+
     bins, figure = accuracy.reliability, Figure(figsize=(4.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = bins.count > 0

@@ -14,7 +14,8 @@ def random_mdp(
 ) -> KnownProblem:
     """A random process of three steps with preferences over whole trajectories, of which each start state has 32."""
     objective = objectives.utility(kl_price=beta / 4) if objective is None else objective
-    frozen = mdp.random_episodes(jax.random.key(seed))
+    # Compiled as a whole: one operation after the other would be hundreds of small programs.
+    frozen = jax.jit(mdp.random_episodes)(jax.random.key(seed))
 
     def reward(upper, features):
         return features @ upper
@@ -34,7 +35,7 @@ def random_mdp(
         data=None,
         start=lambda key, scale: (
             scale * jax.random.normal(key, frozen.features.shape[-1:]),
-            mdp.reference_logits(frozen),
+            jax.jit(mdp.reference_logits)(frozen),
         ),
         solver=mdp.best_response(reward, objective, beta=beta, against_reference=against_reference),
         phi=lambda upper: mdp.upper_value(
@@ -44,7 +45,7 @@ def random_mdp(
             mdp.soft_policy(reward(upper, frozen.features), frozen, beta)[0]
         ),
         gold_value=gold_value,
-        best_gold_value=jnp.mean(mdp.soft_policy(frozen.gold, frozen, beta)[1]),
+        best_gold_value=jax.jit(lambda frozen: jnp.mean(mdp.soft_policy(frozen.gold, frozen, beta)[1]))(frozen),
         optimum=None,
         beta=beta,
         exact_solver=True,

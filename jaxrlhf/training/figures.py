@@ -1,8 +1,6 @@
-"""Figures of a run, drawn without a display (matplotlib's object-oriented API)."""
+"""Figures of a run, drawn without a display (matplotlib's object-oriented API, imported when the first one is drawn)."""
 
 import pathlib
-
-from matplotlib.figure import Figure
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#64473a")
 
@@ -18,6 +16,8 @@ def draw_curves(
             None or NaN in ys leaves a gap.
         columns: panels per row.
     """
+    from matplotlib.figure import Figure
+
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * min(columns, len(panels)), 3.3 * rows), layout="constrained")
     for number, (title, (x_label, y_label, lines)) in enumerate(panels.items()):

@@ -79,11 +79,16 @@ def check_folder(folder, results, methods, steps):
     assert "Completions" in (folder / "report.html").read_text()
 
 
+def make_small(patch):
+    """Makes the enumerable language small: an evaluation compares all pairs of completions, 2,801 squared by default."""
+    patch.setattr(sys.modules["online_rlhf_tasks"], "MAX_LETTERS", 2)
+    patch.setattr(sys.modules["online_rlhf_tasks"], "LAYERS", 1)
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    # Words of at most two letters: an evaluation compares all pairs of completions, 2,801 squared with four.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["online_rlhf_tasks"], "MAX_LETTERS", 2)
+        make_small(patch)
         return run(tmp_path_factory.mktemp("runs"), steps=3, pairs=2, evaluations=1)
 
 
@@ -97,7 +102,7 @@ def test_the_default_run_writes_its_folder(short_run, capsys):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(short_run, tmp_path, monkeypatch):
     _, results = short_run
-    monkeypatch.setattr(sys.modules["online_rlhf_tasks"], "MAX_LETTERS", 2)
+    make_small(monkeypatch)
     # Evaluations do not affect training: with more of them the run is the same.
     _, again = run(tmp_path, steps=3, pairs=2, evaluations=2, methods=("bilevel",))
     assert again["methods"]["bilevel"] == results["methods"]["bilevel"] | {"gap": again["methods"]["bilevel"]["gap"]}

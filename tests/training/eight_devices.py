@@ -66,7 +66,7 @@ def language(policy, shape, params, prompts, *, pairs: int, new_tokens: int) -> 
     trunk = {name: part for name, part in params.items() if name != "output_head"}
     upper = {"trunk": trunk, "head": 0.3 + 0.1 * jax.random.normal(jax.random.key(3), (shape.width,))}
     gold = preferences.gold_annotator(lambda sample, frozen: alphabet_gold(sample.prompts, sample.responses))
-    return Case(algorithm, upper, params, prompts, LanguageFrozen(params), gold, decoder_names)
+    return Case(algorithm, upper, params, prompts, LanguageFrozen(params), jax.jit(gold), decoder_names)
 
 
 def enumerable() -> Case:
@@ -191,7 +191,7 @@ def in_microbatches() -> dict[str, Any]:
     return {
         "microbatches": seen,
         "same_tokens": all(map(np.array_equal, here[:2], whole[:2])),
-        "gradients": relative(moved, jax.grad(negative)(params, 1, *rows, whole.tokens, whole.mask)),
+        "gradients": relative(moved, jax.jit(jax.grad(negative), static_argnums=1)(params, 1, *rows, *whole[:2])),
         "bytes": sum(collectives_of(text).values()),
     }
 

@@ -7,6 +7,7 @@ from `hidden` alone.
 Shapes: N rows, T columns, P prompt columns, C cache columns, D width, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -141,6 +142,9 @@ def decoder(
     return LanguageModel(init, hidden, logits, prefill, decode, config.vocabulary_size, config.context_length)
 
 
+# Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is no part of
+# a structure.
+@functools.cache
 def _structure(config: DecoderConfig, rank: int) -> tuple[Any, Any]:
     """Returns the structure of a decoder's parameters, with adapters for rank > 0, and its module without them."""
     module, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), rank)))
