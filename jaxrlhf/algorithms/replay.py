@@ -130,9 +130,10 @@ def refitted(
     size: int,
     updates: int = 1,
     labels: int = 1,
+    held_out: bool = False,
     annotate: Annotator | None = None,
 ) -> Algorithm:
-    """Returns bilevel descent whose reward is also fitted to all labels so far, before each of its updates.
+    """Returns bilevel descent whose reward is also fitted to all labels so far, before or after each of its updates.
 
     Its state is `ReplayedState`, its info `ReplayedInfo`.
 
@@ -144,6 +145,9 @@ def refitted(
         size: prompts drawn for an update of the fit.
         updates: of the fit, each outer step.
         labels: labels a pair.
+        held_out: whether the fit comes after the update, whose labels are then ones that the reward has not seen. A reward
+            that was fitted to a step's labels explains them too well, and the coupling that is measured on them is too
+            strong: a learned scale (`preferences.scale`) then grows without end.
         annotate: as in `bilevel_descent`.
 
     Raises:
@@ -160,10 +164,19 @@ def refitted(
     def update(key, state, labelled, frozen):
         fit_key, update_key = jax.random.split(key)
         buffer = preference_buffer.add(state.buffer, labelled, step=state.step)
-        # The fit starts from the reward as the algorithm left it.
-        start = state.fitted._replace(upper=state.inner.upper)
-        fitted, _ = fit(fit_key, learning, start, buffer, frozen, size=size, steps=updates)
-        inner, info = algorithm.update(update_key, state.inner._replace(upper=fitted.upper), labelled, frozen)
+
+        def refit(inner):
+            # The fit starts from the reward as the algorithm left it.
+            start = state.fitted._replace(upper=inner.upper)
+            fitted, _ = fit(fit_key, learning, start, buffer, frozen, size=size, steps=updates)
+            return inner._replace(upper=fitted.upper), fitted
+
+        if held_out:
+            inner, info = algorithm.update(update_key, state.inner, labelled, frozen)
+            inner, fitted = refit(inner)
+        else:
+            inner, fitted = refit(state.inner)
+            inner, info = algorithm.update(update_key, inner, labelled, frozen)
         report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), info.ess_fraction)
         return ReplayedState(state.step + 1, inner, fitted._replace(upper=()), buffer), report
 

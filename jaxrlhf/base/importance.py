@@ -159,7 +159,7 @@ def kl(
         raise ValueError(f"A KL is estimated by k1, k2 or k3, got {estimator!r}.")
     weights = jnp.exp(step_log_weights(log_prob, sample, largest=largest))
     previous = jnp.concatenate([jnp.ones_like(weights[..., :1]), weights[..., :-1]], axis=-1)
-    log_ratio = jnp.where(sample.from_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0)
+    log_ratio = policy_log_ratio(log_prob, sample)
     divergence = sample.cumulative_discount * log_ratio
     # E[w_t - w_{t-1}] = 0 given the past: taking it off leaves the KL's value and removes its gradient's noise.
     steps = _controlled(weights, divergence, others_mean_responses(divergence, sample)) - sample.cumulative_discount * (
@@ -176,7 +176,7 @@ def kl(
 
 
 class Slopes(NamedTuple):
-    """Derivatives of the coupled objective's parts in the log of the reward's scale, through the best response; scalars.
+    """Derivatives of the coupled objective's parts as a policy moves on along its own way from the reference; scalars.
 
     Attributes:
         coupled: d E[coupled cost] / d alpha.
@@ -187,47 +187,37 @@ class Slopes(NamedTuple):
     kl: jax.Array
 
 
-def scale_slopes(
-    log_prob: jax.Array,
-    reward: jax.Array,
-    cost: PairCost,
-    sample: Sample,
-    *,
-    beta: float | jax.Array,
-    largest: float | None = None,
-) -> Slopes:
-    """Estimates how the coupled cost and the KL change when the reward is scaled by exp(alpha), at alpha = 0.
+def tempering_slopes(log_prob: jax.Array, cost: PairCost, sample: Sample, *, largest: float | None = None) -> Slopes:
+    """Estimates how the coupled cost and the KL change along pi proportional to reference * (pi / reference)^exp(alpha).
 
-        (1 / beta) Cov_pi(dE[cost]/dpi, return)      and      (1 / beta) Cov_pi(log pi / reference, return)
+        Cov_pi(dE[cost]/dpi, l)      and      Cov_pi(l_pi, l),      l = log(mu / reference),    at alpha = 0
 
-    within each prompt: the derivatives along pi proportional to reference * exp(return / beta), at whatever policy is
-    here. Exact at the best response where transitions are deterministic (T = 1, tokens); 0 where a prompt has a single
-    pair.
+    within each prompt, with mu the policy that drew the sample; 0 where a prompt has a single pair. At a best response
+    mu = pi, l is the reward over beta up to a constant, and this is the derivative in the log of the reward's scale.
 
     Args:
         log_prob: `[B, M, 2, T]`, of the policy.
-        reward: `[B, M, 2, T]`.
         cost: costs `[B, M]`, of which the coupled part is read.
         sample: the pairs.
-        beta: weight of the lower level's KL.
         largest: bound of the weights, see `step_log_weights`.
     """
     log_weights = step_log_weights(log_prob, sample, largest=largest)
-    joint, single = jnp.exp(pair_log_weights(log_weights)), jnp.exp(log_weights[..., -1:])
+    joint, single = jnp.exp(pair_log_weights(log_weights)), jnp.exp(log_weights[..., -1])
     through_cost = joint * (cost.coupled - others_mean(joint * cost.coupled, sample))
-    log_ratio = sample.cumulative_discount * jnp.where(
-        sample.from_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0
-    )
-    log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True)
-    through_kl = single * (log_ratio - others_mean_responses(single * log_ratio, sample))
-    returned = jnp.sum(sample.cumulative_discount * reward, axis=-1) / beta
-    of_policy = sample.from_policy[None, None, :] * returned
-    weighted = policy_slot_weights(sample)[..., 0] * returned
+    ratio = jnp.sum(sample.cumulative_discount * policy_log_ratio(log_prob, sample), axis=-1)
+    weighted = (single * ratio)[..., None]
+    through_kl = single * (ratio - others_mean_responses(weighted, sample)[..., 0])
+    along = jnp.sum(sample.cumulative_discount * policy_log_ratio(sample.behaviour_log_prob, sample), axis=-1)
     slopes = Slopes(
-        coupled=expectation(through_cost * jnp.sum(of_policy, axis=-1), sample),
-        kl=expectation(jnp.sum(through_kl[..., 0] * weighted, axis=-1), sample),
+        coupled=expectation(through_cost * jnp.sum(along, axis=-1), sample),
+        kl=expectation(jnp.sum(policy_slot_weights(sample)[..., 0] * through_kl * along, axis=-1), sample),
     )
     return jax.tree.map(lambda slope: jnp.where(sample.num_draws > 1, slope, 0.0), slopes)
+
+
+def policy_log_ratio(log_prob: jax.Array, sample: Sample) -> jax.Array:
+    """Returns `log_prob - reference_log_prob` `[B, M, 2, T]`, 0 in slots that the reference filled."""
+    return jnp.where(sample.from_policy[None, None, :, None] > 0, log_prob - sample.reference_log_prob, 0.0)
 
 
 def _controlled(ratio: jax.Array, values: jax.Array, baseline: jax.Array) -> jax.Array:

@@ -78,10 +78,10 @@ class BilevelInfo(NamedTuple):
         collision_rate: fraction of pairs whose two responses coincide.
         labels: labels consumed by the step, pairs that the annotator skipped left out; an enumerated expectation
             consumes none.
-        coupled_slope: d E[coupled cost] / d alpha of a reward scaled by exp(alpha), through the best response, at tilt 0
-            (`importance.scale_slopes`). With `preferences.scale`, `coupled_slope + kappa kl_slope` drives the scale.
-        kl_slope: d KL / d alpha, likewise, in nats. `-coupled_slope / kl_slope`, both averaged over steps, is the marginal
-            price of KL: what the next nat buys, in the unit of the cost.
+        coupled_slope: d E[coupled cost] / d alpha along reference * (policy / reference)^exp(alpha), at tilt 0
+            (`importance.tempering_slopes`). `coupled_slope + kappa kl_slope` drives a learned scale (`preferences.scale`).
+        kl_slope: d KL / d alpha, likewise, in nats. `-coupled_slope / kl_slope`, both averaged over steps, is the
+            marginal price of KL: what the next nat buys, in the unit of the cost.
     """
 
     upper_loss: jax.Array

@@ -10,10 +10,16 @@ parameter alpha, beside the reward parameters phi:
 The uncoupled cost, such as the likelihood of the labels, sees the reward without its scale and keeps it calibrated; the
 coupled cost sees the scaled one and alone moves alpha. At a best response with one step,
 
-    d Phi / d alpha = (1 / beta) Cov_pi(dG/dpi, exp(alpha) R) = coupled_slope + kappa kl_slope
+    d Phi / d alpha = Cov_pi(dG/dpi, l) = coupled_slope + kappa kl_slope,    l = log(pi / reference) = exp(alpha) R / beta
 
-(`BilevelInfo`), one number averaged over the whole sample. It vanishes where the marginal price -coupled_slope / kl_slope,
-what the next nat of KL still buys, equals kappa. `beta` becomes a unit: the policy sees beta exp(-alpha) alone.
+up to a constant of each prompt: one number, averaged over the whole sample. It vanishes where the marginal price of KL,
+-coupled_slope / kl_slope of `BilevelInfo`, equals kappa. `beta` becomes a unit: only beta exp(-alpha) matters.
+
+A network is never quite at its best response: it lags, and spends KL on the noise of its training. Along the reward, which
+such a policy has not yet followed, the next nat looks cheap; along the policy's own way it costs what it costs. So the
+derivative is taken along l = log(mu / reference) of the policy mu that drew the sample, in every rule: `reward` has the
+derivative beta l in alpha. Where l has little to do with the reward yet (`FOLLOWED`), as at first, the reward itself takes
+its place. At a best response both are the same.
 """
 
 from collections.abc import Callable
@@ -23,8 +29,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrlhf.base import importance
 from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost, Sample
 from jaxrlhf.base.types import Params
+
+FOLLOWED = 0.4
+"""The correlation of a policy's log-ratio with its reward from which the policy counts as having followed it."""
 
 
 class ScaledReward(NamedTuple):
@@ -58,31 +68,69 @@ def scaled(reward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns `(upper, ...) -> exp(alpha) reward(phi, ...)` for `upper` a `ScaledReward`."""
 
     def function(upper: ScaledReward, *arguments: Any) -> jax.Array:
-        rewards = reward(upper.reward, *arguments)
-        return jnp.exp(upper.log_scale).astype(rewards.dtype) * rewards
+        return _times_scale(upper, reward(upper.reward, *arguments))
 
     return function
 
 
-def learn_scale(problem: BilevelProblem) -> BilevelProblem:
+def learn_scale(problem: BilevelProblem, *, beta: float | jax.Array) -> BilevelProblem:
     """Returns the problem with `ScaledReward` as its upper parameters; everything else stays.
 
-    Any reward, sample, rule and solver: the scale multiplies the reward's outputs. Rules that do not differentiate through
-    the best response (`decoupled`) leave it where it is.
+    Any reward, sample and solver, and any rule that follows the best response; `decoupled` does not, and needs
+    `optax.set_to_zero()` for alpha. Labels that the reward was fitted to before the update make its scale grow: fit after
+    it (`replay.refitted(held_out=True)`).
+
+    Args:
+        problem: any.
+        beta: that of `bilevel_descent`.
     """
 
+    def reward(upper: ScaledReward, sample: Sample, frozen: Params) -> jax.Array:
+        rewards = scaled(problem.reward)(jax.lax.stop_gradient(upper)._replace(reward=upper.reward), sample, frozen)
+        return rewards + _zero(upper) * jax.lax.stop_gradient(_direction(rewards, sample, beta))
+
     def cost(upper: ScaledReward, reward: jax.Array, labelled: Labelled, frozen: Params) -> PairCost:
-        # d/d alpha of the unscaled reward is 0: what comes through `reward` and through `log_scale` cancels.
-        unscaled = reward * jnp.exp(-upper.log_scale).astype(reward.dtype)
+        # What alpha moves in `reward` is taken off again: the costs see R, which does not depend on it, and exp(alpha) R.
+        fixed = reward - _zero(upper) * jax.lax.stop_gradient(_direction(reward, labelled.sample, beta))
+        unscaled = fixed * jnp.exp(-jax.lax.stop_gradient(upper.log_scale)).astype(reward.dtype)
         return PairCost(
-            coupled=problem.cost(upper.reward, reward, labelled, frozen).coupled,
+            coupled=problem.cost(upper.reward, _times_scale(upper, unscaled), labelled, frozen).coupled,
             uncoupled=problem.cost(upper.reward, unscaled, labelled, frozen).uncoupled,
         )
 
-    def reward(upper: ScaledReward, sample: Sample, frozen: Params) -> jax.Array:
-        return scaled(problem.reward)(upper, sample, frozen)
-
     return problem._replace(reward=reward, cost=cost)
+
+
+def _zero(upper: ScaledReward) -> jax.Array:
+    """Returns 0, with the derivative 1 in alpha."""
+    return upper.log_scale - jax.lax.stop_gradient(upper.log_scale)
+
+
+def _direction(rewards: jax.Array, sample: Sample, beta: float | jax.Array) -> jax.Array:
+    """Returns `trust beta l + (1 - trust) rewards / 2`, `[B, M, 2, T]`, with trust = min(1, correlation / FOLLOWED)^2.
+
+    The correlation of l and the rewards, at least 0, is that of the policy's responses within their prompts.
+    """
+    along = beta * importance.policy_log_ratio(sample.behaviour_log_prob, sample)
+    weights = sample.measure[:, :, None] * importance.policy_slot_weights(sample)[..., 0]
+
+    def centred(values: jax.Array) -> jax.Array:
+        returns = jnp.sum(sample.cumulative_discount * values, axis=-1)
+        mean = jnp.sum(weights * returns, axis=(1, 2), keepdims=True) / jnp.sum(weights, axis=(1, 2), keepdims=True)
+        return returns - mean
+
+    def inner(first: jax.Array, second: jax.Array) -> jax.Array:
+        return jnp.sum(weights * first * second)
+
+    by_reward, by_policy = centred(rewards), centred(along)
+    size = jnp.sqrt(inner(by_reward, by_reward) * inner(by_policy, by_policy))
+    correlation = inner(by_reward, by_policy) / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+    trust = jnp.square(jnp.clip(correlation / FOLLOWED, 0.0, 1.0))
+    return (trust * along + (1.0 - trust) * 0.5 * rewards).astype(rewards.dtype)
+
+
+def _times_scale(upper: ScaledReward, rewards: jax.Array) -> jax.Array:
+    return jnp.exp(upper.log_scale).astype(rewards.dtype) * rewards
 
 
 def scale_optimizer(
@@ -103,7 +151,7 @@ def scale_optimizer(
 
 
 def marginal_price(coupled_slope: jax.Array, kl_slope: jax.Array) -> jax.Array:
-    """Returns `-coupled_slope / kl_slope`, the cost that the next nat of KL saves along the reward; to set beside kappa.
+    """Returns `-coupled_slope / kl_slope`, the cost that the policy's next nat of KL saves; to set beside kappa.
 
     Slopes of single steps are noisy: average them over steps before dividing. At the reference the first nat is free, and
     the price infinite.

@@ -46,8 +46,8 @@ def algorithm(rule, reward, problem, upper_optimizer, score=bandit.gold_score):
 
 
 def scaled_bandit(rule, upper_optimizer):
-    problem = learn_scale(bandit.bandit_problem(known.bandits.linear_reward, OBJECTIVE))
-    return algorithm(rule, scaled(known.bandits.linear_reward), problem, upper_optimizer)
+    problem = learn_scale(bandit.bandit_problem(known.linear_reward, OBJECTIVE), beta=BETA)
+    return algorithm(rule, scaled(known.linear_reward), problem, upper_optimizer)
 
 
 def utility_along_ray(rewards, frozen, log_scale, kappa=KAPPA):
@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_the_closed_form(rule, tolerance, scale, x64):
     start = with_scale(reward, scale)
 
     def phi(upper):
-        rewards = known.bandits.linear_reward(upper.reward, frozen.features)
+        rewards = known.linear_reward(upper.reward, frozen.features)
         # The fit sees the reward without its scale, on the pairs of a policy that is held fixed.
         policy = exact.soft_policy(jnp.exp(upper.log_scale) * rewards, frozen.reference, BETA)
         fit = exact.expected_cost(
@@ -93,12 +93,12 @@ def test_the_gradient_is_that_of_the_closed_form(rule, tolerance, scale, x64):
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_the_fixed_point_maximises_the_utility_along_the_ray(scale, x64):
     frozen, reward = setting()
-    rewards = known.bandits.linear_reward(reward, frozen.features)
+    rewards = known.linear_reward(reward, frozen.features)
     best = scipy.optimize.minimize_scalar(
         jax.jit(lambda a: -utility_along_ray(rewards, frozen, a)), bounds=(-4, 4), options={"xatol": 1e-12}
     ).x
     # The reward stays: only the scale is learned. Rates fall from 0.2 to 1e-9.
-    upper_optimizer = scale_optimizer(optax.sgd(0.0), optax.adam(optax.exponential_decay(0.2, 20, 0.68)))
+    upper_optimizer = scale_optimizer(optax.sgd(0.0), optax.adam(optax.exponential_decay(0.2, 20, 0.74)))
     method = scaled_bandit(bilevel.boltzmann(), upper_optimizer)
     state = method.init(jax.random.key(0), with_scale(reward, scale), frozen.reference)
 
@@ -118,11 +118,9 @@ def test_the_fit_does_not_move_the_scale(x64):
     assert abs(float(gradient.log_scale)) < 1e-14
 
     def plain(upper_optimizer):
-        problem = bandit.bandit_problem(known.bandits.linear_reward, OBJECTIVE)
+        problem = bandit.bandit_problem(known.linear_reward, OBJECTIVE)
         # The policy of the scaled reward: the same one at a third of beta.
-        return algorithm(
-            bilevel.decoupled(), lambda u, f: 3.0 * known.bandits.linear_reward(u, f), problem, upper_optimizer
-        )
+        return algorithm(bilevel.decoupled(), lambda u, f: 3.0 * known.linear_reward(u, f), problem, upper_optimizer)
 
     np.testing.assert_allclose(gradient.reward, gradient_of(plain, frozen, reward)[0], rtol=1e-10)
 
@@ -130,7 +128,7 @@ def test_the_fit_does_not_move_the_scale(x64):
 def test_the_marginal_price_is_the_exact_derivative_of_wins_by_kl(x64):
     frozen, reward = setting()
     _, info = gradient_of(functools.partial(scaled_bandit, bilevel.boltzmann()), frozen, with_scale(reward, 2.0))
-    rewards = known.bandits.linear_reward(reward, frozen.features)
+    rewards = known.linear_reward(reward, frozen.features)
 
     def evaluate(a):
         policy = exact.soft_policy(jnp.exp(a) * rewards, frozen.reference, BETA)
@@ -146,12 +144,12 @@ def test_the_gradient_is_unbiased_on_drawn_pairs(x64):
     frozen, reward = setting()
     start = with_scale(reward, 1.0)
     exact_gradient, _ = gradient_of(functools.partial(scaled_bandit, bilevel.boltzmann()), frozen, start)
-    problem = learn_scale(bandit.bandit_problem(known.bandits.linear_reward, OBJECTIVE, pairs=4))
+    problem = learn_scale(bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=4), beta=BETA)
     method = bilevel.bilevel_descent(
-        problem, bilevel.boltzmann(), bandit.best_response(scaled(known.bandits.linear_reward), OBJECTIVE, beta=BETA),
+        problem, bilevel.boltzmann(), bandit.best_response(scaled(known.linear_reward), OBJECTIVE, beta=BETA),
         optax.sgd(1.0), beta=BETA, annotate=annotator(bandit.gold_score, labels=1, pairs=4),
     )  # fmt: skip
-    policy = exact.soft_policy(known.bandits.linear_reward(reward, frozen.features), frozen.reference, BETA)
+    policy = exact.soft_policy(known.linear_reward(reward, frozen.features), frozen.reference, BETA)
     state = method.init(jax.random.key(0), start, policy)
 
     def one(key):
@@ -214,7 +212,7 @@ def test_on_an_enumerable_language_the_scale_ends_at_the_best_price(x64):
     )
     optimizer = scale_optimizer(optax.sgd(0.0), optax.chain(optax.scale(-12.0), optax.clip(0.5)))
     method = bilevel.bilevel_descent(
-        learn_scale(table_problem(setting)), bilevel.boltzmann(), solver, optimizer, beta=BETA,
+        learn_scale(table_problem(setting), beta=BETA), bilevel.boltzmann(), solver, optimizer, beta=BETA,
         annotate=annotator(setting.gold_score, labels=1, pairs=None),
     )  # fmt: skip
 
@@ -229,7 +227,7 @@ def test_on_an_enumerable_language_the_scale_ends_at_the_best_price(x64):
 
 
 def test_mixtures_need_their_scores():
-    problem = mixture_problem(bandit.bandit_problem(known.bandits.linear_reward, OBJECTIVE, pairs=2))
+    problem = mixture_problem(bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=2))
     frozen, _ = setting()
     sample = problem.sample(jax.random.key(0), frozen.reference, None, frozen)
     with pytest.raises(ValueError, match="attach_scores"):
@@ -248,12 +246,12 @@ def test_a_mixture_is_the_linear_reward_of_its_scores(with_network, x64):
         assert not isinstance(sample.responses, Scored)
         return frozen.features[index, sample.responses]
 
-    inner = bandit.bandit_problem(known.bandits.linear_reward, OBJECTIVE)
+    inner = bandit.bandit_problem(known.linear_reward, OBJECTIVE)
     problem = mixture_problem(inner, scores, with_network=with_network)
 
     def table_of(upper, features):
-        rewards = known.bandits.linear_reward(upper.weights, features)
-        return rewards + known.bandits.linear_reward(upper.network, features) if with_network else rewards
+        rewards = known.linear_reward(upper.weights, features)
+        return rewards + known.linear_reward(upper.network, features) if with_network else rewards
 
     start = MixtureReward(0.25 * reward, 0.75 * reward) if with_network else MixtureReward(reward)
     mixed, info = gradient_of(
@@ -262,7 +260,7 @@ def test_a_mixture_is_the_linear_reward_of_its_scores(with_network, x64):
         start,
     )
     plain, expected = gradient_of(
-        functools.partial(algorithm, bilevel.boltzmann(), known.bandits.linear_reward, inner), frozen, reward
+        functools.partial(algorithm, bilevel.boltzmann(), known.linear_reward, inner), frozen, reward
     )
     np.testing.assert_allclose(mixed.weights, plain, rtol=1e-10)
     if with_network:

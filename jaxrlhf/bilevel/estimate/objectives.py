@@ -51,15 +51,10 @@ class SampledObjectives(NamedTuple):
             largest=self.max_importance_weight,
         )
 
-    def scale_slopes(self, log_prob: jax.Array) -> importance.Slopes:
-        """Returns how the coupled cost and the KL of the policy behind `log_prob` follow the reward's scale."""
-        return importance.scale_slopes(
-            log_prob,
-            self.reward,
-            self.cost,
-            self.labelled.sample,
-            beta=self.beta,
-            largest=self.max_importance_weight,
+    def tempering_slopes(self, log_prob: jax.Array) -> importance.Slopes:
+        """Returns how the coupled cost and the KL of the policy behind `log_prob` change along its way."""
+        return importance.tempering_slopes(
+            log_prob, self.cost, self.labelled.sample, largest=self.max_importance_weight
         )
 
     def tilted_loss(self, lower: Params, tilt: jax.Array) -> jax.Array:

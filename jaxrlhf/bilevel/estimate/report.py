@@ -45,7 +45,7 @@ def sampled_report(
         ess_fractions: `[S]`, of the iterates.
     """
     sample = objectives.labelled.sample
-    slopes = objectives.scale_slopes(log_prob)
+    slopes = objectives.tempering_slopes(log_prob)
     return Report(
         upper_loss=values.upper + importance.expectation(objectives.cost.uncoupled, sample),
         value_gap=value_gap,

@@ -87,11 +87,10 @@ def rule_weights(
         sigma: `[]`.
     """
     rule, sample = setting.rule, objectives.labelled.sample
-    log_ratio = log_prob - sample.reference_log_prob
     inputs = RuleInputs(
         sample=sample,
         log_weights=log_weights,
-        log_ratio=jnp.where(sample.from_policy[None, None, :, None] > 0, log_ratio, 0.0),
+        log_ratio=importance.policy_log_ratio(log_prob, sample),
         coupled_cost=objectives.cost.coupled,
         sigma=sigma,
         beta=setting.beta,

@@ -1,0 +1,262 @@
+"""The stories of `one_run.py`: a pretrained model, two hidden gold rewards, every method from every start.
+
+All runs of a method, seeds by starts, are one program (`vmap`). Each spends the same labels and generates as many
+responses; a run's policy is measured by its utility, win rate against the reference less the stated price of its KL.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from frontier_harness import prompt_order
+from frontier_methods import RATES, Method, Rates, Setup, adam, build, problem_of
+from frontier_tasks import Gold
+from stories import StoryModel
+
+from jaxrlhf import bilevel, objectives, preferences
+from jaxrlhf.algorithms.replay import refitted
+from jaxrlhf.algorithms.reward_learning import reward_learning
+from jaxrlhf.algorithms.target_kl import ramp, target_kl
+from jaxrlhf.bilevel import Labelled
+from jaxrlhf.lm.log_probs import completion_log_probs
+from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.problem import LanguageFrozen
+from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
+
+SCALED, PLAIN, CONTROLLER = "bilevel, learned scale", "bilevel", "KL controller"
+METHODS = (SCALED, PLAIN, "RLOO", "PPO", "GRPO", "online DPO", "offline DPO", CONTROLLER)
+BETAS = (0.1, 0.25, 0.6, 1.5, 4.0)
+TARGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""KLs in nats, the controller's setting in place of beta."""
+
+
+class Budget(NamedTuple):
+    """What every run may use.
+
+    Attributes:
+        seeds: one run a seed and start.
+        steps: outer steps.
+        batch: prompts a step.
+        repeats: responses to each opening, in a run's evaluation.
+    """
+
+    seeds: tuple[int, ...]
+    steps: int
+    batch: int
+    repeats: int
+
+
+class Outcome(NamedTuple):
+    """What the runs of a method reached.
+
+    Attributes:
+        starts: beta, or the controller's target, of each column.
+        utility, win_rate, kl: `[seeds, starts]`; the utility is at the stated price.
+        scale: `[seeds, starts]`, the learned scale, 1 without one.
+        labels, responses: of one run.
+        seconds: of all runs together, with compilation.
+    """
+
+    starts: tuple[float, ...]
+    utility: np.ndarray
+    win_rate: np.ndarray
+    kl: np.ndarray
+    scale: np.ndarray
+    labels: int
+    responses: int
+    seconds: float
+
+
+class Price(NamedTuple):
+    """What the bilevel methods are told, and how they follow it.
+
+    Attributes:
+        kl_price: kappa, in win rate a nat.
+        weight: of the utility beside the likelihood.
+        scale_learning_rate: Adam's, of the log scale.
+    """
+
+    kl_price: float
+    weight: float
+    scale_learning_rate: float
+
+
+def bilevel_method(setup: Setup, rates: Rates, price: Price, *, learned: bool) -> Method:
+    """Returns bilevel descent by the Boltzmann rule on pairs with the reference, with or without a learned scale."""
+    likelihood = objectives.likelihood(coupled=False)
+    utility = objectives.utility(kl_price=price.kl_price, weight=price.weight)
+    problem, fitted = (
+        problem_of(setup, objective, against="reference")
+        for objective in (objectives.add(likelihood, utility), likelihood)
+    )
+    optimizer, fit_optimizer = (adam(setup.reward_learning_rate, setup.steps) for _ in range(2))
+    if learned:
+        schedule = optax.linear_schedule(0.0, price.scale_learning_rate, setup.hold)
+        optimizer = scale_optimizer(optimizer, optax.adam(schedule))
+        fit_optimizer = scale_optimizer(fit_optimizer, optax.set_to_zero())
+    solver = bilevel.tangent(adam(rates.policy, setup.steps, setup.hold), optax.set_to_zero(), steps=setup.lower_steps)
+
+    def scaled_at(problem, beta):
+        return learn_scale(problem, beta=beta) if learned else problem
+
+    def make(beta):
+        descent = bilevel.bilevel_descent(scaled_at(problem, beta), bilevel.boltzmann(), solver, optimizer, beta=beta)
+        return refitted(
+            descent,
+            reward_learning(scaled_at(fitted, beta), fit_optimizer),
+            setup.shapes(problem),
+            capacity=setup.buffer,
+            size=setup.batch,
+            updates=setup.fit_updates,
+            held_out=True,
+        )
+
+    return Method(make, rates, has_reward=True)
+
+
+def method_of(name: str, setup: Setup, price: Price) -> Method:
+    """Returns a method by its name in `METHODS`."""
+    if name in (SCALED, PLAIN):
+        return bilevel_method(setup, RATES["boltzmann"], price, learned=name == SCALED)
+    return build("RLOO" if name == CONTROLLER else name, setup, RATES["RLOO" if name == CONTROLLER else name])
+
+
+class Runner(NamedTuple):
+    """A compiled method over all runs: `init(keys, starts, frozen)`, `propose`, `update` and `generate`."""
+
+    init: Callable
+    propose: Callable
+    update: Callable
+    generate: Callable
+
+
+def compile_runs(
+    name: str, stories: StoryModel, setup: Setup, price: Price, first_reward: Callable, budget: Budget
+) -> Runner:
+    """Returns a method compiled for all runs at once, each with a beta (or a target KL) of its own.
+
+    Args:
+        name: of the method.
+        stories: model and prompts.
+        setup: of all methods.
+        price: of the bilevel methods.
+        first_reward: `key -> ` initial parameters of the learner's reward.
+        budget: of a run.
+    """
+    method = method_of(name, setup, price)
+    controlled = target_kl(
+        method.make, target=ramp(1.0, steps=2 * budget.steps // 3, begin=setup.hold), beta=method.rates.beta,
+        gain=0.03, proportional=1.5,
+    )  # fmt: skip
+
+    def algorithm(start):
+        return controlled if name == CONTROLLER else method.make(start)
+
+    def init(key, start, frozen):
+        upper = first_reward(key) if method.has_reward else frozen.reference
+        state = algorithm(start).init(key, with_scale(upper) if name == SCALED else upper, frozen.reference)
+        if name != CONTROLLER:
+            return state
+        log_beta = state.log_beta - 0.5 * jnp.log(start)
+        return state._replace(scale=start, integral=log_beta, log_beta=log_beta)
+
+    def propose(key, state, start, prompts, frozen):
+        return algorithm(start).propose(key, state, prompts, frozen)
+
+    def update(key, state, start, labelled, frozen):
+        return algorithm(start).update(key, state, labelled, frozen)[0]
+
+    return Runner(
+        init=jax.jit(jax.vmap(init, in_axes=(0, 0, None))),
+        propose=jax.jit(jax.vmap(propose, in_axes=(0, 0, 0, 0, None))),
+        update=jax.jit(jax.vmap(update, in_axes=(0, 0, 0, 0, None)), donate_argnums=1),
+        generate=jax.jit(jax.vmap(functools.partial(_generate, stories, budget.repeats), in_axes=(0, None, None))),
+    )
+
+
+def _generate(stories: StoryModel, repeats: int, state: Any, key: jax.Array, frozen: LanguageFrozen):
+    """Returns responses `[O, N, 1, L]` to the openings and their log-ratios `[O, N]`."""
+    prompts = Prompts(*(jnp.repeat(leaf, repeats, axis=0) for leaf in stories.openings))
+    generated = stories.generate(state.policy, key, prompts)
+    reference = completion_log_probs(stories.policy, frozen.reference, *prompts, generated.tokens, generated.mask)
+    ratio = jnp.sum(generated.log_prob - reference, axis=-1)
+    shape = (len(stories.openings.tokens), repeats)
+    tokens, mask = (leaf.reshape(*shape, 1, -1) for leaf in (generated.tokens, generated.mask))
+    return Responses(tokens, mask), ratio.reshape(shape)
+
+
+def run_method(
+    name: str,
+    stories: StoryModel,
+    setup: Setup,
+    price: Price,
+    first_reward: Callable,
+    golds: dict[str, Gold],
+    baselines: dict[str, np.ndarray],
+    budget: Budget,
+) -> Iterator[tuple[str, Outcome]]:
+    """Yields the outcome of a method under each gold reward; compiled once.
+
+    Args:
+        name, stories, setup, price, first_reward, budget: of `compile_runs`.
+        golds: gold rewards by name.
+        baselines: gold rewards `[O, N]` of responses of the reference, by the gold's name.
+    """
+    starts = TARGETS if name == CONTROLLER else BETAS
+    runner = compile_runs(name, stories, setup, price, first_reward, budget)
+    for label, gold in golds.items():
+        began = time.monotonic()
+        states, labels, responses = _train(runner, stories, gold, budget, starts)
+        win_rate, kl = _evaluate(runner, stories, gold, baselines[label], states)
+        shape = (len(budget.seeds), len(starts))
+        scale = np.exp(np.asarray(states.upper.log_scale)) if name == SCALED else np.ones(len(kl))
+        utility = win_rate - price.kl_price * kl
+        grids = (each.reshape(shape) for each in (utility, win_rate, kl, scale))
+        yield label, Outcome(starts, *grids, labels, responses, time.monotonic() - began)
+
+
+def _train(runner: Runner, stories: StoryModel, gold: Gold, budget: Budget, starts: tuple[float, ...]):
+    """Returns the final states of all runs, and the labels and responses that one of them used."""
+    seeds = np.repeat(np.array(budget.seeds), len(starts))
+    betas = jnp.tile(jnp.asarray(starts, jnp.float32), len(budget.seeds))
+    keys, frozen = jax.vmap(jax.random.key)(seeds), LanguageFrozen(stories.start)
+    orders = np.stack([prompt_order(len(stories.openings.tokens), budget, int(seed)) for seed in seeds], axis=1)
+    states, labels, responses = runner.init(keys, betas, frozen), 0, 0
+    for step in range(budget.steps):
+        folded = jax.vmap(lambda key, step=step: jax.random.fold_in(key, step))(keys)
+        propose_key, label_key, update_key = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(folded), 1, 0)
+        prompts = Prompts(*(leaf[orders[step]] for leaf in stories.openings))
+        sample = runner.propose(propose_key, states, betas, prompts, frozen)
+        scores = gold_of_runs(gold, sample.prompts, sample.responses)
+        drawn = jax.vmap(preferences.draw_labels)(label_key, jnp.asarray(scores))
+        states = runner.update(update_key, states, betas, Labelled(sample, drawn), frozen)
+        labels += int(np.prod(drawn.shape[1:]))
+        responses += int(np.prod(sample.responses.tokens.shape[1:4]))
+    return states, labels, responses
+
+
+def gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndarray:
+    """Returns gold rewards `[R, B, M, K]` of responses `[R, B, M, K, L]`."""
+    flat_prompts = Prompts(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in prompts))
+    flat_responses = Responses(*(np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in responses))
+    return gold(flat_prompts, flat_responses).reshape(responses.tokens.shape[:4])
+
+
+def _evaluate(
+    runner: Runner, stories: StoryModel, gold: Gold, baseline: np.ndarray, states: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the win rate against the reference's responses and the KL of every run, `[R]`."""
+    responses, ratio = runner.generate(states, jax.random.key(1_000_000), LanguageFrozen(stories.start))
+    scores = gold_of_runs(gold, _of_all(stories.openings, len(ratio)), responses)[..., 0]
+    # Every response against every one of the reference's to the same opening: the labels' own noise is averaged out.
+    wins = np.mean(1.0 / (1.0 + np.exp(baseline[None, :, None, :] - scores[..., None])), axis=(1, 2, 3))
+    return wins, np.asarray(ratio, float).mean(axis=(1, 2))
+
+
+def _of_all(prompts: Prompts, runs: int) -> Prompts:
+    return Prompts(*(np.broadcast_to(np.asarray(leaf), (runs, *leaf.shape)) for leaf in prompts))
