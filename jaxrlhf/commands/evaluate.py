@@ -150,4 +150,5 @@ def _print_plan(model: Model, rows: dict[str, str]) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     size = f"{count_text(parameters)} parameters, {bytes_text(tree_bytes(model.params))}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print_table(Console(), "Evaluation", {"model": f"{model.config.family}, {size}"} | rows | {"devices": devices})
+    rows = {"model": f"{model.config.family}, {size}"} | model.plan_rows() | rows | {"devices": devices}
+    print_table(Console(), "Evaluation", rows)

@@ -133,6 +133,7 @@ def _stage(config: Supervised, inputs: Inputs, trainable: Trainable) -> Stage:
         count=_tokens_of,
         evaluate=_evaluation(loss, held_out.rows, batch_size=config.batch_size, max_length=max_length),
         plan_rows={"model": f"{inputs.start.config.family}, {config.policy or 'new'}"}
+        | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)
         | {"steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each"},
     )

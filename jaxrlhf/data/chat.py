@@ -9,7 +9,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import jinja2.nodes
@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxrlhf.data.records import DataError, Message
+from jaxrlhf.data.special_tokens import template_tokens, tokenizer_settings
 
 # Markers around a template's generation blocks, from Unicode's private use area; refused inside messages.
 BEGIN, END = "\uf8f0", "\uf8f1"
@@ -69,18 +70,13 @@ def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
     """
     directory = pathlib.Path(directory)
     path = directory / "tokenizer_config.json"
-    settings: Any = {}
-    if path.exists():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not JSON ({error}); copy it again.") from None
-    if not isinstance(settings, dict):
-        raise DataError(f"{path} holds no object; copy it again.")
-    source = settings.get("chat_template")
+    source = tokenizer_settings(directory).get("chat_template")
     if isinstance(source, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        by_name = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = by_name.get("default")
+        if source is None and not (directory / "chat_template.jinja").exists():
+            names = ", ".join(by_name) or "nothing"
+            raise DataError(f"{path} names several chat templates ({names}) and none is the default; name one so.")
     jinja_path = directory / "chat_template.jinja"
     if jinja_path.exists():
         try:
@@ -91,17 +87,7 @@ def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise DataError(f"{path}: chat_template must be a text or a list of named ones, got {type(source).__name__}.")
-    return ChatTemplate(source, special_tokens(settings))
-
-
-def special_tokens(settings: dict) -> dict[str, str]:
-    """Returns the special tokens of a `tokenizer_config.json`, as strings by name."""
-    tokens = {}
-    for name, value in settings.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
-    return tokens
+    return ChatTemplate(source, template_tokens(directory))
 
 
 def render(template: ChatTemplate, messages: tuple[Message, ...], *, generation_prompt: bool = False) -> Rendered:

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from jaxrlhf.data.encode import ChatTokenizer, Encoded, encode, encode_prompt
+from jaxrlhf.data.encode import ChatTokenizer, Encoded, encode, encode_prompt, up_to_end
 from jaxrlhf.data.records import (
     DataError,
     Demonstration,
@@ -238,7 +238,7 @@ def _truncated_demonstration(text: Encoded, max_length: int) -> Encoded:
 def _encode_or_error(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded | ValueError:
     # The error is returned, not raised, so that every pair of this text is counted.
     try:
-        text = encode(tokenizer, prompt, completion)
+        text = up_to_end(encode(tokenizer, prompt, completion))
         return text if text.completion_mask.any() else ValueError("a completion without tokens")
     except ValueError as error:
         return error
