@@ -22,6 +22,7 @@ from jaxrlhf.lm.hugging_face.tokenizer_files import (
     Padding,
     first_difference,
     load_tokenizer,
+    mark_ends,
     padding_for,
     vocabulary_with,
     write_padding,
@@ -74,6 +75,16 @@ class TokenizerBundle(NamedTuple):
             vocabulary_size=self.size,
             stop_ids=self.stop_ids,
         )
+
+    def for_vocabulary(self, size: int) -> "TokenizerBundle":
+        """Returns the bundle for a new model, which may have fewer tokens than the model of the directory."""
+        bos, eos, pad = self.special
+        kept = tuple(token for token in eos if token < size)
+        bos, pad = (None if token is None or token >= size else token for token in (bos, pad))
+        sources = {
+            kind: tuple(each for each in found if each.token < size) for kind, found in self.found.sources.items()
+        }
+        return self._replace(special=SpecialIds(bos, kept, pad), size=size, found=self.found._replace(sources=sources))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -150,6 +161,7 @@ def open_bundle(directory: pathlib.Path) -> TokenizerBundle:
     """Returns the tokenizer of a model directory."""
     tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
     found = read_special_tokens(directory, tokenizer, template)
+    mark_ends(tokenizer, found.ids.eos)
     size = vocabulary_size(directory)
     return TokenizerBundle(directory, tokenizer, found.ids, template, size, found.prepends_bos, found)
 

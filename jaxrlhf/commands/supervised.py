@@ -186,6 +186,7 @@ def _open_start(config: Supervised) -> Model:
         return open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
     bundle = open_bundle(find(config.tokenizer, "policy"))  # pyright: ignore[reportArgumentType]
     shape = new_shape(bundle, width=config.width, layers=config.layers, heads=config.heads, context=config.max_length)
+    bundle = bundle.for_vocabulary(shape.vocabulary_size)
     return Model(shape, decoder(shape).init(jax.random.key(config.seed)), bundle)
 
 

@@ -76,7 +76,7 @@ def load_chat_template(directory: str | pathlib.Path) -> ChatTemplate | None:
         source = by_name.get("default")
         if source is None and not (directory / "chat_template.jinja").exists():
             names = ", ".join(by_name) or "nothing"
-            raise DataError(f"{path} names several chat templates ({names}) and none is the default; name one so.")
+            raise DataError(f"{path}: chat_template names {names} and no default; name one of the templates so.")
     jinja_path = directory / "chat_template.jinja"
     if jinja_path.exists():
         try:

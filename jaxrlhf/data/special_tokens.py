@@ -164,7 +164,7 @@ def _object(directory: pathlib.Path, name: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); copy it again.") from None
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+ADAPTER = "adapter_config.json"
 HEAD = "lm_head.weight"
 RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq)|attn\.(bias|masked_bias))$")
 """Buffers that older versions of transformers wrote: rotary frequencies, and GPT-2's causal mask."""
@@ -48,8 +49,8 @@ def read_json(directory: str | Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{directory} has no {name}: give the directory that the model was saved to.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}): copy or save it again.") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no JSON object: copy or save it again.")
@@ -173,6 +174,11 @@ def check_tensor(directory: Path, name: str, shape: tuple[int, ...] | None, file
 
 def tensor_files(directory: Path) -> list[Path]:
     """Returns the safetensors files of a model; WeightsError if there are none, or one is missing or elsewhere."""
+    if (directory / ADAPTER).is_file():
+        raise WeightsError(
+            f"{directory} holds an adapter ({ADAPTER}), which transformers would add to the model: merge it into the "
+            "weights and save the model again, or remove its files."
+        )
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():

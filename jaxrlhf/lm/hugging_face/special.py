@@ -6,6 +6,7 @@ template ends a turn. Here a completion ends at any of them; `SpecialTokens` say
 disagreed.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,8 +117,8 @@ def read_special_tokens(
         "pad": _merged(_one("pad", tokens["pad"], configured["pad"], reader, notes)),
     }
     notes += reader.disagreements(tokens["eos"], configured["eos"], turn)
-    if template is not None and not turn and tokenizer is not None:
-        notes.append("The chat template ends the assistant's turn in no token of its own.")
+    if template is not None and tokenizer is not None:
+        notes += _notes_on_template(template, ended)
     bos, pad = (sources[kind][0].token if sources[kind] else None for kind in ("bos", "pad"))
     ids = SpecialIds(bos, tuple(found.token for found in sources["eos"]), pad)
     return SpecialTokens(ids, sources, reader.prepends_bos(), tuple(notes))
@@ -221,6 +222,19 @@ class _Reader:
             notes.append(f"{kind}_token_id {token} of {source} is outside the {whose} vocabulary; it is left out.")
             return False
         return True
+
+
+def _notes_on_template(template: ChatTemplate, ended: int | None) -> list[str]:
+    # As in transformers, which leaves empty what it does not know.
+    used = sorted(
+        {*re.findall(r"\b(?:bos|eos|unk|pad|sep|cls|mask)_token\b", template.source)} - template.tokens.keys()
+    )
+    notes = [
+        f"The chat template writes {name}, which no file of the tokenizer names; it is left empty." for name in used
+    ]
+    return (
+        notes if ended is not None else [*notes, "The chat template ends the assistant's turn in no token of its own."]
+    )
 
 
 def _in_vocabulary(token: int | None, size: int | None) -> int | None:

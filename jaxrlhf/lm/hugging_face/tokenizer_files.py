@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,23 @@ def _add_tokens(
                 )
     known |= {token.text for token in listed.values()}
     tokenizer.add_special_tokens([_library_token(token) for text, token in named.items() if text not in known])
+
+
+def mark_ends(tokenizer: tokenizers.Tokenizer, ends: Sequence[int]) -> None:
+    """Makes the ends of texts special tokens of the tokenizer, in place, unless they are ordinary words.
+
+    A text that ends in the token's text then ends in the token, and no annotator sees it.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    for token in ends:
+        text = tokenizer.id_to_token(token)
+        if text is None or (token in added and added[token].special):
+            continue
+        flags = {} if token not in added else {name: getattr(added[token], name) for name in ("lstrip", "rstrip")}
+        # Ordinary words are split off by themselves, or are written otherwise than they are spelled in the vocabulary.
+        is_word = tokenizer.encode(text, add_special_tokens=False).ids == [token] or tokenizer.decode([token]) != text
+        if token in added or not is_word:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False, **flags)])
 
 
 def _library_token(token: AddedToken) -> tokenizers.AddedToken:
