@@ -113,6 +113,15 @@ def render(template: ChatTemplate, messages: tuple[Message, ...], *, generation_
     return Rendered(text, spans)
 
 
+def rendered_text(template: ChatTemplate, messages: tuple[Message, ...], *, generation_prompt: bool = False) -> str:
+    """Returns a conversation's text, whether or not the assistant's spans can be located in it.
+
+    Raises:
+        ValueError: the template fails or refuses the conversation.
+    """
+    return _strip_markers(_run(template, messages, generation_prompt))[0]
+
+
 def split_completion(
     template: ChatTemplate, prompt: tuple[Message, ...], completion: tuple[Message, ...]
 ) -> tuple[str, str]:

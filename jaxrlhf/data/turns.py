@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from jaxrlhf.data.chat import ChatTemplate, render
+from jaxrlhf.data.chat import ChatTemplate, rendered_text
 from jaxrlhf.data.records import Message
 
 _PROBES = ("apple", "pear")
@@ -22,7 +22,7 @@ def _turn_ending(source: str, tokens: tuple[tuple[str, str], ...]) -> str | None
     talk = (Message("user", question), Message("assistant", answer))
     for messages in (talk, (_SYSTEM, *talk)):
         try:
-            text = render(ChatTemplate(source, dict(tokens)), messages).text
+            text = rendered_text(ChatTemplate(source, dict(tokens)), messages)
         except ValueError:
             continue
         if answer in text:

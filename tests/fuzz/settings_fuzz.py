@@ -150,22 +150,32 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     return made
 
 
-def draw(source: random.Random) -> tuple[dict[str, Any], list[tuple[str, str, str, Any]]]:
-    """Returns contents by file (a text where a whole file is replaced), and the changes: file, key, verdict, value."""
-    files, changes = copy.deepcopy(FILES), []
+Change = tuple[str, str, str, Any]
+"""File, key, verdict and value; an empty key replaces the whole file."""
+
+
+def draw(source: random.Random) -> list[Change]:
+    """Returns one to four changes of different keys."""
+    changes = []
     keys = source.sample([(file, key) for file in CHANGES for key in CHANGES[file]], source.randint(1, 4))
-    for file, key in sorted(keys, key=lambda each: each[1] == ""):
+    for file, key in keys:
         verdicts = CHANGES[file][key]
         # Most changes are harmless: one bad one hides what the others do.
         verdict = source.choice([*sorted(verdicts), *["fine"] * 4 * ("fine" in verdicts)])
-        value = source.choice(verdicts[verdict])
-        changes.append((file, key, verdict, value))
+        changes.append((file, key, verdict, source.choice(verdicts[verdict])))
+    return changes
+
+
+def changed(changes: list[Change]) -> tuple[dict[str, Any], list[Change]]:
+    """Returns contents by file (a text where a whole file is replaced), and the changes that are still in them."""
+    files = copy.deepcopy(FILES)
+    replaced = {file for file, key, *_ in changes if key == ""}
+    # The changes of a file's keys are lost with it.
+    changes = [change for change in changes if change[1] == "" or change[0] not in replaced]
+    for file, key, _, value in changes:
         if key == "":
-            # The changes of this file's keys are lost with it.
-            changes = [each for each in changes if each[0] != file or each[1] == ""]
             files.pop(file, None)
-            if value is not MISSING:
-                files[file] = value
+            files |= {} if value is MISSING else {file: value}
         elif value is MISSING:
             files.get(file, {}).pop(key, None)
         else:
@@ -220,7 +230,7 @@ def expected_stops(files: dict[str, Any]) -> set[int]:
     return stops
 
 
-def check(directory: pathlib.Path, files: dict[str, Any], changes: list[tuple[str, str, str, Any]]) -> str:
+def check(directory: pathlib.Path, files: dict[str, Any], changes: list[Change]) -> str:
     """Reads a directory; returns "read" or "refused".
 
     Raises:
@@ -286,7 +296,7 @@ def run(count: int, seed: int) -> dict[str, int]:
         directory = pathlib.Path(folder)
         make_tokenizer().save(str(directory / "tokenizer.json"))
         for number in range(count):
-            files, changes = draw(source)
+            files, changes = changed(draw(source))
             write(directory, files)
             try:
                 outcomes[check(directory, files, changes)] += 1

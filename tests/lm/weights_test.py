@@ -392,3 +392,83 @@ def test_a_save_that_fails_leaves_the_old_model(saved, tiny, tiny_config, monkey
     with pytest.raises(OSError, match="no space left"):
         save_decoder(saved, tiny_config, jax.tree.map(lambda leaf: 2 * leaf, params))
     jax.tree.map(np.testing.assert_array_equal, load_decoder(saved)[1], params)
+
+
+def add_tensors(directory, **tensors):
+    stored = load_file(directory / "model.safetensors")
+    added = {name.replace("__", "."): np.full(shape, 0.5, np.float32) for name, shape in tensors.items()}
+    save_file(stored | added, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+UNREAD = {
+    "other layers": (
+        {"model__layers__2__input_layernorm__weight": (16,)},
+        "1 tensor is not read, as config.json asks for none of them: model.layers.2.input_layernorm.weight.",
+    ),
+    "norms of another family": (
+        {f"model__layers__{index}__self_attn__q_norm__weight": (6,) for index in range(2)},
+        "2 tensors are not read, .*: model.layers.0.self_attn.q_norm.weight, model.layers.1.self_attn.q_norm.weight.",
+    ),
+    "many": ({f"extra__{index}": (1,) for index in range(9)}, "9 tensors are not read.*extra.4 and 4 more."),
+    "value head": ({"v_head__summary__weight": (1, 16), "v_head__summary__bias": (1,)}, "v_head.summary.bias, v_head"),
+    "rotary frequencies": (
+        {f"model__layers__{index}__self_attn__rotary_emb__inv_freq": (3,) for index in range(2)},
+        "2 tensors are computed anew and not read, such as model.layers.0.self_attn.rotary_emb.inv_freq.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "note"), UNREAD.values(), ids=UNREAD.keys())
+def test_tensors_that_are_not_read_are_named(saved, recwarn, tensors, note):
+    before = load_decoder(saved)
+    assert not recwarn.list
+    add_tensors(saved, **tensors)
+    with pytest.warns(UserWarning, match=note):
+        after = load_decoder(saved)
+    assert before[0] == after[0]
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+
+
+def test_a_reward_model_names_the_head_that_it_does_not_read(saved, tiny, tiny_config):
+    model, params = tiny
+    save_reward_model(saved, tiny_config, reward_model(model).from_trunk(params))
+    add_tensors(saved, lm_head__weight=(23, 16))
+    with pytest.warns(UserWarning, match=r"1 tensor is not read.*lm_head\.weight"):
+        load_reward_model(saved)
+
+
+@pytest.mark.parametrize("case", ["other", "equal", "narrow", "alone"])
+def test_a_head_beside_tied_embeddings_is_read_as_in_transformers(saved, tmp_path, case):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    stored = load_file(saved / "model.safetensors")
+    embedding = stored["model.embed_tokens.weight"]
+    if case == "alone":
+        stored.pop("model.embed_tokens.weight")
+    noise = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
+    head = {"other": embedding + noise, "narrow": embedding.astype(np.float16)}.get(case, embedding)
+    save_file(stored | {"lm_head.weight": head}, saved / "model.safetensors", metadata={"format": "pt"})
+    llama = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    if case in ("other", "narrow"):
+        with pytest.warns(UserWarning, match="holds a head of its own"):
+            config, params = load_decoder(saved)
+    else:
+        config, params = load_decoder(saved)
+    # A rounded copy is another head, for transformers too.
+    assert config.tied_embeddings == (case not in ("other", "narrow"))
+    np.testing.assert_allclose(policy_logits(config, params), torch_logits(llama), atol=1e-4)
+    save_decoder(tmp_path / "again", config, params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    np.testing.assert_allclose(torch_logits(again), torch_logits(llama), atol=1e-5)
+
+
+def test_further_generation_settings_are_written(saved, tiny, tiny_config):
+    _, params = tiny
+    save_decoder(
+        saved, tiny_config, params, special=SpecialIds(1, (2,), None), generation={"top_k": 7, "eos_token_id": 9}
+    )
+    assert json.loads((saved / "generation_config.json").read_text()) == {
+        "top_k": 7,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }

@@ -136,7 +136,7 @@ def notes_on_unread(names: Collection[str]) -> tuple[str, ...]:
     notes = []
     if len(unknown) < len(names):
         known = next(name for name in sorted(names) if name not in unknown)
-        notes.append(f"{_count(len(names) - len(unknown))} of constants, such as {known}, not read but computed.")
+        notes.append(f"{_count(len(names) - len(unknown))} computed anew and not read, such as {known}.")
     if unknown:
         shown, more = ", ".join(unknown[:5]), len(unknown) - 5
         rest = f" and {more:,} more" if more > 0 else ""
