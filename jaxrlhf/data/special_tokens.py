@@ -4,6 +4,7 @@
 neither names has the default of the tokenizer's class; last comes the padding that `tokenizer.json` was saved with.
 """
 
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -75,9 +76,9 @@ def named_tokens(directory: str | pathlib.Path) -> dict[str, NamedToken]:
         for name, value in _tokens_in(content).items():
             if name in NAMES or _text(value) is not None:
                 found[name] = NamedToken(_checked_text(directory / source, name, value), source)
-    padding = _object(directory, TOKENIZER).get("padding")
-    if isinstance(padding, dict) and isinstance(padding.get("pad_token"), str):
-        found.setdefault("pad_token", NamedToken(padding["pad_token"], TOKENIZER))
+    padding = _known(directory).padding
+    if padding is not None:
+        found.setdefault("pad_token", NamedToken(padding, TOKENIZER))
     class_name, defaults = _class_defaults(directory, settings)
     for name, text in defaults.items():
         found.setdefault(name, NamedToken(text, f"the default of {class_name}"))
@@ -113,12 +114,9 @@ def added_tokens(directory: str | pathlib.Path) -> dict[int, AddedToken]:
         path, listed = directory / SETTINGS, settings["added_tokens_decoder"]
         entries = listed.items() if isinstance(listed, dict) else [] if listed is None else [(listed, None)]
     else:
-        path = directory / ADDED
-        special = {token.text for token in named_tokens(directory).values()}
-        entries = [
-            (number, {"content": text, "special": text in special})
-            for text, number in _object(directory, ADDED).items()
-        ]
+        path, listed = directory / ADDED, _object(directory, ADDED)
+        special = {token.text for token in named_tokens(directory).values()} if listed else set()
+        entries = [(number, {"content": text, "special": text in special}) for text, number in listed.items()]
     for number, token in entries:
         is_id = isinstance(number, int) and not isinstance(number, bool) and number >= 0
         text = _text(token)
@@ -192,20 +190,46 @@ def _checked_text(path: pathlib.Path, name: str, value: Any) -> str | None:
     return text or None
 
 
+class _Known(NamedTuple):
+    """What is needed of a `tokenizer.json`: its padding, whether it is byte-level, and the default tokens it has."""
+
+    padding: str | None
+    byte_level: bool
+    defaults: frozenset[str]
+
+
+def _known(directory: pathlib.Path) -> _Known:
+    path = directory / TOKENIZER
+    try:
+        return _known_of(path.read_bytes()) if path.exists() else _Known(None, False, frozenset())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); copy it again.") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _known_of(content: bytes) -> _Known:
+    # A tokenizer's file is large, and several readers ask.
+    parsed = json.loads(content.decode("utf-8-sig"))
+    if not isinstance(parsed, dict):
+        raise ValueError("no object")
+    padding, model, added = parsed.get("padding"), parsed.get("model"), parsed.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    texts = {_text(token) for token in added} if isinstance(added, list) else set()
+    wanted = {text for defaults in CLASS_DEFAULTS.values() for text in defaults.values()}
+    has = frozenset(text for text in wanted if text in texts or (isinstance(words, dict) and text in words))
+    pad = padding.get("pad_token") if isinstance(padding, dict) else None
+    byte_level = '"ByteLevel"' in json.dumps(parsed.get("pre_tokenizer"))
+    return _Known(pad if isinstance(pad, str) else None, byte_level, has)
+
+
 def _class_defaults(directory: pathlib.Path, settings: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """Returns the class that transformers gives the tokenizer, and its default tokens that the tokenizer has."""
-    if not (directory / TOKENIZER).exists():
-        return "", {}
-    model, content = _object(directory, "config.json"), _object(directory, TOKENIZER)
+    model, known = _object(directory, "config.json"), _known(directory)
     declared = (
         settings.get("tokenizer_class") or model.get("tokenizer_class") or CLASS_OF.get(str(model.get("model_type")))
     )
     name = str(declared or "").removesuffix("Fast")
     # A byte-level tokenizer under this name is one of Llama 3's kind, which transformers gives no defaults.
-    if name == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(content.get("pre_tokenizer")):
+    if name == "LlamaTokenizer" and known.byte_level:
         return name, {}
-    inner = content.get("model")
-    words = set(inner["vocab"]) if isinstance(inner, dict) and isinstance(inner.get("vocab"), dict) else set()
-    added = content.get("added_tokens")
-    words |= {str(_text(token)) for token in added} if isinstance(added, list) else set()
-    return name, {key: text for key, text in CLASS_DEFAULTS.get(name, {}).items() if text in words}
+    return name, {key: text for key, text in CLASS_DEFAULTS.get(name, {}).items() if text in known.defaults}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ SHAPE = DecoderConfig(
     context_length=96,
 )
 BOS, EOS, END = range(257, 260)
+GUIDE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "language_models.md"
 ASK = Message("user", "Hi?")
 PAIRS = [
     Preference((ASK,), (Message("assistant", first),), (Message("assistant", second),))
@@ -90,15 +92,15 @@ def test_a_pair_scores_the_same_everywhere(policy, tmp_path, template):
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(saved)
     reader = transformers.AutoTokenizer.from_pretrained(saved)
-    texts = []
+    texts, guide = [], {}
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "ids_to_score" in block
+    )
+    exec(code, guide)
     for pair in PAIRS:
         for completion in (pair.chosen, pair.rejected):
             talk = [message._asdict() for message in (ASK, *completion)]
-            ids = reader.apply_chat_template(talk, return_dict=True)["input_ids"]
-            # As docs/language_models.md says: up to the first end of the answer.
-            first = len(reader.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=True)["input_ids"])
-            end = next(index for index in range(first, len(ids)) if ids[index] in bundle.special.eos)
-            texts.append(ids[: end + 1])
+            texts.append(guide["ids_to_score"](reader, theirs, talk))
     batch = reader.pad({"input_ids": texts}, return_tensors="pt")
     with torch.no_grad():
         scores = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].numpy()
