@@ -130,7 +130,8 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     )
     prompts = tokenized.rows[: config.prompts]
     completions = f"{2 * len(prompts)} of at most {config.max_new_tokens} tokens, {len(prompts)} labels"
-    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions})
+    remarks = {"reference": "\n".join(reference.remarks("Reference"))} if reference.remarks("Reference") else {}
+    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions} | remarks)
     compare = policy_comparer(reference, prompts, annotator, max_new_tokens=config.max_new_tokens, seed=config.seed)
     comparison = compare(model.params)
     folder = open_folder(config, "evaluate")

@@ -130,6 +130,10 @@ class Model(NamedTuple):
     bundle: TokenizerBundle
     notes: tuple[str, ...] = ()
 
+    def remarks(self, name: str) -> list[str]:
+        """Returns what is to be said of the files of a further model, by its name in the plan."""
+        return [f"{name}: {note}" for note in (*self.notes, *self.bundle.found.notes)]
+
     def plan_rows(self) -> dict[str, str]:
         """Returns the rows of a plan on the model's files: special tokens, and tensors that were not read."""
         return self.bundle.plan_rows() | ({"weights": "\n".join(self.notes)} if self.notes else {})

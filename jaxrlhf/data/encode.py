@@ -76,7 +76,8 @@ def chat_tokenizer(
     eos_text = "" if eos is None else str(tokenizer.id_to_token(eos))
     used = template or ChatTemplate(TRANSCRIPT, {"eos_token": eos_text})
     if stop_ids is None:
-        stop_ids = tuple(token for token in (eos, template_stop(tokenizer, template)) if token is not None)
+        ends = dict.fromkeys((eos, template_stop(tokenizer, template)))
+        stop_ids = tuple(token for token in ends if token is not None)
     return ChatTokenizer(tokenizer, bos, eos_text, used, vocabulary_size, stop_ids, template is None)
 
 

@@ -203,6 +203,30 @@ def test_a_reward_model_has_padding_that_no_text_holds(policy, tmp_path, special
     models.check_tokens(model.bundle, again.bundle, named)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"additional_special_tokens": ["<user>"]},
+        {"extra_special_tokens": ["<user>"]},
+        {"extra_special_tokens": {"x_token": "<user>"}},
+    ],
+)
+def test_a_word_that_was_padding_is_still_split_off(policy, tmp_path, extra):
+    transformers = pytest.importorskip("transformers")
+    source = policy("eos-line", pad_token_id=0)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "!"} | extra))
+    saved = models.save_model(tmp_path / "reward", with_head(source), "reward")
+    theirs = [transformers.AutoTokenizer.from_pretrained(each) for each in (source, saved)]
+    ours = [models.open_bundle(each).tokenizer for each in (source, saved)]
+    assert [each.pad_token for each in theirs] == ["!", "<|pad|>"]
+    for text in ("!!! What", "<user>Hi!</s>", "a ! b"):
+        ids = [each(text, add_special_tokens=False)["input_ids"] for each in theirs]
+        assert ids[0] == ids[1] == ours[0].encode(text, add_special_tokens=False).ids == ours[1].encode(text).ids
+        assert theirs[0].decode(ids[0], skip_special_tokens=True) == theirs[1].decode(ids[0], skip_special_tokens=True)
+
+
 def test_a_row_for_padding_keeps_the_vocabulary_divisible():
     sizes = {512: 576, 50257: 50258, 151936: 152000, 14: 16, 513: 514}
     assert {size: models.vocabulary_with(size, size) for size in sizes} == sizes

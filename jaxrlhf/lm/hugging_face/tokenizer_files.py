@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,9 +107,13 @@ def _library_token(token: AddedToken) -> tokenizers.AddedToken:
 
 
 def stands_in_texts(tokenizer: tokenizers.Tokenizer, token: int) -> bool:
-    """Returns whether a text can hold the token: an ordinary word, or one for unknown characters that it meets."""
+    """Returns whether a text can hold the token: an ordinary word, or one for unknown characters that it meets.
+
+    A word such as "!" that is named as padding is special too, but only what is written in brackets stands in no text
+    unless it is meant.
+    """
     added = tokenizer.get_added_tokens_decoder().get(token)
-    if added is None or not added.special:
+    if added is None or not added.special or not re.fullmatch(r"[<\[{].+[>\]}]", added.content):
         return True
     return any(token in tokenizer.encode(character, add_special_tokens=False).ids for character in RARE)
 
@@ -151,7 +156,11 @@ def vocabulary_with(token: int, size: int) -> int:
 
 
 def write_padding(directory: Path, padding: Padding) -> None:
-    """Names the padding in the tokenizer's files of a directory, and adds the token to them where it is new."""
+    """Names the padding in the tokenizer's files of a directory, and adds the token to them where it is new.
+
+    What was special as the padding before stays a special token, so that texts are split as they were.
+    """
+    before = special_texts(directory)
     if padding.new:
         content = read_json(directory, "tokenizer.json")
         entry = {"id": padding.token, "content": padding.text, "single_word": False, "lstrip": False, "rstrip": False}
@@ -165,6 +174,20 @@ def write_padding(directory: Path, padding: Padding) -> None:
     write_json(directory, SETTINGS, settings | {"pad_token": padding.text})
     if (directory / MAP).is_file():
         write_json(directory, MAP, read_json(directory, MAP) | {"pad_token": padding.text})
+    kept = [text for text in before if text not in special_texts(directory)]
+    if kept:
+        settings = read_json(directory, SETTINGS)
+        write_json(directory, SETTINGS, settings | _still_special(settings, kept))
+
+
+def _still_special(settings: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """Returns the setting that lists further special tokens, with these too."""
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, dict) and extra:
+        return {"extra_special_tokens": extra | {f"former_padding_{n}_token": text for n, text in enumerate(texts)}}
+    if extra:
+        return {"extra_special_tokens": [*extra, *texts]}
+    return {"additional_special_tokens": [*(settings.get("additional_special_tokens") or []), *texts]}
 
 
 def tokens_of(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
