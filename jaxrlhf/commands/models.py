@@ -17,6 +17,7 @@ from jaxrlhf.data.records import Message
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.hugging_face.files import read_json, vocabulary_size
 from jaxrlhf.lm.hugging_face.generation import generation_settings, told_settings
+from jaxrlhf.lm.hugging_face.settings import kept_settings
 from jaxrlhf.lm.hugging_face.special import SpecialIds, SpecialTokens, read_special_tokens
 from jaxrlhf.lm.hugging_face.tokenizer_files import (
     Padding,
@@ -54,6 +55,7 @@ class TokenizerBundle(NamedTuple):
         size: of the model's vocabulary, None where its configuration has none.
         prepends_bos: whether texts begin with BOS, which the tokenizer's own settings may switch off.
         found: where the special tokens came from, and what disagreed.
+        inherits: whether models saved with it keep the directory's settings; not a new model with its tokenizer.
     """
 
     directory: pathlib.Path
@@ -63,6 +65,7 @@ class TokenizerBundle(NamedTuple):
     size: int | None
     prepends_bos: bool
     found: SpecialTokens
+    inherits: bool = True
 
     def chat_tokenizer(self) -> ChatTokenizer:
         """Returns the encoder that `jaxrlhf.data` uses."""
@@ -84,7 +87,8 @@ class TokenizerBundle(NamedTuple):
         sources = {
             kind: tuple(each for each in found if each.token < size) for kind, found in self.found.sources.items()
         }
-        return self._replace(special=SpecialIds(bos, kept, pad), size=size, found=self.found._replace(sources=sources))
+        found = self.found._replace(sources=sources)
+        return self._replace(special=SpecialIds(bos, kept, pad), size=size, found=found, inherits=False)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -111,7 +115,7 @@ class TokenizerBundle(NamedTuple):
             "texts begin": begins,
             "padding": pad or "none named: masks mark the real tokens",
         }
-        settings = told_settings(self.directory)
+        settings = told_settings(self.directory) if self.inherits else {}
         if settings:
             told = ", ".join(f"{name} {value}" for name, value in settings.items())
             rows["generation_config.json"] = f"{told} (kept for exports, not used here)"
@@ -198,21 +202,24 @@ def reward_on(policy: Model) -> Model:
 def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Path:
     """Writes a directory that this library and transformers can read; returns it.
 
-    Tokenizer, template and the settings of `generation_config.json` are unchanged, but for two things: the special ids are
+    Tokenizer, template and settings that are not read here are the source's, but for two things: the special ids are
     those of all the source's files together, and a reward model whose padding could stand in a text is given a padding
     token, for which its embeddings have further rows.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; name a directory to write the model to.")
     special, source = model.bundle.special, model.bundle.directory
+    # Read first: the directory may be the source.
+    generation = generation_settings(source) if model.bundle.inherits else {}
+    further = kept_settings(read_json(source, "config.json"), model.config) if model.bundle.inherits else {}
     if kind == "policy":
-        generation = generation_settings(source)
-        save_decoder(directory, model.config, model.params, special=special, generation=generation)
+        save_decoder(directory, model.config, model.params, special=special, generation=generation, further=further)
         _copy_tokenizer(source, directory)
         return directory
     padding = reward_padding(model.bundle)
     model = _with_row_for(padding.token, model)
-    save_reward_model(directory, model.config, model.params, special=special._replace(pad=padding.token))
+    special = special._replace(pad=padding.token)
+    save_reward_model(directory, model.config, model.params, special=special, further=further)
     _copy_tokenizer(source, directory)
     if (directory / "tokenizer.json").is_file():
         write_padding(directory, padding)

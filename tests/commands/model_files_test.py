@@ -143,6 +143,34 @@ def test_an_export_keeps_the_generation_settings_and_names_every_end(policy, tmp
     assert not models.open_bundle(tmp_path / "to").found.notes
 
 
+KEPT = {
+    "dropout": ({"attention_dropout": 0.1, "initializer_range": 0.05, "note": "mine"}, True),
+    "of the decoder": ({"rms_norm_eps": 1e-3, "rope_scaling": None}, False),
+    "quantisation": ({"quantization_config": None, "auto_map": {"a": "b"}, "transformers_version": "4.1"}, False),
+    "labels": ({"num_labels": 7, "id2label": {"3": "x"}}, False),
+    "old generation settings": ({"temperature": 0.5}, False),
+}
+
+
+@pytest.mark.parametrize(("further", "kept"), KEPT.values(), ids=KEPT.keys())
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_settings_that_are_not_read_are_written_again(policy, tmp_path, further, kept, kind):
+    transformers = pytest.importorskip("transformers")
+    source = policy("eos", **further)
+    model = models.open_model(source, "policy") if kind == "policy" else with_head(source)
+    saved = models.save_model(tmp_path / "saved", model, kind)
+    written = json.loads((saved / "config.json").read_text())
+    for name, value in further.items():
+        assert (written.get(name) == value and name in written) == (kept or name in ("rms_norm_eps",))
+    theirs = transformers.AutoConfig.from_pretrained(saved)
+    assert theirs.architectures == written["architectures"]
+    assert (getattr(theirs, "attention_dropout", 0.0) == 0.1) == ("attention_dropout" in further)
+    # Not those of the model that only lends its tokenizer.
+    new = model._replace(bundle=model.bundle.for_vocabulary(261))
+    again = json.loads((models.save_model(tmp_path / "new", new, kind) / "config.json").read_text())
+    assert not {"attention_dropout", "note"} & again.keys()
+
+
 def test_every_plan_says_what_ends_a_text(policy, tmp_path, capsys):
     directory = policy("own-line")
     talks = [{"prompt": f"Is {n}?", "chosen": "Yes", "rejected": "No"} for n in range(24)]

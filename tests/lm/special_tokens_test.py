@@ -75,6 +75,11 @@ CASES = {
         (BOS, (EOS,), USER),
         "pad is '<user>' (260) in tokenizer_config.json and '!' (0) in config.json",
     ),
+    "padding is a word": (
+        {"tokenizer_config": {"pad_token": "!"}},
+        (BOS, (EOS,), 0),
+        "The padding '!' (0; tokenizer_config.json) can stand in a text; an exported reward model gets another.",
+    ),
     "padding of tokenizer.json": (
         {"tokenizer": {"padding": {"pad_token": "<user>", "pad_id": USER} | dict.fromkeys(("pad_type_id",), 0)}},
         (BOS, (EOS,), USER),

@@ -7,6 +7,7 @@ disagreed.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jaxrlhf.data.encode import template_stop
 from jaxrlhf.data.records import DataError
 from jaxrlhf.data.special_tokens import named_tokens, tokenizer_settings
 from jaxrlhf.lm.hugging_face.files import WeightsError, read_json, vocabulary_size
-from jaxrlhf.lm.hugging_face.tokenizer_files import load_tokenizer
+from jaxrlhf.lm.hugging_face.tokenizer_files import load_tokenizer, stands_in_texts
 
 GENERATION, MODEL, TEMPLATE = "generation_config.json", "config.json", "the chat template"
 _GEMMA = {"bos": 2, "eos": 1, "pad": 0}
@@ -117,6 +118,8 @@ def read_special_tokens(
         "pad": _merged(_one("pad", tokens["pad"], configured["pad"], reader, notes)),
     }
     notes += reader.disagreements(tokens["eos"], configured["eos"], turn)
+    if tokenizer is not None:
+        notes += _notes_on_padding(tokenizer, sources["pad"])
     if template is not None and tokenizer is not None:
         notes += _notes_on_template(template, ended)
     bos, pad = (sources[kind][0].token if sources[kind] else None for kind in ("bos", "pad"))
@@ -222,6 +225,15 @@ class _Reader:
             notes.append(f"{kind}_token_id {token} of {source} is outside the {whose} vocabulary; it is left out.")
             return False
         return True
+
+
+def _notes_on_padding(tokenizer: tokenizers.Tokenizer, found: Sequence[Found]) -> list[str]:
+    return [
+        f"The padding {tokenizer.id_to_token(pad)!r} ({pad}; {source}) can stand in a text; an exported reward model gets "
+        "another."
+        for pad, source in found
+        if stands_in_texts(tokenizer, pad)
+    ]
 
 
 def _notes_on_template(template: ChatTemplate, ended: int | None) -> list[str]:

@@ -70,6 +70,7 @@ def save_decoder(
     special: SpecialIds | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
     generation: dict[str, Any] | None = None,
+    further: dict[str, Any] | None = None,
 ) -> None:
     """Writes a directory for `load_decoder` and transformers' `AutoModelForCausalLM`.
 
@@ -80,13 +81,14 @@ def save_decoder(
         special: special token ids, for `config.json` and `generation_config.json`.
         tokenizer: written to `tokenizer.json`.
         generation: further settings for `generation_config.json`, such as a temperature.
+        further: settings for `config.json` that do not describe the decoder (`kept_settings`).
 
     Raises:
         WeightsError: the parameters do not match the configuration, or its family cannot describe it.
     """
     check_params(config, params, decoder(config).init)
     tensors = tensors_from(params, config, "policy")
-    write_model(Path(directory), config, tensors, "policy", special, tokenizer, generation)
+    write_model(Path(directory), config, tensors, "policy", special, tokenizer, generation, further)
 
 
 def load_reward_model(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict]:
@@ -112,6 +114,7 @@ def save_reward_model(
     *,
     special: SpecialIds | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    further: dict[str, Any] | None = None,
 ) -> None:
     """Writes a directory for `load_reward_model` and transformers' `AutoModelForSequenceClassification`.
 
@@ -124,6 +127,7 @@ def save_reward_model(
         params: `{"trunk": ..., "head": [D]}`; stored in their own dtype.
         special: special token ids.
         tokenizer: written to `tokenizer.json`.
+        further: as in `save_decoder`.
 
     Raises:
         WeightsError: the parameters do not match the configuration.
@@ -136,7 +140,7 @@ def save_reward_model(
 
     check_params(config, params, init)
     tensors = tensors_from(params["trunk"] | {"head": params["head"]}, config, "reward")
-    write_model(Path(directory), config, tensors, "reward", special, tokenizer)
+    write_model(Path(directory), config, tensors, "reward", special, tokenizer, None, further)
 
 
 class Loaded(NamedTuple):
@@ -200,7 +204,7 @@ def _with_warnings(loaded: Loaded) -> tuple[DecoderConfig, dict]:
     return loaded.config, loaded.params
 
 
-def write_model(directory, config, tensors, kind: Kind, special, tokenizer, generation=None) -> None:
+def write_model(directory, config, tensors, kind: Kind, special, tokenizer, generation=None, further=None) -> None:
     """Writes the files of a model directory, weights first: without a config, a half-written model is not loaded."""
     dtype = next(iter(tensors.values())).dtype.name
     settings = settings_from(config, kind, dtype)
@@ -212,7 +216,7 @@ def write_model(directory, config, tensors, kind: Kind, special, tokenizer, gene
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": pad,
     }
-    write_json(directory, "config.json", settings | ids)
+    write_json(directory, "config.json", (further or {}) | settings | ids)
     if kind == "policy":
         write_json(directory, "generation_config.json", (generation or {}) | ids)
     else:
