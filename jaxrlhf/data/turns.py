@@ -17,12 +17,13 @@ _SYSTEM = Message("system", "plum")
 
 
 @functools.lru_cache(maxsize=64)
-def _turn_ending(source: str, tokens: tuple[tuple[str, str], ...]) -> str | None:
+def _turn_ending(template: ChatTemplate, tokens: tuple[tuple[str, str], ...]) -> str | None:
+    template = template._replace(tokens=dict(tokens))
     question, answer = _PROBES
     talk = (Message("user", question), Message("assistant", answer))
     for messages in (talk, (_SYSTEM, *talk)):
         try:
-            text = rendered_text(ChatTemplate(source, dict(tokens)), messages)
+            text = rendered_text(template, messages)
         except ValueError:
             continue
         if answer in text:
@@ -35,7 +36,8 @@ def turn_ending(template: ChatTemplate) -> str | None:
 
     None where the template refuses an ordinary conversation: it then fails where it is used.
     """
-    return _turn_ending(template.source, tuple(sorted(template.tokens.items())))
+    # Without its dict, which cannot be hashed.
+    return _turn_ending(template._replace(tokens=()), tuple(sorted(template.tokens.items())))  # pyright: ignore[reportArgumentType]
 
 
 def end_of_turn(template: ChatTemplate, tokens: Callable[[str], Sequence[int]], added: Collection[int]) -> int | None:
