@@ -239,7 +239,7 @@ def _notes_on_padding(tokenizer: tokenizers.Tokenizer, found: Sequence[Found]) -
 def _notes_on_template(template: ChatTemplate, ended: int | None) -> list[str]:
     # As in transformers, which leaves empty what it does not know.
     used = sorted(
-        {*re.findall(r"\b(?:bos|eos|unk|pad|sep|cls|mask)_token\b", template.source)} - template.tokens.keys()
+        {*re.findall(r"\b(?:bos|eos|unk|pad|sep|cls|mask)_token\b", template.source or "")} - template.tokens.keys()
     )
     notes = [
         f"The chat template writes {name}, which no file of the tokenizer names; it is left empty." for name in used
