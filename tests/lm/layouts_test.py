@@ -147,12 +147,15 @@ def test_sampling_stops_where_generate_stops(lay_out, tmp_path, family, tied, la
             content = json.loads((directory / name).read_text())
             (directory / name).write_text(json.dumps(content | {"eos_token_id": [int(row[5]) for row in free]}))
     model = models.open_model(directory, "policy")
-    again = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    with torch.no_grad():
-        expected = again.generate(
-            torch.tensor(prompt), max_new_tokens=10, do_sample=False, pad_token_id=UNK, temperature=None, top_p=None
-        )[:, 8:].numpy()
-    assert expected.shape[1] < 10 or (expected == free).all()
+
+    def greedy(folder):
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": UNK, "temperature": None, "top_p": None}
+        with torch.no_grad():
+            tokens = again.generate(torch.tensor(prompt), **settings)[:, 8:].numpy()
+        return np.pad(tokens, ((0, 0), (0, 10 - tokens.shape[1])), constant_values=UNK)
+
+    expected = greedy(directory)
     run = jax.jit(
         lambda params: generate(
             decoder(model.config),
@@ -166,13 +169,18 @@ def test_sampling_stops_where_generate_stops(lay_out, tmp_path, family, tied, la
             pad_id=UNK,
         )
     )
-    found = np.asarray(run(model.params).tokens)[:, : expected.shape[1]]
+    found = np.asarray(run(model.params).tokens)
     # Where the text meets an end that transformers does not know, such as BOS, it ends here and goes on there.
     for ours, row in zip(found, expected, strict=True):
         met = np.flatnonzero(np.isin(row, model.bundle.stop_ids))
         length = len(row) if not len(met) else int(met[0]) + 1
         np.testing.assert_array_equal(ours[:length], row[:length])
     assert any(set(model.bundle.special.eos) & set(row.tolist()) for row in expected)
+    # An export names all ends, and both then stop at the same token: all but BOS.
+    exported = greedy(models.save_model(tmp_path / "exported", model, "policy"))
+    for ours, row in zip(found, exported, strict=True):
+        until = int(np.append(row == BOS, True).argmax())
+        np.testing.assert_array_equal(ours[:until], row[:until])
 
 
 @pytest.mark.parametrize(("family", "tied", "layout", "template"), CELLS[::2])
