@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from jaxrlhf.data.chat import TRANSCRIPT, ChatTemplate, render, split_completion
+from jaxrlhf.data.chat import TRANSCRIPT, ChatTemplate, render, render_completion, render_prompt
 from jaxrlhf.data.records import Preference, Text
 
 
@@ -72,8 +72,8 @@ def chat_tokenizer(
 def encode(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded:
     """Returns the tokens of a prompt and its completion, with an end of text.
 
-    Strings are concatenated as they are, the end-of-text token appended. In a conversation without a prompt the mask
-    covers every turn of the assistant.
+    Strings are concatenated as they are, the end-of-text token appended. In a conversation the mask covers every turn of
+    the assistant in the completion; a last turn of the prompt that is the assistant's is continued.
 
     Raises:
         ValueError: one is a string and the other a conversation, or the template refuses them.
@@ -86,8 +86,8 @@ def encode(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded:
     if not prompt:
         rendered = render(tokenizer.template, completion)
         return _encode_spans(tokenizer, rendered.text, rendered.spans)
-    before, after = split_completion(tokenizer.template, prompt, completion)
-    return _encode_spans(tokenizer, before + after, ((len(before), len(before + after)),))
+    rendered = render_completion(tokenizer.template, prompt, completion)[1]
+    return _encode_spans(tokenizer, rendered.text, rendered.spans)
 
 
 def encode_pair(tokenizer: ChatTokenizer, pair: Preference) -> EncodedPair:
@@ -104,10 +104,12 @@ def encode_pair(tokenizer: ChatTokenizer, pair: Preference) -> EncodedPair:
 def encode_prompt(tokenizer: ChatTokenizer, prompt: Text) -> np.ndarray:
     """Returns the tokens `[P]` of a prompt, a conversation's with its generation prompt. No end-of-text token.
 
+    If the last turn of a conversation is the assistant's, the tokens end with its words, which the model continues.
+
     Raises:
         ValueError: the template refuses the conversation.
     """
-    text = prompt if isinstance(prompt, str) else render(tokenizer.template, prompt, generation_prompt=True).text
+    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer.template, prompt)
     return _encode_spans(tokenizer, text, ()).tokens
 
 

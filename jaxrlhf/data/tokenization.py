@@ -14,6 +14,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from jaxrlhf.data.chat import unread_names
 from jaxrlhf.data.encode import ChatTokenizer, Encoded, encode, encode_prompt
 from jaxrlhf.data.records import (
     DataError,
@@ -24,6 +25,7 @@ from jaxrlhf.data.records import (
     Record,
     Text,
     UnpairedPreference,
+    texts_of,
 )
 
 
@@ -55,11 +57,19 @@ Row = TypeVar("Row", Encoded, PairRow, np.ndarray)
 
 
 class TokenizedRows(NamedTuple, Generic[Row]):
-    """Rows in the order of the records, the number of truncated rows, and the records without a row."""
+    """Rows in the order of the records, and what became of the rest.
+
+    Attributes:
+        rows: of tokens.
+        truncated: the number of rows that were truncated.
+        dropped: the records without a row.
+        unread: what texts have that the chat template does not write, such as a key of messages, with their number.
+    """
 
     rows: list[Row]
     truncated: int
     dropped: list[Dropped]
+    unread: dict[str, int] = {}  # noqa: RUF012
 
 
 def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_length: int) -> TokenizedRows[Encoded]:
@@ -73,8 +83,9 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped = [], 0, []
+    rows, truncated, dropped, unread = [], 0, [], collections.Counter()
     for index, record in _checked(records, (Demonstration, Preference, UnpairedPreference), "demonstrations"):
+        unread.update(_unread(tokenizer, texts_of(record)))
         try:
             text = _desirable_text(tokenizer, record)
             rows.append(_truncated_demonstration(text, max_length))
@@ -82,7 +93,7 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
             dropped.append(Dropped(index, str(error)))
         else:
             truncated += len(text.tokens) > max_length
-    return _non_empty(TokenizedRows(rows, truncated, dropped), "demonstrations")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, dict(unread)), "demonstrations")
 
 
 def tokenize_pairs(
@@ -109,8 +120,10 @@ def tokenize_pairs(
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped = [], 0, []
+    rows, truncated, dropped, unread = [], 0, [], collections.Counter()
     for group in _comparisons(records, dropped):
+        for _, completion in group.completions:
+            unread.update(_unread(tokenizer, [group.prompt, completion]))
         encoded = [_encode_or_error(tokenizer, group.prompt, completion) for _, completion in group.completions]
         for first, second, label, margin in group.pairs:
             try:
@@ -121,7 +134,7 @@ def tokenize_pairs(
             else:
                 rows.append(row)
                 truncated += any(len(text.tokens) > max_length for text in texts)
-    return _non_empty(TokenizedRows(rows, truncated, dropped), "pairs")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, dict(unread)), "pairs")
 
 
 def tokenize_prompts(
@@ -137,11 +150,12 @@ def tokenize_prompts(
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped, prompts = [], 0, [], set()
+    rows, truncated, dropped, seen, unread = [], 0, [], set(), collections.Counter()
     kinds = (Prompt, Demonstration, Preference, Ranking, UnpairedPreference)
     for index, record in _checked(records, kinds, "prompts"):
+        unread.update(_unread(tokenizer, [record.prompt]))
         try:
-            if record.prompt in prompts:
+            if record.prompt in seen:
                 raise ValueError("duplicate prompt")
             if isinstance(record, Demonstration) and not record.prompt:
                 raise ValueError("a whole text without a prompt")
@@ -154,14 +168,14 @@ def tokenize_prompts(
             dropped.append(Dropped(index, str(error)))
             continue
         start, excess = _bos_length(tokens, tokenizer.bos), max(0, len(tokens) - max_length)
-        prompts.add(record.prompt)
+        seen.add(record.prompt)
         rows.append(np.delete(tokens, np.s_[start : start + excess]))
         truncated += excess > 0
-    return _non_empty(TokenizedRows(rows, truncated, dropped), "prompts")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, dict(unread)), "prompts")
 
 
 def describe_rows(tokenized: TokenizedRows) -> str:
-    """Returns one line: how many rows there are, their lengths in tokens, and how many were truncated or dropped."""
+    """Returns one line: how many rows there are, their lengths in tokens, and what was dropped."""
     lengths = [row_length(row) for row in tokenized.rows]
     parts = [
         f"{len(lengths):,} {'row' if len(lengths) == 1 else 'rows'} of {min(lengths):,} to {max(lengths):,} tokens"
@@ -170,6 +184,9 @@ def describe_rows(tokenized: TokenizedRows) -> str:
         parts.append(f"{tokenized.truncated:,} truncated")
     if tokenized.dropped:
         parts.append(f"{len(tokenized.dropped):,} dropped ({_reasons(tokenized.dropped)})")
+    if tokenized.unread:
+        counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(tokenized.unread.items()))
+        parts.append(f"not written by the chat template: {counts}")
     return "; ".join(parts)
 
 
@@ -300,6 +317,12 @@ def _checked(records: Source, kinds: tuple[type, ...], rows: str) -> Iterator[tu
             names = " or ".join(kind.__name__ for kind in kinds)
             raise DataError(f"Record {index} is of the kind {type(record).__name__}; {rows} are made of {names}.")
         yield index, record
+
+
+def _unread(tokenizer: ChatTokenizer, texts: list[Text]) -> set[str]:
+    """Returns what texts have that the chat template does not mention: keys of messages, and variables."""
+    # Each alone: what a row gives the template is on the first message of its prompt.
+    return {name for text in texts if isinstance(text, tuple) for name in unread_names(tokenizer.template, text)}
 
 
 def _non_empty(tokenized: TokenizedRows[Row], rows: str) -> TokenizedRows[Row]:

@@ -204,7 +204,7 @@ def test_plain_text_is_one_demonstration_a_line(tmp_path):
     (tmp_path / "b.txt").write_text("Once there was a dog.\n\n  It ran. \n")
     with gzip.open(tmp_path / "a.txt.gz", "wt") as stream:
         stream.write('{"prompt": "not JSON here"}\n')
-    records, bad = read_records(tmp_path)
+    records, bad, _ = read_records(tmp_path)
     assert [record.completion for record in records] == [
         '{"prompt": "not JSON here"}',
         "Once there was a dog.",
