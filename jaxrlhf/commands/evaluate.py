@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from jaxrlhf.commands.comparison import LABELS, comparison_table, open_annotator, policy_comparer
-from jaxrlhf.commands.data import Format, open_records, skipped_lines
+from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
@@ -18,6 +18,7 @@ from jaxrlhf.commands.reward_report import (
     score_pairs,
 )
 from jaxrlhf.commands.running import finish, open_folder
+from jaxrlhf.data.builders import Prepared
 from jaxrlhf.data.tokenization import describe_rows, tokenize_pairs, tokenize_prompts
 from jaxrlhf.lm.learning import pair_scores
 from jaxrlhf.lm.memory import tree_bytes
@@ -90,16 +91,16 @@ def main(config: Evaluate) -> pathlib.Path:
     splits = prepared.splits if config.split == "all" else {config.split: prepared.splits.get(config.split, [])}
     records = [record for split in splits.values() for record in split]
     evaluate = _evaluate_policy if config.reward is None else _evaluate_reward
-    return evaluate(config, records, skipped_lines(prepared))
+    return evaluate(config, records, prepared)
 
 
-def _evaluate_reward(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
+def _evaluate_reward(config: Evaluate, records: list, prepared: Prepared) -> pathlib.Path:
     assert config.reward is not None
     model = open_model(config.reward, "reward")
     length = min(config.max_length, model.config.context_length)
     pairs = tokenize_pairs(model.bundle.chat_tokenizer(), records, max_length=length, cut_prompts=config.cut_prompts)
     score = jax.jit(lambda batch: pair_scores(reward_model(decoder(model.config)), model.params, batch))
-    _print_plan(model, {"pairs": describe_rows(pairs)})
+    _print_plan(model, {"pairs": describe_rows(pairs)} | unread_rows(prepared))
     rewards = score_pairs(score, pairs.rows, config.batch_size)
     predictors = evaluate_reward(rewards[:, 0] - rewards[:, 1], None, pairs, seed=config.seed)
     folder = open_folder(config, "evaluate")
@@ -112,11 +113,11 @@ def _evaluate_reward(config: Evaluate, records: list, notes: list[str]) -> pathl
         title="Evaluation",
         summary=str(config.reward),
         figures=["reliability.png"],
-        notes=[*notes, describe_rows(pairs) + "."],
+        notes=[*skipped_lines(prepared), describe_rows(pairs) + "."],
     )
 
 
-def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
+def _evaluate_policy(config: Evaluate, records: list, prepared: Prepared) -> pathlib.Path:
     if config.reference is None:
         raise ValueError("Give --reference: a policy is compared with one.")
     assert config.policy is not None
@@ -130,7 +131,7 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     )
     prompts = tokenized.rows[: config.prompts]
     completions = f"{2 * len(prompts)} of at most {config.max_new_tokens} tokens, {len(prompts)} labels"
-    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions})
+    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions} | unread_rows(prepared))
     compare = policy_comparer(reference, prompts, annotator, max_new_tokens=config.max_new_tokens, seed=config.seed)
     comparison = compare(model.params)
     folder = open_folder(config, "evaluate")
@@ -142,7 +143,7 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
         title="Evaluation",
         summary=str(config.policy),
         samples=[Samples("Completions", ("reference", "policy"), comparison.samples[:12])],
-        notes=[*notes, describe_rows(tokenized) + "."],
+        notes=[*skipped_lines(prepared), describe_rows(tokenized) + "."],
     )
 
 
