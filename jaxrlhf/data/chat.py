@@ -209,7 +209,7 @@ def _templates_of(value: Any, path: pathlib.Path) -> dict[str, str]:
     """Returns the templates in a tokenizer's settings, by name."""
     if value is None:
         return {}
-    sources = {"default": value}
+    sources = value if isinstance(value, dict) else {"default": value}
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         sources = {entry.get("name"): entry.get("template") for entry in value}
     if not all(isinstance(name, str) and isinstance(source, str) for name, source in sources.items()):

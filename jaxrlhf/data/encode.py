@@ -115,7 +115,10 @@ def encode_prompt(tokenizer: ChatTokenizer, prompt: Text) -> np.ndarray:
 
 def _encode_spans(tokenizer: ChatTokenizer, text: str, spans: tuple[tuple[int, int], ...]) -> Encoded:
     """Returns a text's tokens, and the mask of those whose last character lies in one of the spans."""
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    try:
+        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    except TypeError:
+        raise ValueError("A text holds half of a surrogate pair, which no tokenizer takes; take it out.") from None
     tokens, mask, covered = list(encoding.ids), [], 0
     if tokenizer.vocabulary_size is not None and max(tokens, default=0) >= tokenizer.vocabulary_size:
         token = tokenizer.backend.id_to_token(max(tokens))

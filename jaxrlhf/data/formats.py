@@ -60,8 +60,8 @@ def read(value: Any) -> Parsed:
         ValueError: the object is malformed, or a key that nothing reads would change the text; the message says how.
     """
     if not isinstance(value, dict):
-        advice = " Write one object a line, not a list of them." if isinstance(value, list) else ""
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}.{advice}")
+        advice = " Write one object a line." if isinstance(value, list) else ""
+        raise ValueError(f"expected a JSON object, got {'null' if value is None else type(value).__name__}.{advice}")
     given = {name: entry for name, entry in value.items() if entry is not None}
     record, keys = _record(given, nulls=set(value) - set(given))
     record = _with_variables(record, given)

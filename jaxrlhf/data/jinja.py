@@ -149,7 +149,9 @@ def _reason(source: str, error: Exception) -> str:
                 f"it asks for '{missing[1]}', which neither this library nor transformers gives a template; mend it, or "
                 "give the value under chat_template_kwargs of each record"
             )
-    missing = re.fullmatch(r"No (filter|test) named '(\w+)'", text)
+    missing = re.fullmatch(r"No (filter|test) named '(\w+)'( found)?", text)
     if missing:
         return f"it asks for the {missing[1]} '{missing[2]}', which neither Jinja nor transformers has; mend it"
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{text.split('. ')[0]} (line {error.lineno})"
     return text

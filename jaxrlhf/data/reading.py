@@ -77,7 +77,7 @@ def parse_line(line: str) -> Any:
         # JSON can escape half of a surrogate pair, which UTF-8 cannot encode.
         json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno}).") from None
+        raise ValueError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}).") from None
     except UnicodeEncodeError:
         raise ValueError("a text holds half of a surrogate pair.") from None
     except RecursionError:

@@ -65,7 +65,9 @@ def check_order(given: dict) -> None:
         raise ValueError(unknown_format({"prompt": "", **given}))
     count = len(given["completions"])
     for name, value in given.items():
-        if "ranks" not in given and isinstance(value, list) and len(value) == count and all(map(_is_number, value)):
+        if name in ("prompt", "completions") or "ranks" in given:
+            continue
+        if isinstance(value, list) and len(value) == count and all(map(_is_number, value)):
             raise ValueError(
                 f"completions without ranks are read as the best first, and {name} has a number for each; give ranks, or "
                 f"order the completions and take {name} out."
