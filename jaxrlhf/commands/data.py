@@ -108,7 +108,8 @@ def _read(form: Format, value: Any) -> Parsed:
         return reads[form](value)
     except ValueError as error:
         (other,) = set(reads) - {form}
-        with contextlib.suppress(ValueError):
+        try:
             reads[other](value)
-            raise ValueError(f"{str(error).removesuffix('.')}; --format {other} reads this line.") from None
-        raise
+        except ValueError:
+            raise error from None
+        raise ValueError(f"{str(error).removesuffix('.')}; --format {other} reads this line.") from None

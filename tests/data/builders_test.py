@@ -11,7 +11,17 @@ import threading
 
 import pytest
 
-from jaxrlhf.data import DataError, Demonstration, Message, Preference, Prompt, Ranking, UnpairedPreference, hh_rlhf
+from jaxrlhf.data import (
+    DataError,
+    Demonstration,
+    Message,
+    Preference,
+    Prompt,
+    Ranking,
+    UnpairedPreference,
+    hh_rlhf,
+    parse_record,
+)
 from jaxrlhf.data.builders import HH_RLHF, PublishedFile, download, prepare
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
@@ -58,6 +68,21 @@ def test_records_come_back_as_they_were(tmp_path, lines, records):
         assert list(splits) == ["train"] and bad == []
 
 
+def test_messages_come_back_with_all_that_templates_see(tmp_path):
+    call = [{"role": "assistant", "tool_calls": [{"function": {"name": "é", "arguments": {"b": [1], "a": None}}}]}]
+    lines = [
+        {"messages": TALK + call, "tools": [{"z": 1, "y": 2}], "chat_template_kwargs": {"x": False}, "id": n}
+        for n in (1, 2)
+    ]
+    splits, bad, unread = prepare(write(tmp_path / "data.jsonl", lines), data_dir=tmp_path / "prepared")
+    assert list(splits["train"]) == [parse_record(line) for line in lines] and not bad and unread == {"id": 2}
+    message = splits["train"][0].completion[2]
+    assert message.as_dict() == call[0] and list(message.as_dict()["tool_calls"][0]["function"]["arguments"]) == [
+        "b",
+        "a",
+    ]
+
+
 def test_prompts_stay_in_their_split(tmp_path):
     lines = [{"prompt": f"p{number % 300}", "chosen": f"{number}", "rejected": "x"} for number in range(900)]
     splits, *_ = prepare(write(tmp_path / "a.jsonl", lines), held_out=0.2, data_dir=tmp_path / "prepared")
@@ -90,6 +115,11 @@ def test_data_that_cannot_be_prepared_is_refused(tmp_path):
     mixed = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"text": "y"}])
     with pytest.raises(DataError, match=r"mixes kinds of records \(1 Demonstration, 1 Prompt\)"):
         prepare(mixed, data_dir=tmp_path / "prepared")
+    bad = write(tmp_path / "b.jsonl", [{"text": None}, {"prompt": "a", "completion": 3}])
+    with pytest.raises(
+        DataError, match=r"No line of .*b\.jsonl can be read; the first bad one is line 1: no known format"
+    ):
+        prepare(bad, skip_bad=True, data_dir=tmp_path / "prepared")
     with pytest.raises(DataError, match=r"held-out share must lie in \[0, 1\), got 1"):
         prepare(mixed, held_out=1.0, data_dir=tmp_path / "prepared")
     with pytest.raises(DataError, match="No checksum is known for 'helpful'"):
