@@ -14,7 +14,7 @@ from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, pre
 from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
 from jaxrlhf.data.reading import parse_line
 from jaxrlhf.data.records import DataError, Parsed
-from jaxrlhf.data.tokenization import TokenizedRows, describe_rows
+from jaxrlhf.data.tokenization import TokenizedRows, describe_counts, describe_rows
 
 Format = Literal["auto", "hh-rlhf", "records"]
 PUBLISHED = "hh-rlhf:"
@@ -71,7 +71,7 @@ def skipped_lines(prepared: Prepared) -> list[str]:
 
 def unread_rows(prepared: Prepared) -> dict[str, str]:
     """Returns the row of a plan with the keys that nothing reads and their number of lines; empty if there are none."""
-    counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(prepared.unread.items()))
+    counts = describe_counts(prepared.unread)
     return {"keys not read": counts} if counts else {}
 
 

@@ -90,6 +90,8 @@ def main(config: Evaluate) -> pathlib.Path:
     )
     splits = prepared.splits if config.split == "all" else {config.split: prepared.splits.get(config.split, [])}
     records = [record for split in splits.values() for record in split]
+    if not records:
+        raise ValueError(f"No record is in --split {config.split}; give another --split or --held-out.")
     evaluate = _evaluate_policy if config.reward is None else _evaluate_reward
     return evaluate(config, records, prepared)
 
@@ -126,6 +128,11 @@ def _evaluate_policy(config: Evaluate, records: list, prepared: Prepared) -> pat
         raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
     annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS)
     longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
+    if longest < 2 <= config.max_length:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is "
+            f"{model.config.context_length}."
+        )
     tokenized = tokenize_prompts(
         model.bundle.chat_tokenizer(), records, max_length=longest, cut_prompts=config.cut_prompts
     )

@@ -174,7 +174,7 @@ def prepare(
         DataError: as `read_records`; the file mixes kinds; or the fraction is out of range.
     """
     if not 0 <= held_out < 1:
-        raise DataError(f"The held-out share must lie in [0, 1), got {held_out:g}.")
+        raise DataError(f"The held-out share must lie in [0, 1), got {held_out:g}; give another --held-out.")
     with _exclusive(str(data_dir)):
         options: Any = {"parse": parse, "skip_bad": skip_bad, "held_out": held_out, "data_dir": data_dir}
         builder = RecordBuilder(path, **options)

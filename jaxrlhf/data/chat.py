@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxrlhf.data.jinja import ANY_KEY, BEGIN, END, HERE, has_generation_blocks, names_read, render_template
 from jaxrlhf.data.messages import CALLS, REASONING, message_of
 from jaxrlhf.data.records import DataError, Message
-from jaxrlhf.data.turns import turn_span
+from jaxrlhf.data.spans import turn_span
 
 TRANSCRIPT = """\
 {%- for message in messages -%}

@@ -28,6 +28,15 @@ from jaxrlhf.data.records import (
     texts_of,
 )
 
+KEYS = {
+    Preference: "chosen and rejected",
+    Ranking: "prompt and completions",
+    UnpairedPreference: "prompt, completion and label",
+    Demonstration: "prompt and completion (messages, text)",
+    Prompt: "prompt",
+}
+"""The keys of a record's JSON object."""
+
 
 class Source(Protocol):
     """Records by index: a list, or a split of `builders.Prepared`."""
@@ -63,7 +72,7 @@ class TokenizedRows(NamedTuple, Generic[Row]):
         rows: of tokens.
         truncated: the number of rows that were truncated.
         dropped: the records without a row.
-        unread: what texts have that the chat template does not write, such as a key of messages, with their number.
+        unread: what records have that the chat template does not write, such as a key of messages, with their number.
     """
 
     rows: list[Row]
@@ -122,8 +131,9 @@ def tokenize_pairs(
     _check_max_length(max_length)
     rows, truncated, dropped, unread = [], 0, [], collections.Counter()
     for group in _comparisons(records, dropped):
-        for _, completion in group.completions:
-            unread.update(_unread(tokenizer, [group.prompt, completion]))
+        for index in {index for index, _ in group.completions}:
+            own = [completion for other, completion in group.completions if other == index]
+            unread.update(_unread(tokenizer, [group.prompt, *own]))
         encoded = [_encode_or_error(tokenizer, group.prompt, completion) for _, completion in group.completions]
         for first, second, label, margin in group.pairs:
             try:
@@ -185,9 +195,15 @@ def describe_rows(tokenized: TokenizedRows) -> str:
     if tokenized.dropped:
         parts.append(f"{len(tokenized.dropped):,} dropped ({_reasons(tokenized.dropped)})")
     if tokenized.unread:
-        counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(tokenized.unread.items()))
+        counts = describe_counts(tokenized.unread)
         parts.append(f"not written by the chat template: {counts}")
     return "; ".join(parts)
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """Returns names with their counts, the most frequent first; beyond twelve only how many there are."""
+    parts = [f"{name} ({count:,})" for name, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))]
+    return ", ".join(parts[:12]) + (f" and {len(parts) - 12:,} others" if len(parts) > 12 else "")
 
 
 def row_length(row: Encoded | PairRow | np.ndarray) -> int:
@@ -314,8 +330,12 @@ def _checked(records: Source, kinds: tuple[type, ...], rows: str) -> Iterator[tu
     for index in range(len(records)):
         record = records[index]
         if not isinstance(record, kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise DataError(f"Record {index} is of the kind {type(record).__name__}; {rows} are made of {names}.")
+            names, keys = (
+                " or ".join(words) for words in ((kind.__name__ for kind in kinds), (KEYS[kind] for kind in kinds))
+            )
+            raise DataError(
+                f"Record {index} is of the kind {type(record).__name__}; {rows} are made of {names}, with the keys {keys}."
+            )
         yield index, record
 
 
@@ -328,7 +348,13 @@ def _unread(tokenizer: ChatTokenizer, texts: list[Text]) -> set[str]:
 def _non_empty(tokenized: TokenizedRows[Row], rows: str) -> TokenizedRows[Row]:
     if not tokenized.rows:
         reasons = _reasons(tokenized.dropped) or "there is no record"
-        raise DataError(f"No {rows} are left of the records ({reasons}); bring others, or raise the longest length.")
+        # The lengths are flags of the commands that call this.
+        remedy = (
+            "raise --max-length (--max-prompt of align), or bring shorter ones"
+            if "tokens" in reasons
+            else "bring others"
+        )
+        raise DataError(f"No {rows} are left of the records ({reasons.removesuffix('.')}); {remedy}.")
     return tokenized
 
 
@@ -344,4 +370,6 @@ def _reasons(dropped: list[Dropped]) -> str:
 
 def _check_max_length(max_length: int) -> None:
     if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}.")
+        raise ValueError(
+            f"max_length must be at least 2, got {max_length}; raise --max-length (--max-prompt of align)."
+        )
