@@ -8,9 +8,7 @@ stop there.
 """
 
 import collections
-import itertools
-from collections.abc import Iterator
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,30 +25,7 @@ from jaxrlhf.data.records import (
     UnpairedPreference,
     texts_of,
 )
-
-KEYS = {
-    Preference: "chosen and rejected",
-    Ranking: "prompt and completions",
-    UnpairedPreference: "prompt, completion and label",
-    Demonstration: "prompt and completion (messages, text)",
-    Prompt: "prompt",
-}
-"""The keys of a record's JSON object."""
-
-
-class Source(Protocol):
-    """Records by index: a list, or a split of `builders.Prepared`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Record: ...
-
-
-class Dropped(NamedTuple):
-    """The index of a record, and why it makes no row; for a pair, the index of its first text's record."""
-
-    index: int
-    reason: str
+from jaxrlhf.data.sources import Dropped, Source, checked, comparisons
 
 
 class PairRow(NamedTuple):
@@ -93,7 +68,7 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
     """
     _check_max_length(max_length)
     rows, truncated, dropped, unread = [], 0, [], collections.Counter()
-    for index, record in _checked(records, (Demonstration, Preference, UnpairedPreference), "demonstrations"):
+    for index, record in checked(records, (Demonstration, Preference, UnpairedPreference), "demonstrations"):
         unread.update(_unread(tokenizer, texts_of(record)))
         try:
             text = _desirable_text(tokenizer, record)
@@ -130,7 +105,7 @@ def tokenize_pairs(
     """
     _check_max_length(max_length)
     rows, truncated, dropped, unread = [], 0, [], collections.Counter()
-    for group in _comparisons(records, dropped):
+    for group in comparisons(records, dropped):
         for index in {index for index, _ in group.completions}:
             own = [completion for other, completion in group.completions if other == index]
             unread.update(_unread(tokenizer, [group.prompt, *own]))
@@ -162,7 +137,7 @@ def tokenize_prompts(
     _check_max_length(max_length)
     rows, truncated, dropped, seen, unread = [], 0, [], set(), collections.Counter()
     kinds = (Prompt, Demonstration, Preference, Ranking, UnpairedPreference)
-    for index, record in _checked(records, kinds, "prompts"):
+    for index, record in checked(records, kinds, "prompts"):
         unread.update(_unread(tokenizer, [record.prompt]))
         try:
             if record.prompt in seen:
@@ -211,40 +186,6 @@ def row_length(row: Encoded | PairRow | np.ndarray) -> int:
     if isinstance(row, PairRow):
         return max(len(row.first.tokens), len(row.second.tokens))
     return len(row.tokens) if isinstance(row, Encoded) else len(row)
-
-
-class _Comparisons(NamedTuple):
-    """Completions of one prompt with their records' indices, and the pairs of them: two positions, label and margin."""
-
-    prompt: Text
-    completions: list[tuple[int, Text]]
-    pairs: list[tuple[int, int, float, float]]
-
-
-def _comparisons(records: Source, dropped: list[Dropped]) -> Iterator[_Comparisons]:
-    """Yields the completions to compare; unpaired preferences without a counterpart are appended to `dropped`."""
-    by_prompt: dict[Text, list[tuple[int, UnpairedPreference]]] = {}
-    for index, record in _checked(records, (Preference, Ranking, UnpairedPreference), "pairs"):
-        if isinstance(record, Preference):
-            completions = [(index, record.chosen), (index, record.rejected)]
-            yield _Comparisons(record.prompt, completions, [(0, 1, 1.0, record.margin or 0.0)])
-        elif isinstance(record, Ranking):
-            ranked = sorted(zip(record.ranks, record.completions, strict=True), key=lambda entry: entry[0])
-            positions = itertools.combinations(range(len(ranked)), 2)
-            pairs = [(i, j, 1.0 if ranked[i][0] < ranked[j][0] else 0.5, 0.0) for i, j in positions]
-            yield _Comparisons(record.prompt, [(index, completion) for _, completion in ranked], pairs)
-        elif isinstance(record, UnpairedPreference):
-            by_prompt.setdefault(record.prompt, []).append((index, record))
-    for prompt, group in by_prompt.items():
-        desirable, undesirable = (
-            [position for position, (_, record) in enumerate(group) if record.label is label] for label in (True, False)
-        )
-        if not desirable or not undesirable:
-            reason = f"no {'undesirable' if desirable else 'desirable'} completion of the same prompt"
-            dropped.extend(Dropped(index, reason) for index, _ in group)
-            continue
-        pairs = [(i, j, 1.0, 0.0) for i in desirable for j in undesirable]
-        yield _Comparisons(prompt, [(index, record.completion) for index, record in group], pairs)
 
 
 # The functions below raise ValueError with the reason for which a record or a pair is dropped.
@@ -323,20 +264,6 @@ def _truncate(text: Encoded, max_length: int, start: int = 0, excess: int = 0) -
 
 def _bos_length(tokens: np.ndarray, bos: int | None) -> int:
     return int(bos is not None and len(tokens) > 0 and tokens[0] == bos)
-
-
-def _checked(records: Source, kinds: tuple[type, ...], rows: str) -> Iterator[tuple[int, Record]]:
-    """Yields the records with their indices; raises DataError at one of another kind."""
-    for index in range(len(records)):
-        record = records[index]
-        if not isinstance(record, kinds):
-            names, keys = (
-                " or ".join(words) for words in ((kind.__name__ for kind in kinds), (KEYS[kind] for kind in kinds))
-            )
-            raise DataError(
-                f"Record {index} is of the kind {type(record).__name__}; {rows} are made of {names}, with the keys {keys}."
-            )
-        yield index, record
 
 
 def _unread(tokenizer: ChatTokenizer, texts: list[Text]) -> set[str]:
