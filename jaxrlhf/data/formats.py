@@ -20,7 +20,7 @@ import math
 from typing import Any
 
 from jaxrlhf.data import refusals
-from jaxrlhf.data.messages import parse_messages, to_json
+from jaxrlhf.data.messages import parse_messages, shown, to_json
 from jaxrlhf.data.records import (
     Demonstration,
     Message,
@@ -96,7 +96,7 @@ def _record(given: dict, nulls: set[str]) -> tuple[Record, set[str]]:
         if "label" not in keys | nulls:
             return Demonstration(prompt, completion), {"prompt", "completion"}
         if not isinstance(given.get("label"), bool):
-            raise ValueError(f"label must be true or false, got {given.get('label')!r}.")
+            raise ValueError(f"label must be true or false, got {shown(given.get('label'))}.")
         return UnpairedPreference(prompt, completion, given["label"]), {"prompt", "completion", "label"}
     refusals.check_half(given, nulls)
     if "messages" in keys:
@@ -145,24 +145,30 @@ def _split_at(prompt: str, chosen: Text, rejected: Text) -> tuple[Text, Text, Te
 
 
 def _without_prompt(prompt: Text, *named: Any) -> list[Text]:
-    """Returns completions, given before their names, without a conversation that all repeat from the prompt."""
+    """Returns completions, given before their names, without the turns of the prompt that all of them repeat."""
     completions, names = named[::2], named[1::2]
-    if isinstance(prompt, str) or not prompt:
+    if isinstance(prompt, str):
         return list(completions)
-    repeats = [completion[: len(prompt)] == prompt for completion in completions]
-    if all(repeats):
-        return [completion[len(prompt) :] for completion in completions]
-    if any(repeats):
-        name = names[repeats.index(True)]
-        raise ValueError(f"{name} repeats the prompt and another completion does not; give the completions alone.")
-    return list(completions)
+    repeated = [_repeated(prompt, completion) for completion in completions]
+    if all(repeated) or not any(repeated):
+        return [completion[count:] for completion, count in zip(completions, repeated, strict=True)]
+    name = next(name for name, count in zip(names, repeated, strict=True) if count)
+    raise ValueError(f"{name} repeats the prompt and another completion does not; give the completions alone.")
+
+
+def _repeated(prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> int:
+    """Returns how many turns at the end of a prompt a completion begins with; the first of them is not the assistant's."""
+    if not completion or completion[0].role == "assistant":
+        return 0
+    counts = range(min(len(prompt), len(completion)), 0, -1)
+    return next((count for count in counts if completion[:count] == prompt[len(prompt) - count :]), 0)
 
 
 def _margin(margin: Any) -> float | None:
     if margin is None:
         return None
     if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise ValueError(f"margin must be a number, got {margin!r}.")
+        raise ValueError(f"margin must be a number, got {shown(margin)}.")
     if isinstance(margin, int) and abs(margin) >= INT64:
         raise ValueError("margin must lie between -2^63 and 2^63.")
     if not math.isfinite(margin):
@@ -177,7 +183,7 @@ def _ranking(given: dict) -> Ranking:
     refusals.check_order(given)
     ranks = given.get("ranks", list(range(1, len(completions) + 1)))
     if not isinstance(ranks, list) or not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks):
-        raise ValueError(f"ranks must be a list of whole numbers, got {ranks!r}.")
+        raise ValueError(f"ranks must be a list of whole numbers, got {shown(ranks)}.")
     if len(ranks) != len(completions):
         raise ValueError(f"there are {len(completions)} completions and {len(ranks)} ranks.")
     if any(abs(rank) >= INT64 for rank in ranks):

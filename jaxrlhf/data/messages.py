@@ -44,9 +44,14 @@ def to_json(value: Any, name: str) -> str:
         raise ValueError(f"{name} holds a number that is not finite.") from None
 
 
+def shown(value: Any) -> str:
+    """Returns a value as messages show it, in at most 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def _message(value: Any, name: str) -> Message:
-    shown = value if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
-    expected = f"{name} must be an object with the strings role and content, got {shown!r}."
+    expected = f"{name} must be an object with the strings role and content, got {shown(value)}."
     if not isinstance(value, dict):
         raise ValueError(expected)
     if "role" not in value and {"from", "value"} <= set(value):

@@ -31,8 +31,9 @@ def unknown_format(given: dict) -> str:
     for keys, name, remedy in OTHER_FORMATS:
         if keys <= set(given):
             return f"this is {name}, which is not read here{remedy}."
+    names = ", ".join([*sorted(given)[:12], *(["..."] if len(given) > 12 else [])]) or "(none)"
     return (
-        f"no known format has the keys {', '.join(sorted(given)) or '(none)'}; preferences have chosen and rejected, "
+        f"no known format has the keys {names}; preferences have chosen and rejected, "
         "demonstrations prompt and completion, text or messages."
     )
 

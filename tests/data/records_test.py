@@ -128,6 +128,13 @@ CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "rain", "argu
         ({"prompt": ASK, "chosen": ASK + YES, "rejected": ASK + NO}, Preference(ASKED, YESES, NOES), []),
         ({"prompt": ASK, "completions": [ASK + YES, ASK + NO]}, Ranking(ASKED, (YESES, NOES), (1, 2)), []),
         ({"prompt": ASK, "completion": ASK + YES}, Demonstration(ASKED, YESES), []),
+        # The completion repeats the question and not the system's words; a turn of the assistant may be said twice.
+        (
+            {"prompt": [{"role": "system", "content": "s"}, *ASK], "completion": ASK + YES},
+            Demonstration((Message("system", "s"), *ASKED), YESES),
+            [],
+        ),
+        ({"prompt": ASK + YES, "completion": YES}, Demonstration(ASKED + YESES, YESES), []),
         ({"prompt": ASK, "completion": ASK + YES, "label": True}, UnpairedPreference(ASKED, YESES, label=True), []),
         # HH-RLHF with a prompt of its own: strings, as TRL reads them.
         (
