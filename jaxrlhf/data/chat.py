@@ -212,7 +212,7 @@ def _templates_of(value: Any, path: pathlib.Path) -> dict[str, str]:
     sources = value if isinstance(value, dict) else {"default": value}
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         sources = {entry.get("name"): entry.get("template") for entry in value}
-    if not all(isinstance(name, str) and isinstance(source, str) for name, source in sources.items()):
+    if not sources or not all(isinstance(name, str) and isinstance(source, str) for name, source in sources.items()):
         raise DataError(f"{path}: chat_template must be a text or a list of named ones.")
     return sources
 
@@ -224,8 +224,7 @@ def _source(template: ChatTemplate, messages: tuple[Message, ...]) -> str:
     source = template.source if source is None else source
     if source is None:
         raise ValueError(
-            f"The model has several chat templates ({', '.join(sorted(named))}) and none with the name default; give the "
-            "one to use that name."
+            f"The model's chat_template has the names {', '.join(sorted(named))} and no default; give the one to use that name."
         )
     return source
 

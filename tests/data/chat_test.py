@@ -223,7 +223,7 @@ def test_templates_with_names_are_chosen_as_transformers_does(tmp_path):
             try:
                 expected = oracle.apply_chat_template(asked, tools=given, tokenize=False)
             except ValueError:
-                with pytest.raises(ValueError, match=r"several chat templates .* and none with the name default"):
+                with pytest.raises(ValueError, match="chat_template has the names .* and no default"):
                     render_prompt(template, prompt)
             else:
                 assert render_prompt(template, prompt) == expected
@@ -286,6 +286,13 @@ def test_templates_are_loaded_from_where_transformers_saves_them(tmp_path):
     assert load_chat_template(tmp_path) == ChatTemplate(STRICT, TOKENS)
     (tmp_path / "chat_template.jinja").write_text(TAGGED)
     assert load_chat_template(tmp_path) == ChatTemplate(TAGGED, TOKENS)
+    for damaged in ({}, [], 5, [5], {"default": 5}, [{"name": "default"}]):
+        path.write_text(json.dumps(settings | {"chat_template": damaged}))
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        with pytest.raises(
+            DataError, match=r"tokenizer_config\.json: chat_template must be a text or a list of named ones"
+        ):
+            load_chat_template(tmp_path)
     path.write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is not JSON"):
         load_chat_template(tmp_path)

@@ -264,8 +264,9 @@ SMOL = """
         {%- for call in message.tool_calls or [] -%}
             {{ '<tool_call>' ~ call.function | tojson(separators=(',', ':')) ~ '</tool_call>' }}
         {%- endfor -%}
-        {{ '<|im_end|>\\n' }}
+        {{ '<|im_end|>' }}
         {%- endgeneration -%}
+        {{ '\\n' }}
     {%- elif message.role == "tool" -%}{{ header('user') ~ content ~ '<|im_end|>\\n' }}
     {%- endif -%}
 {%- endfor -%}
