@@ -224,7 +224,7 @@ def _source(template: ChatTemplate, messages: tuple[Message, ...]) -> str:
     source = template.source if source is None else source
     if source is None:
         raise ValueError(
-            f"The model's chat_template has the names {', '.join(sorted(named))} and no default; give the one to use that name."
+            f"The model's chat_template has the names {', '.join(sorted(named))} and no default; name one of them so."
         )
     return source
 

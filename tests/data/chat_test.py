@@ -223,7 +223,7 @@ def test_templates_with_names_are_chosen_as_transformers_does(tmp_path):
             try:
                 expected = oracle.apply_chat_template(asked, tools=given, tokenize=False)
             except ValueError:
-                with pytest.raises(ValueError, match="chat_template has the names .* and no default"):
+                with pytest.raises(ValueError, match=r"chat_template has the names .* and no default"):
                     render_prompt(template, prompt)
             else:
                 assert render_prompt(template, prompt) == expected
