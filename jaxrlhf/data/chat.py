@@ -5,6 +5,7 @@ transformers 5 gives them: the messages, `tools` and `documents` (None without),
 date), and what a record has in `chat_template_kwargs`.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -97,8 +98,8 @@ def render(template: ChatTemplate, messages: tuple[Message, ...], *, generation_
             no generation blocks and does not simply append each turn.
     """
     _check(template, messages)
-    text, spans = _strip_markers(_write(template, messages, generation_prompt))
-    if not has_generation_blocks(_source(template, messages)):
+    text, spans = _strip_markers(write(template, messages, generation_prompt))
+    if not has_generation_blocks(source_of(template, messages)):
         spans = tuple(_spans_of_turns(template, messages, text, range(len(messages))))
     return Rendered(text, spans)
 
@@ -114,10 +115,10 @@ def render_prompt(template: ChatTemplate, prompt: tuple[Message, ...]) -> str:
     """
     _check(template, prompt)
     if not (prompt and prompt[-1].role == "assistant"):
-        return _strip_markers(_write(template, prompt, True))[0]
+        return _strip_markers(write(template, prompt, True))[0]
     # The space shows whether the template strips contents.
     last = _with_content(prompt[-1], prompt[-1].content + HERE + " ")
-    text, here, after = _strip_markers(_write(template, (*prompt[:-1], last), False))[0].rpartition(HERE)
+    text, here, after = _strip_markers(write(template, (*prompt[:-1], last), False))[0].rpartition(HERE)
     if not here or _has_calls(prompt[-1]):
         raise ValueError(
             "The prompt ends with a turn of the assistant that cannot be continued; end it with another turn."
@@ -148,14 +149,14 @@ def render_completion(
     else:
         messages = prompt + completion
         _check(template, messages)
-        prefix = _strip_markers(_write(template, prompt, True))[0]
-    text, spans = _strip_markers(_write(template, messages, False))
+        prefix = _strip_markers(write(template, prompt, True))[0]
+    text, spans = _strip_markers(write(template, messages, False))
     if not text.startswith(prefix):
         raise ValueError(
             f"{_name(template)} writes the prompt differently once a completion follows, so the two cannot be separated; "
             "fix the template."
         )
-    if not has_generation_blocks(_source(template, messages)):
+    if not has_generation_blocks(source_of(template, messages)):
         later = range(first + 1, len(messages))
         spans = (
             ((len(prefix), len(text)),)
@@ -175,21 +176,6 @@ def split_completion(
     """
     before, rendered = render_completion(template, prompt, completion)
     return before, rendered.text[len(before) :]
-
-
-def unread_names(template: ChatTemplate, messages: tuple[Message, ...]) -> set[str]:
-    """Returns what a conversation has that the template does not mention: keys of messages, and variables."""
-    variables = _variables(messages)
-    if not variables and not any(message.fields for message in messages):
-        return set()
-    read = names_read(_source(template, messages))
-    unread = {name for name, value in variables.items() if name not in read and value not in ([], None)}
-    if ANY_KEY in read:
-        return unread
-    keys = {key for message in messages if message.fields for key in message.as_dict()}
-    if not read.isdisjoint(REASONING):
-        keys -= set(REASONING)
-    return unread | (keys - read - {"role", "content"})
 
 
 def _template_files(directory: pathlib.Path) -> dict[str, str]:
@@ -217,10 +203,14 @@ def _templates_of(value: Any, path: pathlib.Path) -> dict[str, str]:
     return sources
 
 
-def _source(template: ChatTemplate, messages: tuple[Message, ...]) -> str:
-    """Returns the template for a conversation; as in transformers, "tool_use" is for those with tools."""
+def source_of(template: ChatTemplate, messages: tuple[Message, ...]) -> str:
+    """Returns the template for a conversation; as in transformers, "tool_use" is for those with tools.
+
+    Raises:
+        ValueError: there are several, and none is the default.
+    """
     named = dict(template.named)
-    source = named.get("tool_use") if _variables(messages).get("tools") is not None else None
+    source = named.get("tool_use") if variables_of(messages).get("tools") is not None else None
     source = template.source if source is None else source
     if source is None:
         raise ValueError(
@@ -229,7 +219,8 @@ def _source(template: ChatTemplate, messages: tuple[Message, ...]) -> str:
     return source
 
 
-def _variables(messages: tuple[Message, ...]) -> dict[str, Any]:
+def variables_of(messages: tuple[Message, ...]) -> dict[str, Any]:
+    """Returns what the row of a conversation gives its template beside the messages."""
     return json.loads(messages[0].variables) if messages and messages[0].variables else {}
 
 
@@ -245,7 +236,7 @@ def _check(template: ChatTemplate, messages: tuple[Message, ...]) -> None:
             "take a model with a template, or take such turns out."
         )
     if any(_has_calls(message) for message in messages):
-        read = names_read(_source(template, messages))
+        read = names_read(source_of(template, messages))
         for message in messages:
             missing = [name for name in CALLS if message.as_dict().get(name) and name not in read]
             if missing and ANY_KEY not in read:
@@ -263,18 +254,22 @@ def _name(template: ChatTemplate) -> str:
     )
 
 
-def _write(template: ChatTemplate, messages: tuple[Message, ...], generation_prompt: bool) -> str:
-    """Returns a conversation's text with markers around generation blocks."""
+def write(template: ChatTemplate, messages: tuple[Message, ...], generation_prompt: bool) -> str:
+    """Returns a conversation's text with markers around generation blocks.
+
+    Raises:
+        ValueError: the template fails or refuses the conversation.
+    """
     dicts = [message.as_dict() for message in messages]
     for entry in dicts:
         # As in transformers: the names of reasoning stand for each other.
         reasoning = next((entry[name] for name in REASONING if entry.get(name) is not None), None)
         if reasoning is not None:
             entry |= {"thinking": entry.get("thinking", reasoning), "reasoning_content": reasoning}
-    variables = {"tools": None, "documents": None, **template.tokens, **_variables(messages)}
+    variables = {"tools": None, "documents": None, **template.tokens, **variables_of(messages)}
     variables |= {"messages": dicts, "add_generation_prompt": generation_prompt}
     try:
-        text = render_template(_source(template, messages), variables)
+        text = render_template(source_of(template, messages), variables)
     except ValueError as error:
         if template.source is None:
             raise
@@ -306,11 +301,8 @@ def _spans_of_turns(
     template: ChatTemplate, messages: tuple[Message, ...], text: str, indices: range
 ) -> list[tuple[int, int]]:
     """Returns the spans of those of the assistant's turns that have these indices, from what each message adds."""
-
-    def write(messages: tuple[Message, ...], generation_prompt: bool = False) -> str:
-        return _write(template, messages, generation_prompt)
-
-    return [turn_span(write, messages, index, text) for index in indices if messages[index].role == "assistant"]
+    written = functools.partial(write, template)
+    return [turn_span(written, messages, index, text) for index in indices if messages[index].role == "assistant"]
 
 
 def _has_calls(message: Message) -> bool:

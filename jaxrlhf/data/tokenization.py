@@ -12,7 +12,6 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxrlhf.data.chat import unread_names
 from jaxrlhf.data.encode import ChatTokenizer, Encoded, encode, encode_prompt
 from jaxrlhf.data.records import (
     DataError,
@@ -26,6 +25,7 @@ from jaxrlhf.data.records import (
     texts_of,
 )
 from jaxrlhf.data.sources import Dropped, Source, checked, comparisons
+from jaxrlhf.data.unwritten import Unwritten
 
 
 class PairRow(NamedTuple):
@@ -47,13 +47,13 @@ class TokenizedRows(NamedTuple, Generic[Row]):
         rows: of tokens.
         truncated: the number of rows that were truncated.
         dropped: the records without a row.
-        unread: what records have that the chat template does not write, such as a key of messages, with their number.
+        unwritten: what records have that the chat template writes for none, such as a key of messages, with their number.
     """
 
     rows: list[Row]
     truncated: int
     dropped: list[Dropped]
-    unread: dict[str, int] = {}  # noqa: RUF012
+    unwritten: dict[str, int] = {}  # noqa: RUF012
 
 
 def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_length: int) -> TokenizedRows[Encoded]:
@@ -67,9 +67,9 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped, unread = [], 0, [], collections.Counter()
+    rows, truncated, dropped, unwritten = [], 0, [], Unwritten(tokenizer.template)
     for index, record in checked(records, (Demonstration, Preference, UnpairedPreference), "demonstrations"):
-        unread.update(_unread(tokenizer, texts_of(record)))
+        unwritten.add(_whole_texts(*texts_of(record)))
         try:
             text = _desirable_text(tokenizer, record)
             rows.append(_truncated_demonstration(text, max_length))
@@ -77,7 +77,7 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
             dropped.append(Dropped(index, str(error)))
         else:
             truncated += len(text.tokens) > max_length
-    return _non_empty(TokenizedRows(rows, truncated, dropped, dict(unread)), "demonstrations")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, unwritten.counts()), "demonstrations")
 
 
 def tokenize_pairs(
@@ -104,11 +104,11 @@ def tokenize_pairs(
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped, unread = [], 0, [], collections.Counter()
+    rows, truncated, dropped, unwritten = [], 0, [], Unwritten(tokenizer.template)
     for group in comparisons(records, dropped):
         for index in {index for index, _ in group.completions}:
             own = [completion for other, completion in group.completions if other == index]
-            unread.update(_unread(tokenizer, [group.prompt, *own]))
+            unwritten.add(_whole_texts(group.prompt, *own))
         encoded = [_encode_or_error(tokenizer, group.prompt, completion) for _, completion in group.completions]
         for first, second, label, margin in group.pairs:
             try:
@@ -119,7 +119,7 @@ def tokenize_pairs(
             else:
                 rows.append(row)
                 truncated += any(len(text.tokens) > max_length for text in texts)
-    return _non_empty(TokenizedRows(rows, truncated, dropped, dict(unread)), "pairs")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, unwritten.counts()), "pairs")
 
 
 def tokenize_prompts(
@@ -135,10 +135,10 @@ def tokenize_prompts(
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped, seen, unread = [], 0, [], set(), collections.Counter()
+    rows, truncated, dropped, seen, unwritten = [], 0, [], set(), Unwritten(tokenizer.template)
     kinds = (Prompt, Demonstration, Preference, Ranking, UnpairedPreference)
     for index, record in checked(records, kinds, "prompts"):
-        unread.update(_unread(tokenizer, [record.prompt]))
+        unwritten.add([record.prompt])
         try:
             if record.prompt in seen:
                 raise ValueError("duplicate prompt")
@@ -156,7 +156,7 @@ def tokenize_prompts(
         seen.add(record.prompt)
         rows.append(np.delete(tokens, np.s_[start : start + excess]))
         truncated += excess > 0
-    return _non_empty(TokenizedRows(rows, truncated, dropped, dict(unread)), "prompts")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, unwritten.counts()), "prompts")
 
 
 def describe_rows(tokenized: TokenizedRows) -> str:
@@ -169,8 +169,8 @@ def describe_rows(tokenized: TokenizedRows) -> str:
         parts.append(f"{tokenized.truncated:,} truncated")
     if tokenized.dropped:
         parts.append(f"{len(tokenized.dropped):,} dropped ({_reasons(tokenized.dropped)})")
-    if tokenized.unread:
-        counts = describe_counts(tokenized.unread)
+    if tokenized.unwritten:
+        counts = describe_counts(tokenized.unwritten)
         parts.append(f"not written by the chat template: {counts}")
     return "; ".join(parts)
 
@@ -266,10 +266,8 @@ def _bos_length(tokens: np.ndarray, bos: int | None) -> int:
     return int(bos is not None and len(tokens) > 0 and tokens[0] == bos)
 
 
-def _unread(tokenizer: ChatTokenizer, texts: list[Text]) -> set[str]:
-    """Returns what texts have that the chat template does not mention: keys of messages, and variables."""
-    # Each alone: what a row gives the template is on the first message of its prompt.
-    return {name for text in texts if isinstance(text, tuple) for name in unread_names(tokenizer.template, text)}
+def _whole_texts(prompt: Text, *completions: Text) -> list[Text]:
+    return [prompt + text for text in completions if isinstance(prompt, tuple) and isinstance(text, tuple)]
 
 
 def _non_empty(tokenized: TokenizedRows[Row], rows: str) -> TokenizedRows[Row]:

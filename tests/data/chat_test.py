@@ -16,8 +16,8 @@ from jaxrlhf.data.chat import (
     render,
     render_prompt,
     split_completion,
-    unread_names,
 )
+from jaxrlhf.data.unwritten import Unwritten
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
 STORIES = pathlib.Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
@@ -153,22 +153,29 @@ CALLING = [
 ]
 
 
+ALL = {"name", "tool_call_id", "weight", "reasoning", "tools", "depth"}
+
+
 @pytest.mark.parametrize(
-    "read, unread",
+    "written, unwritten",
     [
-        ("m.tool_calls", {"name", "tool_call_id", "weight", "reasoning", "tools", "depth"}),
+        ("m.tool_calls", ALL),
         ("m['tool_calls'], m.get('weight'), m.reasoning_content, tools", {"name", "tool_call_id", "depth"}),
-        ("m.tool_calls and 'name' in m, thinking, depth", {"tool_call_id", "weight", "tools"}),
+        ("m.tool_calls and 1, 'name' in m, m.thinking, depth", {"tool_call_id", "weight", "tools"}),
         ("m | tojson", {"tools", "depth"}),
         ("m.items() | list, tools, depth", set()),
+        # Mentioned, but of a call and not of the message, or for no message that there is.
+        ("m.tool_calls and m.tool_calls[0].function.name", ALL),
+        ("m.tool_calls, m.weight if m.role == 'x', tools if depth == 5", ALL),
     ],
 )
-def test_what_a_template_does_not_mention_is_known(read, unread):
+def test_what_a_template_does_not_write_is_known(written, unwritten):
     row = {"messages": CALLING, "tools": TOOL, "chat_template_kwargs": {"depth": 1}}
-    source = "{% for m in messages %}{{ m.role }}{% if false %}{{ " + read + " }}{% endif %}{% endfor %}"
-    talk = parse_record(row).completion
-    assert unread_names(ChatTemplate(source, {}), talk) == unread
-    assert unread_names(ChatTemplate(source, {}), TALK) == set()
+    source = "{% for m in messages %}{{ m.role }}{{ (" + written + ") }}{% endfor %}"
+    found = Unwritten(ChatTemplate(source, {}))
+    for text in (parse_record(row).completion, TALK, "words"):
+        found.add([text])
+    assert found.counts() == dict.fromkeys(unwritten, 1)
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def test_what_the_template_does_not_write_is_counted():
     row = {"prompt": [asked], "chosen": [told], "rejected": [{**told, "content": " c"}], "tools": [{"a": 1}]}
     record = parse_record(row)
     pairs = tokenize_pairs(tokenizer, [record] * 2, max_length=9)
-    assert pairs.unread == {"name": 2, "tools": 2, "weight": 2}
+    assert pairs.unwritten == {"name": 2, "tools": 2, "weight": 2}
     prompts = tokenize_prompts(tokenizer, [record], max_length=9)
     assert describe_rows(prompts) == "1 row of 1 to 1 tokens; not written by the chat template: name (1), tools (1)"
     many = {f"k{number:02}": number for number in range(14)}

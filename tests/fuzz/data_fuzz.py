@@ -34,9 +34,10 @@ from jaxrlhf.data import (
     parse_record,
     read_records,
 )
-from jaxrlhf.data.chat import ChatTemplate, render_prompt, unread_names
+from jaxrlhf.data.chat import ChatTemplate, render_prompt
 from jaxrlhf.data.encode import chat_tokenizer, encode, encode_prompt
 from jaxrlhf.data.records import texts_of
+from jaxrlhf.data.unwritten import Unwritten
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "data"))
 families = importlib.import_module("families")
@@ -289,6 +290,7 @@ def check_conversation(draw, folder):
     """Writes one conversation in two forms; returns how it ended."""
     del folder
     row, source = conversation(draw), template(draw)
+    damaged = source not in families.TEMPLATES.values()
     made = chat_tokenizer(MADE, eos=1, template=ChatTemplate(source, TOKENS))
     messages, others = row["messages"], {name: value for name, value in row.items() if name != "messages"}
     whole = parse_record(row).completion
@@ -296,12 +298,20 @@ def check_conversation(draw, folder):
         encoded = encode(made, (), whole)
     except ValueError as error:
         return sentence(error, "template")
-    unread_names(made.template, whole)
+    unwritten = Unwritten(made.template)
+    unwritten.add([whole])
+    known = (
+        {key for turn in messages for key in turn}
+        | set(others.get("chat_template_kwargs", {}))
+        | {"tools", "documents"}
+    )
+    assert set(unwritten.counts()) <= known - {"role", "content"} and (
+        damaged or "tool_calls" not in unwritten.counts()
+    )
     assert MADE.decode(encoded.tokens.tolist(), skip_special_tokens=False) == oracle(source, row, messages), (
         "another text"
     )
     learned = MADE.decode(encoded.tokens[encoded.completion_mask].tolist(), skip_special_tokens=False)
-    damaged = source not in families.TEMPLATES.values()
     assert damaged or not re.search(r"\b[ust]\d+w", learned), f"learns others' words: {learned!r}"
     first = next((index for index, turn in enumerate(messages) if index and turn["role"] == "assistant"), None)
     if first is None or messages[first - 1]["role"] == "assistant":
