@@ -6,6 +6,7 @@ date), and what a record has in `chat_template_kwargs`.
 """
 
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -152,10 +153,7 @@ def render_completion(
         prefix = _strip_markers(write(template, prompt, True))[0]
     text, spans = _strip_markers(write(template, messages, False))
     if not text.startswith(prefix):
-        raise ValueError(
-            f"{_name(template)} writes the prompt differently once a completion follows, so the two cannot be separated; "
-            "fix the template."
-        )
+        raise _not_separated(template, prefix, text)
     if not has_generation_blocks(source_of(template, messages)):
         later = range(first + 1, len(messages))
         spans = (
@@ -244,6 +242,18 @@ def _check(template: ChatTemplate, messages: tuple[Message, ...]) -> None:
                     f"{_name(template)} does not write {missing[0]}, so the assistant's turn would lack its call; use one "
                     "that does."
                 )
+
+
+def _not_separated(template: ChatTemplate, prefix: str, text: str) -> ValueError:
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prefix, text, strict=False))
+    rest, detail = prefix[sum(1 for _ in shared) :], ""
+    if len(rest) <= 24:
+        # What follows the assistant's header is the same for all records, and so one reason.
+        detail = f": its generation prompt ends in {rest!r}, and a finished turn has no such words"
+    return ValueError(
+        f"{_name(template)} writes the prompt differently once a completion follows, so the two cannot be "
+        f"separated{detail}; fix the template."
+    )
 
 
 def _name(template: ChatTemplate) -> str:

@@ -277,6 +277,22 @@ def test_a_prompt_that_a_completion_changes_is_refused():
         split_completion(ChatTemplate("{% generation %}x{% endgeneration %}" + source, TOKENS), TALK[:1], TALK[1:2])
 
 
+def test_a_generation_prompt_that_no_finished_turn_has_is_shown():
+    # DeepSeek R1 begins the reasoning in the prompt, and takes it out of what was said.
+    source = NO_THOUGHTS.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    with pytest.raises(
+        ValueError, match=r"its generation prompt ends in '<think>', and a finished turn has no such words;"
+    ):
+        split_completion(ChatTemplate(source, TOKENS), TALK[:1], TALK[1:2])
+
+
+@pytest.mark.parametrize("source", [LAST_QUESTION, NO_THOUGHTS])
+def test_a_pair_of_several_turns_has_its_answer_located(source):
+    told = (Message("user", "A?"), Message("assistant", "<think>b</think> B"), Message("user", "C?"))
+    prompt, completion = split_completion(ChatTemplate(source, TOKENS), told, (Message("assistant", "D"),))
+    assert completion == "D</s>" and prompt == render_prompt(ChatTemplate(source, TOKENS), told)
+
+
 def test_markers_in_messages_are_refused():
     with pytest.raises(ValueError, match="private characters"):
         render(ChatTemplate(PLAIN, TOKENS), (Message("user", "a\uf8f1b"),))
