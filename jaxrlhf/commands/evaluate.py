@@ -18,7 +18,6 @@ from jaxrlhf.commands.reward_report import (
     score_pairs,
 )
 from jaxrlhf.commands.running import finish, open_folder
-from jaxrlhf.data.builders import Prepared
 from jaxrlhf.data.tokenization import describe_rows, tokenize_pairs, tokenize_prompts
 from jaxrlhf.lm.learning import pair_scores
 from jaxrlhf.lm.memory import tree_bytes
@@ -92,17 +91,19 @@ def main(config: Evaluate) -> pathlib.Path:
     records = [record for split in splits.values() for record in split]
     if not records:
         raise ValueError(f"No record is in --split {config.split}; give another --split or --held-out.")
+    if prepared.unread:
+        print_table(Console(), "Data", unread_rows(prepared))
     evaluate = _evaluate_policy if config.reward is None else _evaluate_reward
-    return evaluate(config, records, prepared)
+    return evaluate(config, records, skipped_lines(prepared))
 
 
-def _evaluate_reward(config: Evaluate, records: list, prepared: Prepared) -> pathlib.Path:
+def _evaluate_reward(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
     assert config.reward is not None
     model = open_model(config.reward, "reward")
     length = min(config.max_length, model.config.context_length)
     pairs = tokenize_pairs(model.bundle.chat_tokenizer(), records, max_length=length, cut_prompts=config.cut_prompts)
     score = jax.jit(lambda batch: pair_scores(reward_model(decoder(model.config)), model.params, batch))
-    _print_plan(model, {"pairs": describe_rows(pairs)} | unread_rows(prepared))
+    _print_plan(model, {"pairs": describe_rows(pairs)})
     rewards = score_pairs(score, pairs.rows, config.batch_size)
     predictors = evaluate_reward(rewards[:, 0] - rewards[:, 1], None, pairs, seed=config.seed)
     folder = open_folder(config, "evaluate")
@@ -115,11 +116,11 @@ def _evaluate_reward(config: Evaluate, records: list, prepared: Prepared) -> pat
         title="Evaluation",
         summary=str(config.reward),
         figures=["reliability.png"],
-        notes=[*skipped_lines(prepared), describe_rows(pairs) + "."],
+        notes=[*notes, describe_rows(pairs) + "."],
     )
 
 
-def _evaluate_policy(config: Evaluate, records: list, prepared: Prepared) -> pathlib.Path:
+def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
     if config.reference is None:
         raise ValueError("Give --reference: a policy is compared with one.")
     assert config.policy is not None
@@ -128,17 +129,12 @@ def _evaluate_policy(config: Evaluate, records: list, prepared: Prepared) -> pat
         raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
     annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS)
     longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
-    if longest < 2 <= config.max_length:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is "
-            f"{model.config.context_length}."
-        )
     tokenized = tokenize_prompts(
         model.bundle.chat_tokenizer(), records, max_length=longest, cut_prompts=config.cut_prompts
     )
     prompts = tokenized.rows[: config.prompts]
     completions = f"{2 * len(prompts)} of at most {config.max_new_tokens} tokens, {len(prompts)} labels"
-    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions} | unread_rows(prepared))
+    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions})
     compare = policy_comparer(reference, prompts, annotator, max_new_tokens=config.max_new_tokens, seed=config.seed)
     comparison = compare(model.params)
     folder = open_folder(config, "evaluate")
@@ -150,7 +146,7 @@ def _evaluate_policy(config: Evaluate, records: list, prepared: Prepared) -> pat
         title="Evaluation",
         summary=str(config.policy),
         samples=[Samples("Completions", ("reference", "policy"), comparison.samples[:12])],
-        notes=[*skipped_lines(prepared), describe_rows(tokenized) + "."],
+        notes=[*notes, describe_rows(tokenized) + "."],
     )
 
 
