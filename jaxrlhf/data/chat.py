@@ -195,8 +195,8 @@ def _templates_of(value: Any, path: pathlib.Path) -> dict[str, str]:
         return {}
     sources = value if isinstance(value, dict) else {"default": value}
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        sources = {entry.get("name"): entry.get("template") for entry in value}
-    if not sources or not all(isinstance(name, str) and isinstance(source, str) for name, source in sources.items()):
+        sources = {str(entry.get("name")): entry.get("template") for entry in value}
+    if not sources or not all(isinstance(source, str) for source in sources.values()):
         raise DataError(f"{path}: chat_template must be a text or a list of named ones.")
     return sources
 

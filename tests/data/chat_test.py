@@ -309,7 +309,7 @@ def test_templates_are_loaded_from_where_transformers_saves_them(tmp_path):
     assert load_chat_template(tmp_path) == ChatTemplate(STRICT, TOKENS)
     (tmp_path / "chat_template.jinja").write_text(TAGGED)
     assert load_chat_template(tmp_path) == ChatTemplate(TAGGED, TOKENS)
-    for damaged in ({}, [], 5, [5], {"default": 5}, [{"name": "default"}]):
+    for damaged in ({}, [], 5, [5], {"default": 5}, [{"name": "default"}], [{"name": ["default"]}]):
         path.write_text(json.dumps(settings | {"chat_template": damaged}))
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
         with pytest.raises(
