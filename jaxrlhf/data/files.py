@@ -34,7 +34,7 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     """Returns the data files at a path, in the order of their names.
 
     Raises:
-        DataError: there are none, one lies outside the folder, leads nowhere, or is there gzipped as well.
+        DataError: there are none, one lies outside the folder or leads nowhere, or one would be read twice.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -53,6 +53,10 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
             raise DataError(f"{file} leads out of the folder {path}; copy the file into it.")
         if not file.is_file():
             raise DataError(f"{file} leads to no file; copy the file into the folder.")
+    once = {file.resolve(): file for file in files if not file.is_symlink()}
+    again = next((file for file in files if file.is_symlink() and file.resolve() in once), None)
+    if again is not None:
+        raise DataError(f"{again} is a link to {once[again.resolve()]}, which would be read twice; take the link away.")
     copies = collections.Counter(str(file).lower().removesuffix(".gz") for file in files)
     twice = next((file for file in files if copies[str(file).lower().removesuffix(".gz")] > 1), None)
     if twice is not None and any(str(file).lower().endswith(".gz") for file in files):

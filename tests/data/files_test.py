@@ -125,6 +125,10 @@ def test_files_that_would_be_read_twice_or_not_at_all_are_refused(tmp_path):
     with pytest.raises(DataError, match="is there both plain and gzipped, and would be read twice"):
         read_records(tmp_path)
     (tmp_path / "a.jsonl.gz").unlink()
+    (tmp_path / "latest.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"latest\.jsonl is a link to .*a\.jsonl, which would be read twice"):
+        read_records(tmp_path)
+    (tmp_path / "latest.jsonl").unlink()
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match=r"gone\.jsonl leads to no file"):
         read_records(tmp_path)
