@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import transformers
 
+from jaxrlhf.commands.models import open_bundle
 from jaxrlhf.data import Demonstration, Prompt, parse_record
 from jaxrlhf.data.chat import ChatTemplate, render, render_prompt
 from jaxrlhf.data.encode import chat_tokenizer, encode, encode_prompt
@@ -20,6 +21,7 @@ families = importlib.import_module("families")
 sys.path.pop(0)
 ROWS, TEMPLATES = families.ROWS, families.TEMPLATES
 
+SMOLLM = pathlib.Path(__file__).resolve().parents[3] / "shared" / "models" / "smollm2"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -138,6 +140,20 @@ def test_tokens_and_masks_are_those_of_transformers_in_every_form(source, row):
         np.testing.assert_array_equal(np.flatnonzero(split.completion_mask), np.concatenate(learned))
         asked = encode_prompt(made, record.prompt)
         np.testing.assert_array_equal(split.tokens[: len(asked)], asked)
+
+
+@pytest.mark.skipif(not SMOLLM.exists(), reason=f"smollm2 is missing: {SMOLLM}")
+def test_a_published_tokenizer_and_its_template():
+    oracle, bundle, same = transformers.AutoTokenizer.from_pretrained(SMOLLM), open_bundle(SMOLLM), 0
+    for row in ROWS.values():
+        found = ours(encode, bundle.chat_tokenizer(), (), parse_record(row).completion)
+        if not isinstance(found, str):
+            given = {**row.get("chat_template_kwargs", {}), "tokenize": True, "return_dict": True}
+            expected = oracle.apply_chat_template(row["messages"], **given)
+            assert found.tokens.tolist() == expected["input_ids"]
+            same += 1
+    # Its template has no tools and no parts of contents.
+    assert same == len(ROWS) - 3
 
 
 @FAMILY
