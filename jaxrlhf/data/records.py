@@ -106,7 +106,7 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Returns the common prefix of two texts, and the rest of each.
 
     The prefix of strings ends with a whole word: letters inside a word, and spaces before the first difference, belong to
-    the completions. The prefix of conversations is whole messages.
+    the completions. The prefix of conversations is whole messages, and does not end between two turns of the assistant.
 
     Raises:
         ValueError: the prefix is empty, or the texts are equal.
@@ -120,9 +120,16 @@ def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
             length -= 1
         while length and chosen[length - 1].isspace():
             length -= 1
+    # Two turns of the assistant in a row: the second does not continue the first, as it would after a prompt.
+    while length and all(_speaks(text, index) for text in (chosen, rejected) for index in (length - 1, length)):
+        length -= 1
     if not length:
         raise ValueError("chosen and rejected share no beginning to be the prompt; give one.")
     return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _speaks(text: Text, index: int) -> bool:
+    return isinstance(text, tuple) and index < len(text) and text[index].role == "assistant"
 
 
 def _inside_word(text: str, index: int) -> bool:

@@ -136,6 +136,12 @@ CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "rain", "argu
         ),
         ({"prompt": ASK + YES, "completion": YES}, Demonstration(ASKED + YESES, YESES), []),
         ({"prompt": ASK, "completion": ASK + YES, "label": True}, UnpairedPreference(ASKED, YESES, label=True), []),
+        # Turns of the assistant in a row are turns, and not one that is continued.
+        (
+            {"chosen": ASK + YES + YES, "rejected": ASK + YES + NO},
+            Preference(ASKED, YESES + YESES, YESES + NOES),
+            [],
+        ),
         # HH-RLHF with a prompt of its own: strings, as TRL reads them.
         (
             {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c", "margin": None},
