@@ -84,9 +84,9 @@ def sentence(error, *names):
 
 
 def told(draw, count):
-    """A conversation of `count` turns, as JSON and as messages."""
-    roles = ["system"] * (draw.random() < 0.2) + ["user", "assistant"] * count
-    turns = [(role, draw.choice(WORDS) + str(draw.randrange(10**6))) for role in roles[:count]]
+    """A conversation of `count` turns, with a system's or without, as JSON and as messages."""
+    roles = ["system"] * (draw.random() < 0.2) + (["user", "assistant"] * count)[:count]
+    turns = [(role, draw.choice(WORDS) + str(draw.randrange(10**6))) for role in roles]
     return [{"role": role, "content": text} for role, text in turns], tuple(Message(*turn) for turn in turns)
 
 
