@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from jaxrlhf.commands.comparison import LABELS, comparison_table, open_annotator, policy_comparer
-from jaxrlhf.commands.data import Format, open_records, skipped_lines
+from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
@@ -89,6 +89,10 @@ def main(config: Evaluate) -> pathlib.Path:
     )
     splits = prepared.splits if config.split == "all" else {config.split: prepared.splits.get(config.split, [])}
     records = [record for split in splits.values() for record in split]
+    if not records:
+        raise ValueError(f"No record is in --split {config.split}; give another --split or --held-out.")
+    if prepared.unread:
+        print_table(Console(), "Data", unread_rows(prepared))
     evaluate = _evaluate_policy if config.reward is None else _evaluate_reward
     return evaluate(config, records, skipped_lines(prepared))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from jaxrlhf.data.chat import TRANSCRIPT, ChatTemplate, render, split_completion
+from jaxrlhf.data.chat import TRANSCRIPT, ChatTemplate, render, render_completion, render_prompt
 from jaxrlhf.data.records import Preference, Text
 from jaxrlhf.data.turns import end_of_turn, up_to_stop
 
@@ -94,8 +94,8 @@ def encode(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded:
     """Returns the tokens of a prompt and its completion, with an end of text.
 
     The mask ends with the stop token that ends the completion; the tokens are all that the template writes. Strings are
-    concatenated as they are, the end-of-text token appended. In a conversation without a prompt the mask covers every turn
-    of the assistant.
+    concatenated as they are, the end-of-text token appended. In a conversation the mask covers every turn of the assistant
+    in the completion; a last turn of the prompt that is the assistant's is continued.
 
     Raises:
         ValueError: one is a string and the other a conversation, or the template refuses them.
@@ -108,8 +108,8 @@ def encode(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded:
     if not prompt:
         rendered = render(tokenizer.template, completion)
         return _encode_spans(tokenizer, rendered.text, rendered.spans, templated=True)
-    before, after = split_completion(tokenizer.template, prompt, completion)
-    return _encode_spans(tokenizer, before + after, ((len(before), len(before + after)),), templated=True)
+    rendered = render_completion(tokenizer.template, prompt, completion)[1]
+    return _encode_spans(tokenizer, rendered.text, rendered.spans, templated=True)
 
 
 def encode_pair(tokenizer: ChatTokenizer, pair: Preference) -> EncodedPair:
@@ -134,20 +134,24 @@ def up_to_end(text: Encoded) -> Encoded:
 def encode_prompt(tokenizer: ChatTokenizer, prompt: Text) -> np.ndarray:
     """Returns the tokens `[P]` of a prompt, a conversation's with its generation prompt. No end-of-text token.
 
+    If the last turn of a conversation is the assistant's, the tokens end with its words, which the model continues.
+
     Raises:
         ValueError: the template refuses the conversation.
     """
     if isinstance(prompt, str):
         return _encode_spans(tokenizer, prompt, ()).tokens
-    text = render(tokenizer.template, prompt, generation_prompt=True).text
-    return _encode_spans(tokenizer, text, (), templated=True).tokens
+    return _encode_spans(tokenizer, render_prompt(tokenizer.template, prompt), (), templated=True).tokens
 
 
 def _encode_spans(
     tokenizer: ChatTokenizer, text: str, spans: tuple[tuple[int, int], ...], *, templated: bool = False
 ) -> Encoded:
     """Returns a text's tokens, and the mask of those whose last character lies in one of the spans, up to its stop."""
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    try:
+        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    except TypeError:
+        raise ValueError("A text holds half of a surrogate pair, which no tokenizer takes; take it out.") from None
     tokens, last_characters, covered = list(encoding.ids), [], 0
     if tokenizer.vocabulary_size is not None and max(tokens, default=0) >= tokenizer.vocabulary_size:
         token = tokenizer.backend.id_to_token(max(tokens))
