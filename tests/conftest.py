@@ -89,3 +89,96 @@ def make_world():
         return folder
 
     return fill
+
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<end>", "<user>")
+TURN = "{{ '<user>' if m.role == 'user' else m.role }}{{ ': ' + m.content }}"
+OPENING = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+LOOP = "{% for m in messages %}" + TURN + "ENDING{% endfor %}" + OPENING
+TEMPLATES = {
+    "eos": LOOP.replace("ENDING", "{{ eos_token }}"),
+    "eos-line": LOOP.replace("ENDING", "{{ eos_token + '\n' }}"),
+    "own-line": LOOP.replace("ENDING", "{{ '<end>\n' }}"),
+    "own-then-eos": LOOP.replace(
+        "ENDING", "{{ '<end>\n' }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    ),
+    "bos": "{{ bos_token }}" + LOOP.replace("ENDING", "{{ '<end>' }}"),
+    "blocks": "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'assistant: ' }}{% generation %}"
+    "{{ m.content + '<end>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    + TURN
+    + "{{ '<end>\n' }}{% endif %}{% endfor %}"
+    + OPENING,
+}
+"""Chat templates by how they end a turn."""
+LAYOUTS = ("config", "map", "lists", "tokenizer", "unlisted", "decoder")
+"""Where a directory names its special tokens."""
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """The contents of a `tokenizer.json`: single bytes, and `SPECIAL` behind them."""
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {word: index for index, word in enumerate([*alphabet, *SPECIAL])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(SPECIAL))
+    return json.loads(made.to_str())
+
+
+@pytest.fixture(scope="session")
+def lay_out(byte_tokenizer):
+    """`lay_out(directory, layout, template, **config)`: writes all of a model's files but its weights.
+
+    `config` goes to config.json, beside the ids that the layout puts there; returns the directory.
+    """
+    bos, eos, end = range(257, 260)
+    texts = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    as_objects = {name: {"content": text, "lstrip": False, "rstrip": False} for name, text in texts.items()}
+
+    def write(directory, layout, template, **config):
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+        settings |= {} if template is None else {"chat_template": TEMPLATES.get(template, template)}
+        ids, generation, named, tokenizer = {"bos_token_id": bos, "eos_token_id": eos}, None, None, byte_tokenizer
+        if layout == "map":
+            named = as_objects
+        else:
+            settings |= texts
+        if layout == "lists":
+            ids["eos_token_id"], generation = end, {"eos_token_id": [end, eos], "temperature": 0.6, "top_p": 0.9}
+        if layout == "tokenizer":
+            ids = {"bos_token_id": None, "eos_token_id": None}
+        if layout == "unlisted":
+            # In the vocabulary only; what the settings name is never split all the same.
+            tokenizer = tokenizer | {
+                "added_tokens": [t for t in tokenizer["added_tokens"] if t["content"] not in texts.values()]
+            }
+        if layout == "decoder":
+            flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+            settings["added_tokens_decoder"] = {
+                str(256 + n): {"content": text} | flags for n, text in enumerate(SPECIAL)
+            }
+            # Not read beside it.
+            named = {"eos_token": "<user>"}
+        files = {
+            "config.json": {"vocab_size": 256 + len(SPECIAL)} | ids | config,
+            "tokenizer.json": tokenizer,
+            "tokenizer_config.json": settings,
+            "generation_config.json": generation,
+            "special_tokens_map.json": named,
+        }
+        for name, content in files.items():
+            if content is not None:
+                (directory / name).write_text(json.dumps(content))
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def layouts():
+    """Names of the layouts, and of the templates, that `lay_out` knows."""
+    return LAYOUTS, tuple(TEMPLATES)

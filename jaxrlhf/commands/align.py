@@ -119,7 +119,8 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
     arguments = jax.random.key(config.seed), setup.upper, setup.lower
     memory = plan_bilevel(setup.algorithm.init, *arguments, setup.frozen)
     folder = open_folder(config, "align")
-    print_plan(Console(quiet=not is_first_process()), config, policy, memory, prompts.notes)
+    others = [] if config.reward is None or config.lora_rank else reward.remarks("Reward model")
+    print_plan(Console(quiet=not is_first_process()), config, policy, memory, [*prompts.notes, *others])
     log = tracker(config.track if is_first_process() else None, folder.path, name=folder.path.name, config=config)
 
     state_where = shardings(jax.eval_shape(setup.algorithm.init, *arguments), mesh, decoder_names)

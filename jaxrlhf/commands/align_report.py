@@ -33,7 +33,7 @@ def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPla
         "per step": f"{completions} completions of at most {config.max_new_tokens} tokens, {completions // 2} labels",
         "total": f"{config.steps} steps, {config.steps * completions // 2:,} labels",
     }
-    print_table(console, "Bilevel alignment", rows | {"prompts": "\n".join(notes)})
+    print_table(console, "Bilevel alignment", rows | policy.plan_rows() | {"prompts": "\n".join(notes)})
 
 
 class Recorder:

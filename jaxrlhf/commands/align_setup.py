@@ -12,7 +12,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.comparison import ComparisonAnnotator
-from jaxrlhf.commands.models import Model
+from jaxrlhf.commands.models import Model, check_tokens
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
@@ -52,13 +52,15 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
         annotator: labels the pairs.
 
     Raises:
-        ValueError: policy and reward have different vocabularies, or a setting is out of range.
+        ValueError: the reward does not read the policy's tokens, or a setting is out of range.
     """
-    if reward.config.vocabulary_size != policy.config.vocabulary_size:
+    # It may read more: padding of its own.
+    if reward.config.vocabulary_size < policy.config.vocabulary_size:
         raise ValueError(
             f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
+    check_tokens(policy.bundle, reward.bundle, "The reward model")
     frozen = LanguageFrozen(policy.params, annotator.params)
     if config.lora_rank:
         return _adapters(config, policy, reward, annotator, frozen)

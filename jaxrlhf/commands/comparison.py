@@ -14,7 +14,7 @@ from jaxrlhf.annotation.functions import host_annotator, host_scorer, load_funct
 from jaxrlhf.annotation.judge import is_judge, load_judge
 from jaxrlhf.base.problem import Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.commands.models import Model, open_model
+from jaxrlhf.commands.models import Model, check_tokens, find, open_bundle
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.evaluation.statistics import NORMAL_95
 from jaxrlhf.lm.annotators import reward_model_annotator
@@ -108,8 +108,9 @@ def open_annotator(
         judge = split_over_processes(load_judge(annotator, journal=journal))
         return ComparisonAnnotator(None, host_annotator(tokenizer, judge, annotator))
     if pathlib.Path(annotator).is_dir():
-        directory = open_model(pathlib.Path(annotator), "reward").bundle.directory
-        annotate, params = reward_model_annotator(directory, vocabulary_size=model.config.vocabulary_size)
+        bundle = open_bundle(find(pathlib.Path(annotator), "reward"))
+        check_tokens(model.bundle, bundle, f"The reward model in {bundle.directory}")
+        annotate, params = reward_model_annotator(bundle.directory, vocabulary_size=model.config.vocabulary_size)
         return ComparisonAnnotator(annotate, None, params)
     function = split_over_processes(with_timeout(load_function(annotator), seconds, annotator))
     return ComparisonAnnotator(None, host_annotator(tokenizer, function, annotator))

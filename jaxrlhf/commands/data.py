@@ -1,17 +1,20 @@
 """Data sets named on the command line: a path, or the name of a published file."""
 
 import contextlib
+import functools
 import io
 import logging
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import tensorflow_datasets as tfds
 
-from jaxrlhf.data import hh_rlhf
+from jaxrlhf.data import formats, hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
-from jaxrlhf.data.records import DataError, data_files, numbered_lines, parse_record
-from jaxrlhf.data.tokenization import TokenizedRows, describe_rows
+from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
+from jaxrlhf.data.reading import parse_line
+from jaxrlhf.data.records import DataError, Parsed
+from jaxrlhf.data.tokenization import TokenizedRows, describe_counts, describe_rows
 
 Format = Literal["auto", "hh-rlhf", "records"]
 PUBLISHED = "hh-rlhf:"
@@ -22,8 +25,8 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
 
     Args:
         data: a path, or `hh-rlhf:NAME` with a name in `builders.HH_RLHF`.
-        form: "hh-rlhf" reads transcripts as published, "records" the formats of `data.records`; "auto" decides by the
-            first line.
+        form: "hh-rlhf" reads transcripts as published, "records" the formats of `data.formats`; "auto" decides by the
+            keys and values of the first line that is JSON.
         held_out: fraction of the prompts in the split "test".
         skip_bad: skips and lists unreadable lines.
         data_dir: directory for prepared data.
@@ -40,7 +43,7 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
             raise DataError(f"There is no file or folder {data}; give a path, or one of {known}.")
     if form == "auto":
         form = "hh-rlhf" if _holds_transcripts(path) else "records"
-    parse = hh_rlhf.parse if form == "hh-rlhf" else parse_record
+    parse = functools.partial(_read, form)
     # The builder reports downloads that do not happen, and draws progress bars of its own.
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -61,8 +64,15 @@ def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
 
 
 def skipped_lines(prepared: Prepared) -> list[str]:
-    """Returns a sentence for each skipped line."""
-    return [f"Skipped {line.path.name}, line {line.line}: {line.reason}" for line in prepared.bad]
+    """Returns a sentence for each skipped line, and one for the keys that nothing reads."""
+    unread = [f"Keys not read: {text}." for text in unread_rows(prepared).values()]
+    return [*(f"Skipped {line.path.name}, line {line.line}: {line.reason}" for line in prepared.bad), *unread]
+
+
+def unread_rows(prepared: Prepared) -> dict[str, str]:
+    """Returns the row of a plan with the keys that nothing reads and their number of lines; empty if there are none."""
+    counts = describe_counts(prepared.unread)
+    return {"keys not read": counts} if counts else {}
 
 
 def data_rows(training: TokenizedRows, held_out: TokenizedRows, prepared: Prepared) -> dict[str, str]:
@@ -71,6 +81,7 @@ def data_rows(training: TokenizedRows, held_out: TokenizedRows, prepared: Prepar
         "training data": describe_rows(training),
         "held out": describe_rows(held_out),
         "bad lines": f"{len(prepared.bad)} skipped, listed in the report" if prepared.bad else "none",
+        **unread_rows(prepared),
     }
 
 
@@ -81,7 +92,24 @@ def data_notes(training: TokenizedRows, held_out: TokenizedRows, prepared: Prepa
 
 
 def _holds_transcripts(path: pathlib.Path) -> bool:
-    # By the first line only; a file that changes its format later is reported with the line number.
-    for _, line in numbered_lines(data_files(path)[0]):
-        return '"chosen"' in line and "\\n\\nHuman:" in line
+    # A file that changes its format later is reported with the line number.
+    for file in data_files(path):
+        for _, line in () if is_plain_text(file) else numbered_lines(file):
+            with contextlib.suppress(ValueError):
+                check_encoding(line)
+                return hh_rlhf.is_published(parse_line(line))
     return False
+
+
+def _read(form: Format, value: Any) -> Parsed:
+    """Returns the record of a JSON value; an error names the other format where that reads the value."""
+    reads = {"hh-rlhf": hh_rlhf.read, "records": formats.read}
+    try:
+        return reads[form](value)
+    except ValueError as error:
+        (other,) = set(reads) - {form}
+        try:
+            reads[other](value)
+        except ValueError:
+            raise error from None
+        raise ValueError(f"{str(error).removesuffix('.')}; --format {other} reads this line.") from None

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from jaxrlhf.commands.comparison import LABELS, comparison_table, open_annotator, policy_comparer
-from jaxrlhf.commands.data import Format, open_records, skipped_lines
+from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
@@ -89,6 +89,10 @@ def main(config: Evaluate) -> pathlib.Path:
     )
     splits = prepared.splits if config.split == "all" else {config.split: prepared.splits.get(config.split, [])}
     records = [record for split in splits.values() for record in split]
+    if not records:
+        raise ValueError(f"No record is in --split {config.split}; give another --split or --held-out.")
+    if prepared.unread:
+        print_table(Console(), "Data", unread_rows(prepared))
     evaluate = _evaluate_policy if config.reward is None else _evaluate_reward
     return evaluate(config, records, skipped_lines(prepared))
 
@@ -130,7 +134,8 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     )
     prompts = tokenized.rows[: config.prompts]
     completions = f"{2 * len(prompts)} of at most {config.max_new_tokens} tokens, {len(prompts)} labels"
-    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions})
+    remarks = {"reference": "\n".join(reference.remarks("Reference"))} if reference.remarks("Reference") else {}
+    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions} | remarks)
     compare = policy_comparer(reference, prompts, annotator, max_new_tokens=config.max_new_tokens, seed=config.seed)
     comparison = compare(model.params)
     folder = open_folder(config, "evaluate")
@@ -150,4 +155,5 @@ def _print_plan(model: Model, rows: dict[str, str]) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     size = f"{count_text(parameters)} parameters, {bytes_text(tree_bytes(model.params))}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print_table(Console(), "Evaluation", {"model": f"{model.config.family}, {size}"} | rows | {"devices": devices})
+    rows = {"model": f"{model.config.family}, {size}"} | model.plan_rows() | rows | {"devices": devices}
+    print_table(Console(), "Evaluation", rows)

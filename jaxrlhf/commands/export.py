@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxrlhf.commands.models import TokenizerBundle, find, open_model, save_model
-from jaxrlhf.training.progress import bytes_text
+from jaxrlhf.commands.models import Model, find, open_model, save_model
+from jaxrlhf.lm.hugging_face.tokenizer_files import tokens_of
+from jaxrlhf.training.progress import bytes_text, print_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,10 @@ def main(config: Export) -> pathlib.Path:
         raise ValueError(f"{config.to} is the source itself; give another directory.")
     dtype = jnp.dtype(config.dtype)
     model = open_model(source, config.kind, dtype=dtype)
+    print_table(Console(), "Export", {"model": f"{model.config.family}, {source}"} | model.plan_rows())
     save_model(config.to, model, config.kind)
     again = open_model(config.to, config.kind, dtype=dtype)
-    equal = jax.tree.map(lambda a, b: bool(np.all(np.asarray(a) == np.asarray(b))), model.params, again.params)
-    same_tokenizer = _tokenizer_of(again.bundle) == _tokenizer_of(model.bundle)
-    if again.config != model.config or not all(jax.tree.leaves(equal)) or not same_tokenizer:
+    if not _same(model, again):
         raise ValueError(f"What was written to {config.to} reads otherwise than {source}; is the disk full?")
     size = sum(leaf.size * jnp.dtype(dtype).itemsize for leaf in jax.tree.leaves(model.params))
     Console().print(f"A {config.kind} of {bytes_text(size)} in {config.dtype}, read back and verified, is in:")
@@ -50,5 +50,23 @@ def main(config: Export) -> pathlib.Path:
     return config.to
 
 
-def _tokenizer_of(bundle: TokenizerBundle) -> tuple:
-    return bundle.template, bundle.tokenizer.to_str()
+def _same(model: Model, again: Model) -> bool:
+    """Returns whether the exported model reads as its source; a reward's padding may have rows and a token of its own."""
+    rows, size = model.config.vocabulary_size, again.config.vocabulary_size
+    tokens = [{**tokens_of(each.bundle.tokenizer)} for each in (model, again)]
+    padding = again.bundle.special.pad
+    if padding is not None and padding not in tokens[0]:
+        tokens[1].pop(padding, None)
+
+    def equal(ours, theirs):
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        return ours.dtype == theirs.dtype and np.array_equal(ours, theirs[: len(ours)] if rows != size else theirs)
+
+    return (
+        dataclasses.replace(again.config, vocabulary_size=rows) == model.config
+        and all(jax.tree.leaves(jax.tree.map(equal, model.params, again.params)))
+        and tokens[0] == tokens[1]
+        and again.bundle.template == model.bundle.template
+        and again.bundle.stop_ids == model.bundle.stop_ids
+        and again.bundle.special[:2] == model.bundle.special[:2]
+    )

@@ -1,37 +1,51 @@
 """Models on disk as the commands see them: a Hugging Face directory, or the folder of the run that made it."""
 
+import contextlib
+import dataclasses
 import pathlib
 import shutil
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 
 from jaxrlhf.base.types import Params
 from jaxrlhf.data.chat import ChatTemplate, load_chat_template
-from jaxrlhf.data.encode import ChatTokenizer, chat_tokenizer
+from jaxrlhf.data.encode import ChatTokenizer, chat_tokenizer, encode_prompt
+from jaxrlhf.data.records import Message
 from jaxrlhf.lm.hugging_face.families import Kind
-from jaxrlhf.lm.hugging_face.files import read_json, write_json
-from jaxrlhf.lm.hugging_face.weights import (
-    SpecialIds,
-    WeightsError,
-    load_decoder,
-    load_reward_model,
+from jaxrlhf.lm.hugging_face.files import read_json, vocabulary_size
+from jaxrlhf.lm.hugging_face.generation import generation_settings, told_settings
+from jaxrlhf.lm.hugging_face.settings import kept_settings
+from jaxrlhf.lm.hugging_face.special import SpecialIds, SpecialTokens, read_special_tokens
+from jaxrlhf.lm.hugging_face.tokenizer_files import (
+    Padding,
+    first_difference,
     load_tokenizer,
-    save_decoder,
-    save_reward_model,
-    special_ids,
+    mark_ends,
+    padding_for,
+    vocabulary_with,
+    write_padding,
 )
+from jaxrlhf.lm.hugging_face.weights import WeightsError, read_parameters, save_decoder, save_reward_model
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.model import decoder
 
 # Files of a tokenizer, which are copied unchanged.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+MORE_TEMPLATES = "additional_chat_templates"
 
 
 class TokenizerBundle(NamedTuple):
-    """The tokenizer, special ids and chat template of a model directory.
+    """The tokenizer, special tokens and chat template of a model directory.
 
     Attributes:
         directory: that they were read from.
@@ -40,6 +54,8 @@ class TokenizerBundle(NamedTuple):
         template: None where there is none.
         size: of the model's vocabulary, None where its configuration has none.
         prepends_bos: whether texts begin with BOS, which the tokenizer's own settings may switch off.
+        found: where the special tokens came from, and what disagreed.
+        inherits: whether models saved with it keep the directory's settings; not a new model with its tokenizer.
     """
 
     directory: pathlib.Path
@@ -48,12 +64,31 @@ class TokenizerBundle(NamedTuple):
     template: ChatTemplate | None
     size: int | None
     prepends_bos: bool
+    found: SpecialTokens
+    inherits: bool = True
 
     def chat_tokenizer(self) -> ChatTokenizer:
         """Returns the encoder that `jaxrlhf.data` uses."""
-        eos = self.special.eos[0] if self.special.eos else None
-        bos = self.special.bos if self.prepends_bos else None
-        return chat_tokenizer(self.tokenizer, bos=bos, eos=eos, template=self.template, vocabulary_size=self.size)
+        known = (token for token in self.special.eos if self.tokenizer.id_to_token(token) is not None)
+        return chat_tokenizer(
+            self.tokenizer,
+            bos=self.special.bos if self.prepends_bos else None,
+            eos=next(known, None),
+            template=self.template,
+            vocabulary_size=self.size,
+            stop_ids=self.stop_ids,
+        )
+
+    def for_vocabulary(self, size: int) -> "TokenizerBundle":
+        """Returns the bundle for a new model, which may have fewer tokens than the model of the directory."""
+        bos, eos, pad = self.special
+        kept = tuple(token for token in eos if token < size)
+        bos, pad = (None if token is None or token >= size else token for token in (bos, pad))
+        sources = {
+            kind: tuple(each for each in found if each.token < size) for kind, found in self.found.sources.items()
+        }
+        found = self.found._replace(sources=sources)
+        return self._replace(special=SpecialIds(bos, kept, pad), size=size, found=found, inherits=False)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -66,13 +101,46 @@ class TokenizerBundle(NamedTuple):
         """The padding token; masks mark the real tokens, so any will do."""
         return 0 if self.special.pad is None else self.special.pad
 
+    def plan_rows(self) -> dict[str, str]:
+        """Returns the rows of a plan that say what begins, ends and pads a text, and where each came from."""
+        ends = [self._told(*found) for found in self.found.sources["eos"]]
+        bos, pad = (", ".join(self._told(*found) for found in self.found.sources[kind]) for kind in ("bos", "pad"))
+        if self.special.bos is not None and self.special.bos not in self.special.eos:
+            ends.append(self._told(self.special.bos, "BOS of the next text"))
+        begins = bos or "nothing" if self.prepends_bos else "nothing, as the tokenizer's settings say"
+        if self.template is not None:
+            begins += "; a conversation as its template writes it"
+        rows = {
+            "completions end": "\n".join(ends) or "nowhere: they have the full --max-new-tokens",
+            "texts begin": begins,
+            "padding": pad or "none named: masks mark the real tokens",
+        }
+        settings = told_settings(self.directory) if self.inherits else {}
+        if settings:
+            told = ", ".join(f"{name} {value}" for name, value in settings.items())
+            rows["generation_config.json"] = f"{told} (kept for exports, not used here)"
+        return rows | ({"special tokens": "\n".join(self.found.notes)} if self.found.notes else {})
+
+    def _told(self, token: int, source: str) -> str:
+        text = self.tokenizer.id_to_token(token)
+        return f"{'unnamed' if text is None else repr(text)} ({token}; {source})"
+
 
 class Model(NamedTuple):
-    """A policy or a reward model with its tokenizer."""
+    """A policy or a reward model with its tokenizer; `notes` on its files, such as tensors that were not read."""
 
     config: DecoderConfig
     params: Params
     bundle: TokenizerBundle
+    notes: tuple[str, ...] = ()
+
+    def remarks(self, name: str) -> list[str]:
+        """Returns what is to be said of the files of a further model, by its name in the plan."""
+        return [f"{name}: {note}" for note in (*self.notes, *self.bundle.found.notes)]
+
+    def plan_rows(self) -> dict[str, str]:
+        """Returns the rows of a plan on the model's files: special tokens, and tensors that were not read."""
+        return self.bundle.plan_rows() | ({"weights": "\n".join(self.notes)} if self.notes else {})
 
 
 def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
@@ -92,25 +160,27 @@ def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
 
 def kind_of(directory: pathlib.Path) -> Kind:
     """Returns whether a model directory holds a policy or a reward model."""
-    architectures = read_json(directory, "config.json").get("architectures") or []
-    return "reward" if any(str(name).endswith("ForSequenceClassification") for name in architectures) else "policy"
+    architectures = read_json(directory, "config.json").get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return "reward" if any(str(name).endswith("ForSequenceClassification") for name in names) else "policy"
 
 
 def open_bundle(directory: pathlib.Path) -> TokenizerBundle:
     """Returns the tokenizer of a model directory."""
-    name = "tokenizer_config.json"
-    settings = read_json(directory, name) if (directory / name).is_file() else {}
-    prepends_bos = settings.get("bos_token", "") is not None and settings.get("add_bos_token") is not False
     tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
-    size = read_json(directory, "config.json").get("vocab_size")
-    return TokenizerBundle(directory, tokenizer, special_ids(directory), template, size, prepends_bos)
+    found = read_special_tokens(directory, tokenizer, template)
+    mark_ends(tokenizer, found.ids.eos)
+    size = vocabulary_size(directory)
+    return TokenizerBundle(directory, tokenizer, found.ids, template, size, found.prepends_bos, found)
 
 
 def open_model(path: str | pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32) -> Model:
     """Returns the model at a path; see `find`."""
     directory = find(pathlib.Path(path), kind)
-    config, params = (load_decoder if kind == "policy" else load_reward_model)(directory, dtype=dtype)
-    return Model(config, params, open_bundle(directory))
+    # First the tokenizer: its settings are read in a moment, weights are not.
+    bundle = open_bundle(directory)
+    config, params, notes = read_parameters(directory, kind, dtype)
+    return Model(config, params, bundle, notes)
 
 
 def open_reward(path: pathlib.Path, *, dtype: Any = jnp.float32) -> Model:
@@ -130,38 +200,75 @@ def reward_on(policy: Model) -> Model:
 
 
 def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Path:
-    """Writes a directory that this library and transformers can read, tokenizer and template unchanged; returns it."""
+    """Writes a directory that this library and transformers can read; returns it.
+
+    Tokenizer, template and settings that are not read here are the source's, but for two things: the special ids are
+    those of all the source's files together, and a reward model whose padding could stand in a text is given a padding
+    token, for which its embeddings have further rows.
+    """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; name a directory to write the model to.")
-    special = model.bundle.special
-    if kind == "reward":
-        special = special._replace(pad=_reward_pad(special))
-    save = save_decoder if kind == "policy" else save_reward_model
-    save(directory, model.config, model.params, special=special)
-    for name in TOKENIZER_FILES:
-        source = model.bundle.directory / name
-        if source.is_file() and source.resolve() != (directory / name).resolve():
-            shutil.copyfile(source, directory / name)
-        elif not source.is_file():
-            # A file left over from another model would be taken for this one's.
-            (directory / name).unlink(missing_ok=True)
-    if kind == "reward" and (directory / "tokenizer_config.json").is_file():
-        settings = read_json(directory, "tokenizer_config.json")
-        write_json(
-            directory,
-            "tokenizer_config.json",
-            settings | {"pad_token": model.bundle.tokenizer.id_to_token(special.pad or 0)},
-        )
+    special, source = model.bundle.special, model.bundle.directory
+    # Read first: the directory may be the source.
+    generation = generation_settings(source) if model.bundle.inherits else {}
+    further = kept_settings(read_json(source, "config.json"), model.config) if model.bundle.inherits else {}
+    if kind == "policy":
+        save_decoder(directory, model.config, model.params, special=special, generation=generation, further=further)
+        _copy_tokenizer(source, directory)
+        return directory
+    padding = reward_padding(model.bundle)
+    model = _with_row_for(padding.token, model)
+    special = special._replace(pad=padding.token)
+    save_reward_model(directory, model.config, model.params, special=special, further=further)
+    _copy_tokenizer(source, directory)
+    if (directory / "tokenizer.json").is_file():
+        write_padding(directory, padding)
     return directory
 
 
-def _reward_pad(special: SpecialIds) -> int:
-    """Returns a padding id for a reward model, by which transformers finds the last token of a text.
+def reward_padding(bundle: TokenizerBundle) -> Padding:
+    """Returns the padding of a reward model, by which transformers finds the last token of a text.
 
-    It must not be a token that texts end with, or their last token would count as padding.
+    No text may hold it, or transformers would read the reward elsewhere.
     """
-    if special.pad is not None and special.pad not in special.eos:
-        return special.pad
-    if special.bos is not None and special.bos not in special.eos:
-        return special.bos
-    return next(token for token in range(len(special.eos) + 1) if token not in special.eos)
+    used = {*bundle.stop_ids}
+    if bundle.template is not None:
+        # A template may refuse this conversation.
+        with contextlib.suppress(ValueError):
+            used |= {*encode_prompt(bundle.chat_tokenizer(), (Message("user", "Hello"),)).tolist()}
+    return padding_for(bundle.tokenizer, bundle.special.pad, used)
+
+
+def check_tokens(policy: TokenizerBundle, reader: TokenizerBundle, name: str) -> None:
+    """Raises ValueError unless a reward model reads the tokens that a policy writes."""
+    size = min(policy.size or reader.size or 0, reader.size or policy.size or 0)
+    difference = first_difference(policy.tokenizer, reader.tokenizer, size)
+    if difference is not None:
+        raise ValueError(
+            f"{name} has another tokenizer than the policy (the same id is {difference}); take models of one tokenizer."
+        )
+
+
+def _with_row_for(token: int, model: Model) -> Model:
+    size = model.config.vocabulary_size
+    rows = vocabulary_with(token, size) - size if token >= size else 0
+    if not rows:
+        return model
+    trunk = model.params["trunk"]
+    embedding = np.pad(np.asarray(trunk["embedding"]), ((0, rows), (0, 0)))
+    config = dataclasses.replace(model.config, vocabulary_size=size + rows)
+    return model._replace(config=config, params=model.params | {"trunk": trunk | {"embedding": embedding}})
+
+
+def _copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
+    if source.resolve() == directory.resolve():
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+        else:
+            # A file left over from another model would be taken for this one's.
+            (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / MORE_TEMPLATES, ignore_errors=True)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, directory / MORE_TEMPLATES)

@@ -165,6 +165,7 @@ def _stage(config: Reward, inputs: Inputs, trainable: Trainable, model: RewardMo
         count=_tokens_of,
         evaluate=evaluate,
         plan_rows={"model": f"{inputs.start.config.family}, {config.policy}"}
+        | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)
         | {"steps": f"{steps} of {config.batch_size} pairs, at most {tokens:,} tokens each"},
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -48,6 +49,8 @@ def main(config: Sample) -> list[str]:
     if config.number < 1:
         raise ValueError(f"--number must be at least 1, got {config.number}.")
     model = open_model(config.policy, "policy")
+    for note in (*model.notes, *model.bundle.found.notes):
+        print(note, file=sys.stderr)
     text = (Message("user", config.prompt),) if config.chat else config.prompt
     prompt = encode_prompt(model.bundle.chat_tokenizer(), text)
     if not len(prompt):

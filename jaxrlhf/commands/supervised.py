@@ -133,6 +133,7 @@ def _stage(config: Supervised, inputs: Inputs, trainable: Trainable) -> Stage:
         count=_tokens_of,
         evaluate=_evaluation(loss, held_out.rows, batch_size=config.batch_size, max_length=max_length),
         plan_rows={"model": f"{inputs.start.config.family}, {config.policy or 'new'}"}
+        | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)
         | {"steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each"},
     )
@@ -185,6 +186,7 @@ def _open_start(config: Supervised) -> Model:
         return open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
     bundle = open_bundle(find(config.tokenizer, "policy"))  # pyright: ignore[reportArgumentType]
     shape = new_shape(bundle, width=config.width, layers=config.layers, heads=config.heads, context=config.max_length)
+    bundle = bundle.for_vocabulary(shape.vocabulary_size)
     return Model(shape, decoder(shape).init(jax.random.key(config.seed)), bundle)
 
 

@@ -1,18 +1,16 @@
-"""Training data: records from JSONL files, and HH-RLHF."""
+"""Training data: records from JSONL files in the formats of `jaxrlhf.data.formats`, and HH-RLHF."""
 
+from jaxrlhf.data.formats import parse_record
+from jaxrlhf.data.reading import BadLine, Records, read_records
 from jaxrlhf.data.records import (
-    BadLine,
     DataError,
     Demonstration,
     Message,
     Preference,
     Prompt,
     Ranking,
-    Records,
     UnpairedPreference,
-    parse_record,
     ranking_pairs,
-    read_records,
     split_prompt,
 )
 

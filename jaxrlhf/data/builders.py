@@ -7,6 +7,7 @@
 A prepared folder's name is a hash of its records, so that changed data, or another parser, are prepared again.
 """
 
+import collections
 import contextlib
 import fcntl
 import hashlib
@@ -24,18 +25,18 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.download.util import DownloadError
 from tensorflow_datasets.core.utils import Size
 
+from jaxrlhf.data.reading import BadLine, read_records
 from jaxrlhf.data.records import (
-    BadLine,
     DataError,
     Demonstration,
     Message,
+    Parsed,
     Preference,
     Prompt,
     Ranking,
     Record,
     Text,
     UnpairedPreference,
-    read_records,
 )
 
 KINDS = {kind.__name__: kind for kind in (Preference, Ranking, UnpairedPreference, Demonstration, Prompt)}
@@ -85,10 +86,11 @@ class RecordSource:
 
 
 class Prepared(NamedTuple):
-    """The splits by name, and the lines that were skipped."""
+    """The splits by name, the lines that were skipped, and how many lines have each key that nothing reads."""
 
     splits: dict[str, RecordSource]
     bad: list[BadLine]
+    unread: dict[str, int]
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder):
@@ -101,7 +103,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
         self,
         path: str | pathlib.Path,
         *,
-        parse: Callable[[Any], Record] | None = None,
+        parse: Callable[[Any], Record | Parsed] | None = None,
         skip_bad: bool = False,
         held_out: float = 0.0,
         data_dir: str | pathlib.Path,
@@ -113,24 +115,27 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _fingerprint(self) -> str:
         # A hash of the records, not of the files: another parser makes another folder.
-        digest = hashlib.sha256(repr((self._held_out, self._read.bad)).encode())
+        digest = hashlib.sha256(repr((self._held_out, self._read.bad, self._read.unread)).encode())
         for record in self._read.records:
             digest.update(repr(record).encode())
         return digest.hexdigest()[:16]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        records, bad = self._read
-        kinds = {type(record) for record in records}
-        if len(kinds) != 1:
-            names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none that could be read"
+        records, bad, unread = self._read
+        kinds = collections.Counter(type(record).__name__ for record in records)
+        if not kinds:
+            reason = " ".join(bad[0].reason.split()).removesuffix(".")
+            raise DataError(f"No line of {self._path} can be read; the first bad one is line {bad[0].line}: {reason}.")
+        if len(kinds) > 1:
+            names = ", ".join(f"{count:,} {name}" for name, count in sorted(kinds.items()))
             raise DataError(f"{self._path} mixes kinds of records ({names}); give each kind a file of its own.")
-        kind = kinds.pop()
+        kind = type(records[0])
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"{len(records)} records.",
             features=tfds.features.FeaturesDict(_features(kind)),
             metadata=tfds.core.MetadataDict(
-                kind=kind.__name__, bad=[[str(line.path), line.line, line.reason] for line in bad]
+                kind=kind.__name__, bad=[[str(line.path), line.line, line.reason] for line in bad], unread=unread
             ),
             disable_shuffling=True,
         )
@@ -150,7 +155,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
 def prepare(
     path: str | pathlib.Path,
     *,
-    parse: Callable[[Any], Record] | None = None,
+    parse: Callable[[Any], Record | Parsed] | None = None,
     skip_bad: bool = False,
     held_out: float = 0.0,
     data_dir: str | pathlib.Path,
@@ -169,7 +174,7 @@ def prepare(
         DataError: as `read_records`; the file mixes kinds; or the fraction is out of range.
     """
     if not 0 <= held_out < 1:
-        raise DataError(f"The held-out share must lie in [0, 1), got {held_out:g}.")
+        raise DataError(f"The held-out share must lie in [0, 1), got {held_out:g}; give another --held-out.")
     with _exclusive(str(data_dir)):
         options: Any = {"parse": parse, "skip_bad": skip_bad, "held_out": held_out, "data_dir": data_dir}
         builder = RecordBuilder(path, **options)
@@ -186,7 +191,8 @@ def prepare(
     examples = [builder.as_data_source(split=name) for name in names]  # pyright: ignore[reportCallIssue]
     folder = str(builder.data_path)
     sources = {name: RecordSource(split, kind, folder) for name, split in zip(names, examples, strict=True)}
-    return Prepared(sources, [BadLine(pathlib.Path(file), line, reason) for file, line, reason in metadata["bad"]])
+    bad = [BadLine(pathlib.Path(file), line, reason) for file, line, reason in metadata["bad"]]
+    return Prepared(sources, bad, metadata["unread"])
 
 
 @contextlib.contextmanager
@@ -247,7 +253,7 @@ def download(published: str | PublishedFile, data_dir: str | pathlib.Path) -> pa
 
 
 def _features(kind: type) -> dict:
-    text = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
+    text = tfds.features.Sequence({name: tfds.features.Text() for name in Message._fields})
     return {
         # The margin as text, empty if there is none: numbers are stored in single precision.
         Preference: {"prompt": text, "chosen": text, "rejected": text, "margin": tfds.features.Text()},
@@ -266,14 +272,12 @@ def _features(kind: type) -> dict:
 
 def _stored(text: Text) -> list[dict]:
     messages = (Message(PLAIN, text),) if isinstance(text, str) else text
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [message._asdict() for message in messages]
 
 
 def _from_stored(stored: dict) -> Text:
-    messages = tuple(
-        Message(_string(role), _string(content))
-        for role, content in zip(stored["role"], stored["content"], strict=True)
-    )
+    columns = (stored[name] for name in Message._fields)
+    messages = tuple(Message(*map(_string, values)) for values in zip(*columns, strict=True))
     return messages[0].content if len(messages) == 1 and messages[0].role == PLAIN else messages
 
 
@@ -321,7 +325,9 @@ def _from_example(example: dict, kind: type) -> Record:
 def _prompt_hash(record: Record) -> float:
     """Returns a hash of the prompt in [0, 1); of the text or the record if the prompt is empty."""
     if record.prompt or isinstance(record, Demonstration):
-        hashed = json.dumps(_stored(record.prompt or getattr(record, "completion", "")))
+        # By role and content alone: the records of one prompt stay together whatever is beside it.
+        messages = _stored(record.prompt or getattr(record, "completion", ""))
+        hashed = json.dumps([{"role": message["role"], "content": message["content"]} for message in messages])
     else:
         hashed = repr(record)
     digest = hashlib.sha256(hashed.encode()).digest()

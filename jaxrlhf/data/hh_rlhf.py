@@ -7,25 +7,48 @@ that both transcripts share; the rest of each begins with a turn of the assistan
 import re
 from typing import Any
 
-from jaxrlhf.data.records import Message, Preference, split_prompt
+from jaxrlhf.data.records import Message, Parsed, Preference, split_prompt
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
+def is_published(value: Any) -> bool:
+    """Returns whether a JSON value is a pair as published: two strings that begin as transcripts do, and no prompt."""
+    return (
+        isinstance(value, dict)
+        and value.get("prompt") is None
+        and all(isinstance(value.get(name), str) and TURN.match(value[name]) for name in ("chosen", "rejected"))
+    )
+
+
 def parse(value: Any) -> Preference:
-    """Returns a pair as conversations, for `read_records`; whitespace around a turn is stripped.
+    """Returns a pair as conversations; whitespace around a turn is stripped.
 
     Raises:
         ValueError: the value is malformed; the message says how.
     """
     if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in ("chosen", "rejected")):
         raise ValueError("expected an object with the strings chosen and rejected.")
+    if value.get("prompt") is not None:
+        raise ValueError("HH-RLHF as published has no prompt beside chosen and rejected.")
     prompt, chosen, rejected = split_prompt(*(parse_transcript(value[name]) for name in ("chosen", "rejected")))
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         if not completion or not isinstance(completion[0], Message) or completion[0].role != "assistant":
             raise ValueError(f"{name} does not go on with an Assistant's turn where the two part.")
     return Preference(prompt, chosen, rejected)
+
+
+def read(value: Any) -> Parsed:
+    """Returns a pair as conversations, and the keys that nothing reads, for `read_records`.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    record = parse(value)
+    return Parsed(
+        record, tuple(name for name in value if name not in ("chosen", "rejected") and value[name] is not None)
+    )
 
 
 def parse_transcript(transcript: str) -> tuple[Message, ...]:

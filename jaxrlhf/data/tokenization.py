@@ -8,13 +8,11 @@ stop there.
 """
 
 import collections
-import itertools
-from collections.abc import Iterator
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxrlhf.data.encode import ChatTokenizer, Encoded, encode, encode_prompt
+from jaxrlhf.data.encode import ChatTokenizer, Encoded, encode, encode_prompt, up_to_end
 from jaxrlhf.data.records import (
     DataError,
     Demonstration,
@@ -24,22 +22,10 @@ from jaxrlhf.data.records import (
     Record,
     Text,
     UnpairedPreference,
+    texts_of,
 )
-
-
-class Source(Protocol):
-    """Records by index: a list, or a split of `builders.Prepared`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Record: ...
-
-
-class Dropped(NamedTuple):
-    """The index of a record, and why it makes no row; for a pair, the index of its first text's record."""
-
-    index: int
-    reason: str
+from jaxrlhf.data.sources import Dropped, Source, checked, comparisons
+from jaxrlhf.data.unwritten import Unwritten
 
 
 class PairRow(NamedTuple):
@@ -55,11 +41,19 @@ Row = TypeVar("Row", Encoded, PairRow, np.ndarray)
 
 
 class TokenizedRows(NamedTuple, Generic[Row]):
-    """Rows in the order of the records, the number of truncated rows, and the records without a row."""
+    """Rows in the order of the records, and what became of the rest.
+
+    Attributes:
+        rows: of tokens.
+        truncated: the number of rows that were truncated.
+        dropped: the records without a row.
+        unwritten: what records have that the chat template writes for none, such as a key of messages, with their number.
+    """
 
     rows: list[Row]
     truncated: int
     dropped: list[Dropped]
+    unwritten: dict[str, int] = {}  # noqa: RUF012
 
 
 def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_length: int) -> TokenizedRows[Encoded]:
@@ -73,8 +67,9 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped = [], 0, []
-    for index, record in _checked(records, (Demonstration, Preference, UnpairedPreference), "demonstrations"):
+    rows, truncated, dropped, unwritten = [], 0, [], Unwritten(tokenizer.template)
+    for index, record in checked(records, (Demonstration, Preference, UnpairedPreference), "demonstrations"):
+        unwritten.add(_whole_texts(*texts_of(record)))
         try:
             text = _desirable_text(tokenizer, record)
             rows.append(_truncated_demonstration(text, max_length))
@@ -82,7 +77,7 @@ def tokenize_demonstrations(tokenizer: ChatTokenizer, records: Source, *, max_le
             dropped.append(Dropped(index, str(error)))
         else:
             truncated += len(text.tokens) > max_length
-    return _non_empty(TokenizedRows(rows, truncated, dropped), "demonstrations")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, unwritten.counts()), "demonstrations")
 
 
 def tokenize_pairs(
@@ -109,8 +104,11 @@ def tokenize_pairs(
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped = [], 0, []
-    for group in _comparisons(records, dropped):
+    rows, truncated, dropped, unwritten = [], 0, [], Unwritten(tokenizer.template)
+    for group in comparisons(records, dropped):
+        for index in {index for index, _ in group.completions}:
+            own = [completion for other, completion in group.completions if other == index]
+            unwritten.add(_whole_texts(group.prompt, *own))
         encoded = [_encode_or_error(tokenizer, group.prompt, completion) for _, completion in group.completions]
         for first, second, label, margin in group.pairs:
             try:
@@ -121,7 +119,7 @@ def tokenize_pairs(
             else:
                 rows.append(row)
                 truncated += any(len(text.tokens) > max_length for text in texts)
-    return _non_empty(TokenizedRows(rows, truncated, dropped), "pairs")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, unwritten.counts()), "pairs")
 
 
 def tokenize_prompts(
@@ -137,11 +135,12 @@ def tokenize_prompts(
         ValueError: `max_length` is below 2.
     """
     _check_max_length(max_length)
-    rows, truncated, dropped, prompts = [], 0, [], set()
+    rows, truncated, dropped, seen, unwritten = [], 0, [], set(), Unwritten(tokenizer.template)
     kinds = (Prompt, Demonstration, Preference, Ranking, UnpairedPreference)
-    for index, record in _checked(records, kinds, "prompts"):
+    for index, record in checked(records, kinds, "prompts"):
+        unwritten.add([record.prompt])
         try:
-            if record.prompt in prompts:
+            if record.prompt in seen:
                 raise ValueError("duplicate prompt")
             if isinstance(record, Demonstration) and not record.prompt:
                 raise ValueError("a whole text without a prompt")
@@ -154,14 +153,14 @@ def tokenize_prompts(
             dropped.append(Dropped(index, str(error)))
             continue
         start, excess = _bos_length(tokens, tokenizer.bos), max(0, len(tokens) - max_length)
-        prompts.add(record.prompt)
+        seen.add(record.prompt)
         rows.append(np.delete(tokens, np.s_[start : start + excess]))
         truncated += excess > 0
-    return _non_empty(TokenizedRows(rows, truncated, dropped), "prompts")
+    return _non_empty(TokenizedRows(rows, truncated, dropped, unwritten.counts()), "prompts")
 
 
 def describe_rows(tokenized: TokenizedRows) -> str:
-    """Returns one line: how many rows there are, their lengths in tokens, and how many were truncated or dropped."""
+    """Returns one line: how many rows there are, their lengths in tokens, and what was dropped."""
     lengths = [row_length(row) for row in tokenized.rows]
     parts = [
         f"{len(lengths):,} {'row' if len(lengths) == 1 else 'rows'} of {min(lengths):,} to {max(lengths):,} tokens"
@@ -170,7 +169,16 @@ def describe_rows(tokenized: TokenizedRows) -> str:
         parts.append(f"{tokenized.truncated:,} truncated")
     if tokenized.dropped:
         parts.append(f"{len(tokenized.dropped):,} dropped ({_reasons(tokenized.dropped)})")
+    if tokenized.unwritten:
+        counts = describe_counts(tokenized.unwritten)
+        parts.append(f"not written by the chat template: {counts}")
     return "; ".join(parts)
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """Returns names with their counts, the most frequent first; beyond twelve only how many there are."""
+    parts = [f"{name} ({count:,})" for name, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))]
+    return ", ".join(parts[:12]) + (f" and {len(parts) - 12:,} others" if len(parts) > 12 else "")
 
 
 def row_length(row: Encoded | PairRow | np.ndarray) -> int:
@@ -178,40 +186,6 @@ def row_length(row: Encoded | PairRow | np.ndarray) -> int:
     if isinstance(row, PairRow):
         return max(len(row.first.tokens), len(row.second.tokens))
     return len(row.tokens) if isinstance(row, Encoded) else len(row)
-
-
-class _Comparisons(NamedTuple):
-    """Completions of one prompt with their records' indices, and the pairs of them: two positions, label and margin."""
-
-    prompt: Text
-    completions: list[tuple[int, Text]]
-    pairs: list[tuple[int, int, float, float]]
-
-
-def _comparisons(records: Source, dropped: list[Dropped]) -> Iterator[_Comparisons]:
-    """Yields the completions to compare; unpaired preferences without a counterpart are appended to `dropped`."""
-    by_prompt: dict[Text, list[tuple[int, UnpairedPreference]]] = {}
-    for index, record in _checked(records, (Preference, Ranking, UnpairedPreference), "pairs"):
-        if isinstance(record, Preference):
-            completions = [(index, record.chosen), (index, record.rejected)]
-            yield _Comparisons(record.prompt, completions, [(0, 1, 1.0, record.margin or 0.0)])
-        elif isinstance(record, Ranking):
-            ranked = sorted(zip(record.ranks, record.completions, strict=True), key=lambda entry: entry[0])
-            positions = itertools.combinations(range(len(ranked)), 2)
-            pairs = [(i, j, 1.0 if ranked[i][0] < ranked[j][0] else 0.5, 0.0) for i, j in positions]
-            yield _Comparisons(record.prompt, [(index, completion) for _, completion in ranked], pairs)
-        elif isinstance(record, UnpairedPreference):
-            by_prompt.setdefault(record.prompt, []).append((index, record))
-    for prompt, group in by_prompt.items():
-        desirable, undesirable = (
-            [position for position, (_, record) in enumerate(group) if record.label is label] for label in (True, False)
-        )
-        if not desirable or not undesirable:
-            reason = f"no {'undesirable' if desirable else 'desirable'} completion of the same prompt"
-            dropped.extend(Dropped(index, reason) for index, _ in group)
-            continue
-        pairs = [(i, j, 1.0, 0.0) for i in desirable for j in undesirable]
-        yield _Comparisons(prompt, [(index, record.completion) for index, record in group], pairs)
 
 
 # The functions below raise ValueError with the reason for which a record or a pair is dropped.
@@ -238,7 +212,7 @@ def _truncated_demonstration(text: Encoded, max_length: int) -> Encoded:
 def _encode_or_error(tokenizer: ChatTokenizer, prompt: Text, completion: Text) -> Encoded | ValueError:
     # The error is returned, not raised, so that every pair of this text is counted.
     try:
-        text = encode(tokenizer, prompt, completion)
+        text = up_to_end(encode(tokenizer, prompt, completion))
         return text if text.completion_mask.any() else ValueError("a completion without tokens")
     except ValueError as error:
         return error
@@ -292,20 +266,20 @@ def _bos_length(tokens: np.ndarray, bos: int | None) -> int:
     return int(bos is not None and len(tokens) > 0 and tokens[0] == bos)
 
 
-def _checked(records: Source, kinds: tuple[type, ...], rows: str) -> Iterator[tuple[int, Record]]:
-    """Yields the records with their indices; raises DataError at one of another kind."""
-    for index in range(len(records)):
-        record = records[index]
-        if not isinstance(record, kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise DataError(f"Record {index} is of the kind {type(record).__name__}; {rows} are made of {names}.")
-        yield index, record
+def _whole_texts(prompt: Text, *completions: Text) -> list[Text]:
+    return [prompt + text for text in completions if isinstance(prompt, tuple) and isinstance(text, tuple)]
 
 
 def _non_empty(tokenized: TokenizedRows[Row], rows: str) -> TokenizedRows[Row]:
     if not tokenized.rows:
         reasons = _reasons(tokenized.dropped) or "there is no record"
-        raise DataError(f"No {rows} are left of the records ({reasons}); bring others, or raise the longest length.")
+        # The lengths are flags of the commands that call this.
+        remedy = (
+            "raise --max-length (--max-prompt of align), or bring shorter ones"
+            if "tokens" in reasons
+            else "bring others"
+        )
+        raise DataError(f"No {rows} are left of the records ({reasons.removesuffix('.')}); {remedy}.")
     return tokenized
 
 
@@ -321,4 +295,6 @@ def _reasons(dropped: list[Dropped]) -> str:
 
 def _check_max_length(max_length: int) -> None:
     if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}.")
+        raise ValueError(
+            f"max_length must be at least 2, got {max_length}; raise --max-length (--max-prompt of align)."
+        )

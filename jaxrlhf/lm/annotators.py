@@ -23,10 +23,11 @@ def reward_model_annotator(
         labels: independent labels a pair.
 
     Raises:
-        WeightsError: the directory cannot be read as such a model, or its vocabulary is not the policy's.
+        WeightsError: the directory cannot be read as such a model, or its vocabulary is smaller than the policy's.
     """
     shape, params = load_reward_model(directory)
-    if shape.vocabulary_size != vocabulary_size:
+    # It may be larger: a reward model may have padding of its own.
+    if shape.vocabulary_size < vocabulary_size:
         raise WeightsError(
             f"The reward model in {directory} reads {shape.vocabulary_size} tokens and the policy writes "
             f"{vocabulary_size}; an annotator needs the policy's tokenizer."

@@ -39,6 +39,8 @@ def reward_model(
 ) -> RewardModel:
     """Reward `head . hidden(x, y)[last real token]`, or of the mean over all real tokens.
 
+    The last token of a judged text is the one that stops the sampler, in data as in samples (`data.turns`).
+
     The head starts at zero, so that an untrained reward is 0 everywhere: a bilevel run starts from the reference
     policy, not from the noise of a random head (whose scale would also set the pace of the lower level).
 

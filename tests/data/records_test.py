@@ -26,6 +26,18 @@ SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-r
 ASK, YES, NO = (
     [{"role": role, "content": text}] for role, text in (("user", "Dry?"), ("assistant", "Yes."), ("assistant", "No."))
 )
+
+
+def write(path, lines):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    if path.suffix == ".gz":
+        with gzip.open(path, "wt") as stream:
+            stream.write(text)
+    else:
+        path.write_text(text)
+    return path
+
+
 ASKED, YESES, NOES = (Message("user", "Dry?"),), (Message("assistant", "Yes."),), (Message("assistant", "No."),)
 
 
@@ -99,6 +111,148 @@ def test_a_prompt_ends_with_a_word(chosen, rejected, parts):
     assert [prompt + part for part in rest] == [chosen, rejected]
 
 
+TOOLS = [{"type": "function", "function": {"name": "rain"}}]
+CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "rain", "arguments": {"day": 1}}}]}]
+
+
+@pytest.mark.parametrize(
+    "line, record, unread",
+    [
+        # UltraFeedback, binarized: the prompt as a string beside whole conversations.
+        (
+            {"prompt": "Dry?", "prompt_id": "7", "chosen": ASK + YES, "rejected": ASK + NO, "score_chosen": 8.0},
+            Preference(ASKED, YESES, NOES),
+            ["prompt_id", "score_chosen"],
+        ),
+        ({"prompt": " Dry?\n", "chosen": ASK + YES, "rejected": ASK + NO}, Preference(ASKED, YESES, NOES), []),
+        ({"prompt": ASK, "chosen": ASK + YES, "rejected": ASK + NO}, Preference(ASKED, YESES, NOES), []),
+        ({"prompt": ASK, "completions": [ASK + YES, ASK + NO]}, Ranking(ASKED, (YESES, NOES), (1, 2)), []),
+        ({"prompt": ASK, "completion": ASK + YES}, Demonstration(ASKED, YESES), []),
+        # The completion repeats the question and not the system's words; a turn of the assistant may be said twice.
+        (
+            {"prompt": [{"role": "system", "content": "s"}, *ASK], "completion": ASK + YES},
+            Demonstration((Message("system", "s"), *ASKED), YESES),
+            [],
+        ),
+        ({"prompt": ASK + YES, "completion": YES}, Demonstration(ASKED + YESES, YESES), []),
+        ({"prompt": ASK, "completion": ASK + YES, "label": True}, UnpairedPreference(ASKED, YESES, label=True), []),
+        # Turns of the assistant in a row are turns, and not one that is continued.
+        (
+            {"chosen": ASK + YES + YES, "rejected": ASK + YES + NO},
+            Preference(ASKED, YESES + YESES, YESES + NOES),
+            [],
+        ),
+        # HH-RLHF with a prompt of its own: strings, as TRL reads them.
+        (
+            {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c", "margin": None},
+            Preference("\n\nHuman: a\n\nAssistant:", " b", " c"),
+            [],
+        ),
+        # UltraChat: the conversation, not its first question again.
+        (
+            {"prompt": "Dry?", "prompt_id": "7", "messages": ASK + YES},
+            Demonstration((), ASKED + YESES),
+            ["prompt", "prompt_id"],
+        ),
+        (
+            {"text": "Q: a A: b", "label": 1, "instruction": "a"},
+            Demonstration("", "Q: a A: b"),
+            ["label", "instruction"],
+        ),
+        ({"prompt": "a", "completion": "b", "system": None, "images": []}, Demonstration("a", "b"), ["images"]),
+        (
+            {"prompt": "Be brief. a", "completion": "b", "system": "Be brief."},
+            Demonstration("Be brief. a", "b"),
+            ["system"],
+        ),
+        ({"question": "Why", "chosen": "Why b", "rejected": "Why c"}, Preference("Why", " b", " c"), ["question"]),
+        ({"prompt": "a", "answer": "b", "solution": {"x": 1}}, Prompt("a"), ["answer", "solution"]),
+        (
+            {"prompt": "a", "completions": ["b", "c"], "ranks": [2, 1], "scores": [1, 2]},
+            Ranking("a", ("b", "c"), (2, 1)),
+            ["scores"],
+        ),
+        ({"prompt": "a", "completion": "b", "tools": [], "chat_template_kwargs": {}}, Demonstration("a", "b"), []),
+        ({"prompt": [{"role": "user", "content": "Dry?", "name": None}]}, Prompt(ASKED), []),
+    ],
+)
+def test_published_formats_are_read_and_other_keys_are_counted(tmp_path, line, record, unread):
+    found = read_records(write(tmp_path / "a.jsonl", [line, line]))
+    assert found.records == [record, record] and found.unread == dict.fromkeys(unread, 2)
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, "TRL's stepwise supervision"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [0.1, 0.9]}, "scores has a number for each; give ranks"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "ShareGPT's format.* rename conversations to messages"),
+        ({"messages": [{"from": "human", "value": "a"}]}, r"messages\[0\] is in ShareGPT's format"),
+        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca's format"),
+        ({"instruction": "a", "completions": [{"response": "b"}]}, "UltraFeedback before it was made into pairs"),
+        ({"question": "a", "answer": "b"}, "question and answer, which is not read here; rename them"),
+        (
+            {"system": "s", "question": "Why b?", "chosen": "It a", "rejected": "It b"},
+            "system is not read; write its words",
+        ),
+        ({"question": "Why?", "chosen": "It a", "rejected": "It b"}, "there is no prompt, and question is not read"),
+        ({"input": "Why?", "chosen": ASK + YES, "rejected": ASK + NO}, "there is no prompt, and input is not read"),
+        ({"history": [["a", "b"]], "chosen": "It a", "rejected": "It b"}, "history is not read"),
+        ({"system_prompt": "Be kind.", "messages": ASK + YES}, "system_prompt is not read"),
+        ({"prompt": "a", "completion": "b", "images": ["a.png"]}, "images cannot be read here, only text"),
+        ({"prompt": "Wet?", "chosen": ASK + YES, "rejected": ASK + NO}, "share holds the prompt"),
+        (
+            {"prompt": ASK, "chosen": ASK + YES, "rejected": NO},
+            "chosen repeats the prompt and another completion does not",
+        ),
+        ({"prompt": "a", "chosen": "b"}, "there is chosen and no rejected"),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "chosen is null"),
+        ({"prompt": "a", "completion": None}, "completion is null"),
+        ({"prompt": "a", "completion": "b", "label": None}, "label must be true or false, got None"),
+        ({"prompt": "a", "label": True}, "there is label and no completion"),
+        ({"completion": "b"}, "there is completion and no prompt"),
+        ({"messages": "[]"}, "messages must be a list of at least one message"),
+        ({"messages": []}, "messages must be a list of at least one message"),
+        ({"text": ASK}, "text must be a string, got list; conversations are messages"),
+        ({"prompt": []}, "prompt must have at least one message"),
+        ({"prompt": [{"role": "", "content": "a"}]}, r"prompt\[0\] must be an object"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+            r"prompt\[0\].content has a part of the type 'image'",
+        ),
+        ({"prompt": [{"role": "user", "content": {"a": 1}}]}, r"prompt\[0\] must be an object"),
+        ({"messages": [*ASK, {"role": "assistant", "tool_calls": {}}]}, "must be an object|must be a list of objects"),
+        ({"messages": ASK, "tools": "weather"}, "tools is a string that is not JSON"),
+        ({"messages": ASK, "tools": ["weather"]}, "tools must be a list of objects"),
+        ({"text": "a", "tools": TOOLS}, "tools can be given to a chat template only"),
+        (
+            {"messages": ASK, "chat_template_kwargs": {"add_generation_prompt": True}},
+            "must not hold add_generation_prompt",
+        ),
+        ({"messages": ASK, "chat_template_kwargs": {"x": float("inf")}}, "a number that is not finite"),
+        ({"messages": [{**ASK[0], "weight": float("nan")}]}, r"messages\[0\] holds a number that is not finite"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "margin must lie between"),
+        ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2**70]}, "ranks must lie between"),
+    ],
+)
+def test_what_is_of_another_format_or_would_change_the_text_is_refused_by_name(line, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_record(line)
+
+
+def test_what_a_row_gives_its_template_is_kept():
+    record = parse_record(
+        {"messages": ASK + CALL, "tools": json.dumps(TOOLS), "chat_template_kwargs": {"thinking": False}}
+    )
+    first, second = record.completion
+    assert json.loads(first.variables) == {"tools": TOOLS, "thinking": False} and first[:3] == ASKED[0][:3]
+    assert second.content == "" and second.as_dict() == CALL[0]
+    pair = parse_record({"chosen": ASK + YES, "rejected": ASK + NO, "tools": TOOLS})
+    assert json.loads(pair.prompt[0].variables) == {"tools": TOOLS} and (pair.chosen, pair.rejected) == (YESES, NOES)
+    alone = parse_record({"prompt": [], "completion": ASK + YES, "documents": [{"text": "a"}]})
+    assert json.loads(alone.completion[0].variables) == {"documents": [{"text": "a"}]}
+
+
 def test_rankings_give_all_pairs_except_ties():
     ranking = Ranking("p", ("worst", "best", "middle", "other"), (3, 1, 2, 2))
     pairs = [(pair.chosen, pair.rejected) for pair in ranking_pairs(ranking)]
@@ -110,16 +264,6 @@ def test_rankings_give_all_pairs_except_ties():
         ("other", "worst"),
     }
     assert len(pairs) == 5
-
-
-def write(path, lines):
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    if path.suffix == ".gz":
-        with gzip.open(path, "wt") as stream:
-            stream.write(text)
-    else:
-        path.write_text(text)
-    return path
 
 
 def test_a_bad_line_is_named_or_counted(tmp_path):
@@ -204,7 +348,7 @@ def test_plain_text_is_one_demonstration_a_line(tmp_path):
     (tmp_path / "b.txt").write_text("Once there was a dog.\n\n  It ran. \n")
     with gzip.open(tmp_path / "a.txt.gz", "wt") as stream:
         stream.write('{"prompt": "not JSON here"}\n')
-    records, bad = read_records(tmp_path)
+    records, bad, _ = read_records(tmp_path)
     assert [record.completion for record in records] == [
         '{"prompt": "not JSON here"}',
         "Once there was a dog.",

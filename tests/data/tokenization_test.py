@@ -16,11 +16,13 @@ from jaxrlhf.data import (
     Prompt,
     Ranking,
     UnpairedPreference,
+    parse_record,
     read_records,
 )
 from jaxrlhf.data.chat import ChatTemplate
 from jaxrlhf.data.encode import chat_tokenizer
 from jaxrlhf.data.tokenization import (
+    describe_counts,
     describe_rows,
     row_length,
     tokenize_demonstrations,
@@ -303,11 +305,31 @@ def test_records_of_another_kind_are_refused(fit, record, message):
         fit(TOKENIZER, [Preference("a", " b", " c"), record], max_length=9)
 
 
+def test_what_the_template_does_not_write_is_counted():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    tokenizer = chat_tokenizer(MADE, template=template)
+    asked, told = {"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": " b", "weight": 0}
+    row = {"prompt": [asked], "chosen": [told], "rejected": [{**told, "content": " c"}], "tools": [{"a": 1}]}
+    record = parse_record(row)
+    pairs = tokenize_pairs(tokenizer, [record] * 2, max_length=9)
+    assert pairs.unwritten == {"name": 2, "tools": 2, "weight": 2}
+    prompts = tokenize_prompts(tokenizer, [record], max_length=9)
+    assert describe_rows(prompts) == "1 row of 1 to 1 tokens; not written by the chat template: name (1), tools (1)"
+    many = {f"k{number:02}": number for number in range(14)}
+    assert describe_counts(many).startswith("k13 (13), k12 (12)") and describe_counts(many).endswith(
+        "k02 (2) and 2 others"
+    )
+
+
 def test_no_rows_at_all_is_an_error():
     with pytest.raises(DataError, match=r"No demonstrations are left .*2 × labelled undesirable; 1 × prompt of 3"):
         tokenize_demonstrations(
             TOKENIZER, [UnpairedPreference("a", " b", False)] * 2 + [Demonstration("a b", " c")], max_length=3
         )
+    with pytest.raises(
+        DataError, match=r"prompt of 3 .*; raise --max-length \(--max-prompt of align\), or bring shorter ones\.$"
+    ):
+        tokenize_demonstrations(TOKENIZER, [Demonstration("a b", " c")], max_length=3)
     with pytest.raises(DataError, match="there is no record"):
         tokenize_prompts(TOKENIZER, [], max_length=3)
     with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):

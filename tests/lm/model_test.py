@@ -270,7 +270,7 @@ def test_rematerialisation_changes_no_gradient(tiny, tiny_config, monkeypatch, r
     [
         ({"width": 0}, "DecoderConfig.width must be positive, got 0"),
         ({"layers": -1}, "DecoderConfig.layers must be positive, got -1"),
-        ({"norm_epsilon": float("nan")}, "DecoderConfig.norm_epsilon must be positive, got nan"),
+        ({"norm_epsilon": float("nan")}, "DecoderConfig.norm_epsilon must be a number, got nan"),
         ({"query_heads": 5}, r"query_heads \(5\) must be a multiple of key_value_heads \(2\)"),
         ({"head_size": 7}, "head_size must be even for rotary positions, got 7"),
     ],

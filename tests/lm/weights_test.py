@@ -235,9 +235,9 @@ WRONG = {
     ),
     "no-architecture": (settings(architectures=None), "describes no architecture"),
     "missing-size": (settings(remove=["hidden_size"]), "has no hidden_size: save"),
-    "impossible-size": (settings(num_hidden_layers=0), "DecoderConfig.layers must be positive, got 0"),
-    "size-as-text": (settings(vocab_size="23"), "describes no decoder"),
-    "no-heads": (settings(num_attention_heads=0, remove=["head_dim"]), "describes no decoder"),
+    "impossible-size": (settings(num_hidden_layers=0), "sets num_hidden_layers to 0: make it a positive whole number"),
+    "size-as-text": (settings(vocab_size="23"), "sets vocab_size to '23': make it a positive whole number"),
+    "no-heads": (settings(num_attention_heads=0, remove=["head_dim"]), "sets num_attention_heads to 0"),
     "rope-scaling": (
         settings(rope_scaling={"rope_type": "dynamic", "factor": 8.0}),
         "sets rope_scaling to .*dynamic.*, which is not supported: use a model with plain, linear or llama3 rotary",
@@ -246,15 +246,42 @@ WRONG = {
     "partial-rotary": (settings(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     "no-bias": (settings(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias"),
     "activation": (settings(hidden_act="relu2"), "sets hidden_act to 'relu2', .* silu"),
-    "rope-as-text": (settings(rope_scaling="linear"), "describes no decoder .*correct the value"),
-    "norm-as-text": (settings(rms_norm_eps="1e-5"), "norm_epsilon must be a number, got '1e-5'"),
+    "rope-as-text": (settings(rope_scaling="linear"), "sets rope_scaling to 'linear': make it an object or null"),
+    "norm-as-text": (settings(rms_norm_eps="1e-5"), "sets rms_norm_eps to '1e-5': make it a positive number"),
     "factor-as-text": (
         settings(rope_scaling={"rope_type": "linear", "factor": "2"}),
         "rope_scaling must be a number, got '2'",
     ),
+    "norm-not-a-number": (settings(rms_norm_eps=float("nan")), "sets rms_norm_eps to nan: make it a positive number"),
+    "flag-as-text": (
+        settings(tie_word_embeddings="false"),
+        "sets tie_word_embeddings to 'false': make it true or false",
+    ),
+    "flag-as-number": (settings(mlp_bias=0), "sets mlp_bias to 0: make it true or false"),
+    "no-key-value-heads": (settings(num_key_value_heads=0), "sets num_key_value_heads to 0: make it a positive"),
+    "rope-without-factor": (
+        settings(rope_scaling={"rope_type": "linear"}),
+        "sets rope_scaling to .*give it its factor",
+    ),
+    "partial-rotary-old": (settings(partial_rotary_factor=0.5), "sets partial_rotary_factor to 0.5, which is not"),
+    "two-models": (settings(model_type="gpt2"), "says model_type 'gpt2' and architectures of 'llama'"),
+    "no-names": (settings(architectures=[["LlamaForCausalLM"]]), "has no list of architectures but"),
+    "adapter": (
+        lambda directory: (directory / "adapter_config.json").write_text("{}"),
+        r"holds an adapter \(adapter_config.json\), which transformers would add",
+    ),
+    "other-head": (
+        spoil_tensors(lambda tensors: tensors.update({"lm_head.weight": np.ones((9, 16), np.float32)})),
+        r"lm_head.weight in .* has shape \(9, 16\) where config.json ties it to embeddings of shape \(23, 16\)",
+    ),
     "architectures": (settings(architectures=5), "has no list of architectures but 5"),
     "unknown-layers": (
-        settings(architectures=["Qwen3ForCausalLM"], use_sliding_window=True, layer_types=["linear_attention"] * 2),
+        settings(
+            architectures=["Qwen3ForCausalLM"],
+            model_type="qwen3",
+            use_sliding_window=True,
+            layer_types=["linear_attention"] * 2,
+        ),
         "sets layer_types to .*linear_attention.*, which is not supported",
     ),
     "quantised": (settings(quantization_config={"bits": 4}), "sets quantization_config .* unquantised"),
@@ -365,3 +392,83 @@ def test_a_save_that_fails_leaves_the_old_model(saved, tiny, tiny_config, monkey
     with pytest.raises(OSError, match="no space left"):
         save_decoder(saved, tiny_config, jax.tree.map(lambda leaf: 2 * leaf, params))
     jax.tree.map(np.testing.assert_array_equal, load_decoder(saved)[1], params)
+
+
+def add_tensors(directory, **tensors):
+    stored = load_file(directory / "model.safetensors")
+    added = {name.replace("__", "."): np.full(shape, 0.5, np.float32) for name, shape in tensors.items()}
+    save_file(stored | added, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+UNREAD = {
+    "other layers": (
+        {"model__layers__2__input_layernorm__weight": (16,)},
+        "1 tensor is not read, as config.json asks for none of them: model.layers.2.input_layernorm.weight.",
+    ),
+    "norms of another family": (
+        {f"model__layers__{index}__self_attn__q_norm__weight": (6,) for index in range(2)},
+        "2 tensors are not read, .*: model.layers.0.self_attn.q_norm.weight, model.layers.1.self_attn.q_norm.weight.",
+    ),
+    "many": ({f"extra__{index}": (1,) for index in range(9)}, "9 tensors are not read.*extra.4 and 4 more."),
+    "value head": ({"v_head__summary__weight": (1, 16), "v_head__summary__bias": (1,)}, "v_head.summary.bias, v_head"),
+    "rotary frequencies": (
+        {f"model__layers__{index}__self_attn__rotary_emb__inv_freq": (3,) for index in range(2)},
+        "2 tensors are computed anew and not read, such as model.layers.0.self_attn.rotary_emb.inv_freq.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "note"), UNREAD.values(), ids=UNREAD.keys())
+def test_tensors_that_are_not_read_are_named(saved, recwarn, tensors, note):
+    before = load_decoder(saved)
+    assert not recwarn.list
+    add_tensors(saved, **tensors)
+    with pytest.warns(UserWarning, match=note):
+        after = load_decoder(saved)
+    assert before[0] == after[0]
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+
+
+def test_a_reward_model_names_the_head_that_it_does_not_read(saved, tiny, tiny_config):
+    model, params = tiny
+    save_reward_model(saved, tiny_config, reward_model(model).from_trunk(params))
+    add_tensors(saved, lm_head__weight=(23, 16))
+    with pytest.warns(UserWarning, match=r"1 tensor is not read.*lm_head\.weight"):
+        load_reward_model(saved)
+
+
+@pytest.mark.parametrize("case", ["other", "equal", "narrow", "alone"])
+def test_a_head_beside_tied_embeddings_is_read_as_in_transformers(saved, tmp_path, case):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    stored = load_file(saved / "model.safetensors")
+    embedding = stored["model.embed_tokens.weight"]
+    if case == "alone":
+        stored.pop("model.embed_tokens.weight")
+    noise = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
+    head = {"other": embedding + noise, "narrow": embedding.astype(np.float16)}.get(case, embedding)
+    save_file(stored | {"lm_head.weight": head}, saved / "model.safetensors", metadata={"format": "pt"})
+    llama = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    if case in ("other", "narrow"):
+        with pytest.warns(UserWarning, match="holds a head of its own"):
+            config, params = load_decoder(saved)
+    else:
+        config, params = load_decoder(saved)
+    # A rounded copy is another head, for transformers too.
+    assert config.tied_embeddings == (case not in ("other", "narrow"))
+    np.testing.assert_allclose(policy_logits(config, params), torch_logits(llama), atol=1e-4)
+    save_decoder(tmp_path / "again", config, params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    np.testing.assert_allclose(torch_logits(again), torch_logits(llama), atol=1e-5)
+
+
+def test_further_generation_settings_are_written(saved, tiny, tiny_config):
+    _, params = tiny
+    save_decoder(
+        saved, tiny_config, params, special=SpecialIds(1, (2,), None), generation={"top_k": 7, "eos_token_id": 9}
+    )
+    assert json.loads((saved / "generation_config.json").read_text()) == {
+        "top_k": 7,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }

@@ -7,6 +7,7 @@ change the model's output.
 
 from typing import Any, Literal, NamedTuple
 
+from jaxrlhf.lm.hugging_face.checks import expected_instead
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.transformer.config import DecoderConfig, RopeScaling
 
@@ -105,10 +106,11 @@ def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
         WeightsError: the model is of no known family, or of the other kind.
     """
     found = settings.get("architectures") or ["no architecture"]
-    if not isinstance(found, list):
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise WeightsError(f"{source} has no list of architectures but {found!r}: save the model again.")
     for name, family in FAMILIES.items():
         if getattr(family, kind) in found:
+            _check_type(settings.get("model_type"), family, source)
             return name
     others = {getattr(family, "reward" if kind == "policy" else "policy") for family in FAMILIES.values()}
     what = ", ".join(map(str, found))
@@ -117,6 +119,14 @@ def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
         raise WeightsError(f"{source} describes {what}: {expected}.")
     known = ", ".join(getattr(family, kind) for family in FAMILIES.values())
     raise WeightsError(f"{source} describes {what}: only {known} can be read here.")
+
+
+def _check_type(model_type: Any, family: Family, source: str) -> None:
+    # transformers goes by the type, and would read another model.
+    if model_type is not None and model_type != family.model_type:
+        raise WeightsError(
+            f"{source} says model_type {model_type!r} and architectures of {family.model_type!r}: save the model again."
+        )
 
 
 def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderConfig:
@@ -134,6 +144,10 @@ def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderCon
         WeightsError: unknown architecture, a feature that the decoder lacks, or a missing or invalid size.
     """
     name = family_of(settings, kind, source)
+    for setting, value in settings.items():
+        expected = expected_instead(setting, value)
+        if expected is not None:
+            raise WeightsError(f"{source} sets {setting} to {value!r}: make it {expected}.")
     if settings.get("quantization_config"):
         _refuse(source, "quantization_config", settings["quantization_config"], "use the unquantised model")
     values = FAMILIES[name].defaults | {key: value for key, value in settings.items() if value is not None}
@@ -186,8 +200,8 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         width=width,
         layers=values["num_hidden_layers"],
         query_heads=heads,
-        key_value_heads=values.get("num_key_value_heads") or heads,
-        head_size=values.get("head_dim") or width // heads,
+        key_value_heads=values.get("num_key_value_heads", heads),
+        head_size=values["head_dim"] if "head_dim" in values else width // heads,
         mlp_width=values["intermediate_size"],
         norm_epsilon=values["rms_norm_eps"],
         rope_base=base,
@@ -226,7 +240,7 @@ def _gpt2(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
         query_heads=heads,
         key_value_heads=heads,
         head_size=width // heads,
-        mlp_width=values.get("n_inner") or 4 * width,
+        mlp_width=values.get("n_inner", 4 * width),
         norm_epsilon=values["layer_norm_epsilon"],
         rope_base=None,
         tied_embeddings=bool(values["tie_word_embeddings"]),
@@ -260,8 +274,19 @@ def _windowed_layers(name: str, values: dict[str, Any], source: str) -> tuple[in
     return tuple(index for index in layers if (index + 1) % period)
 
 
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def _rope(name: str, values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None, float | None]:
     """Returns base and scaling of the rotary positions, and the base in windowed layers."""
+    if values.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse(
+            source, "partial_rotary_factor", values["partial_rotary_factor"], "use a model with whole rotary positions"
+        )
     rope = values.get("rope_parameters") or {}
     local = None
     if name == "gemma3":
@@ -275,6 +300,9 @@ def _rope(name: str, values: dict[str, Any], source: str) -> tuple[float, RopeSc
         kind = value.get("rope_type", value.get("type", "default"))
         if kind not in ("default", "linear", "llama3") or value.get("partial_rotary_factor", 1.0) != 1.0:
             _refuse(source, setting, value, "use a model with plain, linear or llama3 rotary positions")
+        missing = [name for name in _ROPE_NEEDS[kind] if name not in value]
+        if missing:
+            _refuse(source, setting, value, f"give it its {missing[0]}")
         if kind == "linear":
             return base, RopeScaling(value["factor"]), local
         if kind == "llama3":

@@ -3,9 +3,31 @@
 import dataclasses
 from typing import Any
 
+from jaxrlhf.lm.hugging_face.checks import FLAGS, SCALES, SIZES, WORDS
 from jaxrlhf.lm.hugging_face.families import FAMILIES, FULL, WINDOWED, Kind, config_from
 from jaxrlhf.lm.hugging_face.files import WeightsError
+from jaxrlhf.lm.hugging_face.generation import IDS, LEGACY
 from jaxrlhf.lm.transformer.config import DecoderConfig
+
+DESCRIBED = (
+    *FLAGS,
+    *SCALES,
+    *SIZES,
+    *WORDS,
+    "auto_map",
+    "layer_types",
+    "max_window_layers",
+    "num_labels",
+    "partial_rotary_factor",
+    "problem_type",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "sliding_window_pattern",
+    "transformers_version",
+)
+"""Settings of a `config.json` that describe the decoder, its head or its files, beside those that are written."""
 
 
 def settings_from(config: DecoderConfig, kind: Kind, dtype: str) -> dict[str, Any]:
@@ -44,6 +66,26 @@ def settings_from(config: DecoderConfig, kind: Kind, dtype: str) -> dict[str, An
             f"A {config.family} checkpoint cannot say {', '.join(differ)} of this decoder: choose the family that has it."
         )
     return settings
+
+
+def kept_settings(source: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """Returns the settings of a source's `config.json` that are not read here, such as dropout, to be written again.
+
+    Those that describe the decoder are left out, since `settings_from` writes them, and so are those of another family.
+
+    Args:
+        source: the contents of the source's file.
+        config: the decoder that is written.
+    """
+    if config.family not in FAMILIES or source.get("model_type") != FAMILIES[config.family].model_type:
+        return {}
+    described = settings_from(config, "reward", "float32").keys() | {*DESCRIBED, *IDS, *LEGACY}
+    kept = {name: value for name, value in source.items() if name not in described}
+    try:
+        same = config_from(kept | settings_from(config, "policy", "float32"), "policy", "the configuration") == config
+    except WeightsError:
+        same = False
+    return kept if same else {}
 
 
 def _llama_like_settings(config: DecoderConfig) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Weights are read from and written to safetensors only: reading a pickle can run any code.
 """
 
+import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ import tokenizers
 
 from jaxrlhf.lm.hugging_face.families import Kind, config_from
 from jaxrlhf.lm.hugging_face.files import (
+    HEAD,
     WeightsError,
+    equal_tensors,
     read_json,
     read_tensors,
     write_atomically,
@@ -21,23 +25,24 @@ from jaxrlhf.lm.hugging_face.files import (
     write_tensors,
 )
 from jaxrlhf.lm.hugging_face.settings import settings_from
+from jaxrlhf.lm.hugging_face.special import SpecialIds, special_ids
 from jaxrlhf.lm.hugging_face.tensors import params_from, tensor_shapes, tensors_from
+from jaxrlhf.lm.hugging_face.tokenizer_files import load_tokenizer
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.model import decoder
 
-
-class SpecialIds(NamedTuple):
-    """Special token ids.
-
-    Attributes:
-        bos: at the beginning of a text, or None.
-        eos: any of these ends a completion; may be empty.
-        pad: padding, or None.
-    """
-
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    pad: int | None = None
+__all__ = [
+    "Loaded",
+    "SpecialIds",
+    "WeightsError",
+    "load_decoder",
+    "load_reward_model",
+    "load_tokenizer",
+    "read_parameters",
+    "save_decoder",
+    "save_reward_model",
+    "special_ids",
+]
 
 
 def load_decoder(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict]:
@@ -54,8 +59,7 @@ def load_decoder(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[De
     Raises:
         WeightsError: the directory cannot be read as such a model.
     """
-    config, tensors = read_model(directory, "policy")
-    return config, on_device(params_from(tensors, config, "policy"), dtype)
+    return _with_warnings(read_parameters(directory, "policy", dtype))
 
 
 def save_decoder(
@@ -65,6 +69,8 @@ def save_decoder(
     *,
     special: SpecialIds | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    generation: dict[str, Any] | None = None,
+    further: dict[str, Any] | None = None,
 ) -> None:
     """Writes a directory for `load_decoder` and transformers' `AutoModelForCausalLM`.
 
@@ -74,12 +80,15 @@ def save_decoder(
         params: its parameters; they are stored in their own dtype.
         special: special token ids, for `config.json` and `generation_config.json`.
         tokenizer: written to `tokenizer.json`.
+        generation: further settings for `generation_config.json`, such as a temperature.
+        further: settings for `config.json` that do not describe the decoder (`kept_settings`).
 
     Raises:
         WeightsError: the parameters do not match the configuration, or its family cannot describe it.
     """
     check_params(config, params, decoder(config).init)
-    write_model(Path(directory), config, tensors_from(params, config, "policy"), "policy", special, tokenizer)
+    tensors = tensors_from(params, config, "policy")
+    write_model(Path(directory), config, tensors, "policy", special, tokenizer, generation, further)
 
 
 def load_reward_model(directory: str | Path, *, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict]:
@@ -95,10 +104,7 @@ def load_reward_model(directory: str | Path, *, dtype: Any = jnp.float32) -> tup
     Raises:
         WeightsError: the directory cannot be read as such a model.
     """
-    config, tensors = read_model(directory, "reward")
-    trunk = params_from(tensors, config, "reward")
-    head = trunk.pop("head")
-    return config, on_device({"trunk": trunk, "head": head}, dtype)
+    return _with_warnings(read_parameters(directory, "reward", dtype))
 
 
 def save_reward_model(
@@ -108,6 +114,7 @@ def save_reward_model(
     *,
     special: SpecialIds | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    further: dict[str, Any] | None = None,
 ) -> None:
     """Writes a directory for `load_reward_model` and transformers' `AutoModelForSequenceClassification`.
 
@@ -120,6 +127,7 @@ def save_reward_model(
         params: `{"trunk": ..., "head": [D]}`; stored in their own dtype.
         special: special token ids.
         tokenizer: written to `tokenizer.json`.
+        further: as in `save_decoder`.
 
     Raises:
         WeightsError: the parameters do not match the configuration.
@@ -132,79 +140,71 @@ def save_reward_model(
 
     check_params(config, params, init)
     tensors = tensors_from(params["trunk"] | {"head": params["head"]}, config, "reward")
-    write_model(Path(directory), config, tensors, "reward", special, tokenizer)
+    write_model(Path(directory), config, tensors, "reward", special, tokenizer, None, further)
 
 
-def load_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
-    """Returns the tokenizer of a model directory, with truncation and padding switched off.
+class Loaded(NamedTuple):
+    """A model on the default device, and a sentence for each thing in its files that was not read as its config says."""
 
-    Args:
-        directory: holds `tokenizer.json` and the `config.json` of the model it belongs to.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        WeightsError: either file is missing or damaged, or the tokenizer has ids outside the model's vocabulary.
-    """
-    size = read_json(directory, "config.json").get("vocab_size")
-    read_json(directory, "tokenizer.json")
-    path = Path(directory) / "tokenizer.json"
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise WeightsError(f"{path} is not a tokenizer ({error}): copy or save it again.") from error
-    # Settings that it was saved with would silently truncate and pad texts.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # Some models have special tokens beyond their vocabulary, for images say, that never occur in text.
-    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-    largest = max({*tokenizer.get_vocab(with_added_tokens=True).values()} - special, default=0)
-    if isinstance(size, int) and largest >= size:
-        raise WeightsError(
-            f"{path} has token ids up to {largest} but the model's vocabulary ends at {size - 1}: use the "
-            "tokenizer that the model was trained with."
-        )
-    return tokenizer
+    config: DecoderConfig
+    params: dict
+    notes: tuple[str, ...]
 
 
-def special_ids(directory: str | Path) -> SpecialIds:
-    """Returns the special token ids of a model directory: of `generation_config.json` where present, else `config.json`.
-
-    Args:
-        directory: a Hugging Face model directory.
-
-    Returns:
-        The ids; negative ids are ignored.
+def read_parameters(directory: str | Path, kind: Kind, dtype: Any = jnp.float32) -> Loaded:
+    """Returns a policy's or a reward model's configuration, parameters and notes.
 
     Raises:
-        WeightsError: a file is damaged or an id is not a number.
+        WeightsError: the directory cannot be read as such a model.
     """
-    settings = read_json(directory, "config.json")
-    if (Path(directory) / "generation_config.json").is_file():
-        generation = read_json(directory, "generation_config.json")
-        settings = settings | {name: value for name, value in generation.items() if value is not None}
-
-    def ids(name: str) -> tuple[int, ...]:
-        value = settings.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in values):
-            raise WeightsError(f"{name} in {directory} is {value!r}: make it a token id or a list of them.")
-        return tuple(token for token in values if token >= 0)
-
-    first = {name: next(iter(ids(f"{name}_token_id")), None) for name in ("bos", "pad")}
-    return SpecialIds(first["bos"], ids("eos_token_id"), first["pad"])
+    config, tensors, notes = read_model(directory, kind)
+    params = params_from(tensors, config, kind)
+    if kind == "reward":
+        head = params.pop("head")
+        params = {"trunk": params, "head": head}
+    return Loaded(config, on_device(params, dtype), notes)
 
 
-def read_model(directory: str | Path, kind: Kind) -> tuple[DecoderConfig, dict[str, np.ndarray]]:
-    """Returns configuration and checked tensors of a model directory."""
+def read_model(directory: str | Path, kind: Kind) -> tuple[DecoderConfig, dict[str, np.ndarray], tuple[str, ...]]:
+    """Returns configuration and checked tensors of a model directory, and notes of what was not read.
+
+    An output head of its own counts before `tie_word_embeddings`, as in transformers 5.
+    """
     settings = read_json(directory, "config.json")
     config = config_from(settings, kind, str(Path(directory) / "config.json"))
-    # Some checkpoints were saved from the inner module, without its name as prefix.
-    return config, read_tensors(directory, tensor_shapes(config, kind), optional_prefix="transformer.")
+    shapes, tied = tensor_shapes(config, kind), kind == "policy" and config.tied_embeddings
+    stored = read_tensors(
+        directory,
+        shapes,
+        optional=(HEAD,) if tied else (),
+        # Some checkpoints were saved from the inner module, without its name as prefix.
+        optional_prefix="transformer.",
+        aliases={next(iter(shapes)): HEAD} if tied else {},
+    )
+    tensors, notes = stored.tensors, []
+    embedding, head = next(iter(tensors.values())), tensors.pop(HEAD, None) if tied else None
+    if head is not None and not equal_tensors(head, embedding):
+        config = dataclasses.replace(config, tied_embeddings=False)
+        if head.shape != embedding.shape:
+            raise WeightsError(
+                f"{HEAD} in {directory} has shape {head.shape} where config.json ties it to embeddings of shape "
+                f"{embedding.shape}: save model and config together."
+            )
+        tensors[HEAD] = head
+        notes.append(
+            f"config.json ties the output head to the embeddings, but the file holds a head of its own ({HEAD}); the "
+            "head is used."
+        )
+    return config, tensors, (*notes, *stored.notes)
 
 
-def write_model(directory, config, tensors, kind: Kind, special, tokenizer) -> None:
+def _with_warnings(loaded: Loaded) -> tuple[DecoderConfig, dict]:
+    for note in loaded.notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
+    return loaded.config, loaded.params
+
+
+def write_model(directory, config, tensors, kind: Kind, special, tokenizer, generation=None, further=None) -> None:
     """Writes the files of a model directory, weights first: without a config, a half-written model is not loaded."""
     dtype = next(iter(tensors.values())).dtype.name
     settings = settings_from(config, kind, dtype)
@@ -216,9 +216,9 @@ def write_model(directory, config, tensors, kind: Kind, special, tokenizer) -> N
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": pad,
     }
-    write_json(directory, "config.json", settings | ids)
+    write_json(directory, "config.json", (further or {}) | settings | ids)
     if kind == "policy":
-        write_json(directory, "generation_config.json", ids)
+        write_json(directory, "generation_config.json", (generation or {}) | ids)
     else:
         # A leftover file of another model would be read.
         (directory / "generation_config.json").unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Configuration of a decoder: one dataclass that covers the supported model families."""
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 SIZES = (
@@ -117,7 +118,8 @@ class DecoderConfig:
             *((name, getattr(self, name)) for name in SCALES),
             *(("rope_scaling", value) for value in scaling),
         ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not number:
                 raise ValueError(f"DecoderConfig.{name} must be a number, got {value!r}.")
         if self.rope_scaling is not None and not (self.rope_scaling.factor or 0) > 0:
             raise ValueError(f"DecoderConfig.rope_scaling needs a positive factor, got {self.rope_scaling.factor!r}.")
