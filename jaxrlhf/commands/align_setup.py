@@ -11,7 +11,7 @@ from jaxrlhf import bilevel
 from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
 from jaxrlhf.commands.align_config import Align
-from jaxrlhf.commands.comparison import ComparisonAnnotator
+from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.generate import Generation
@@ -133,12 +133,17 @@ def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnno
     def adam(rate):
         return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
 
-    policy_learning_rate = config.policy_learning_rate or (1e-3 if config.lora_rank else 2e-4)
-    reward_learning_rate = config.reward_learning_rate or (2e-3 if config.lora_rank else 1e-3)
-    solver = tangent(adam(policy_learning_rate), adam(config.tangent_learning_rate or policy_learning_rate / 20))
+    # A rate of 0 is one, and keeps its parameters fixed.
+    policy_learning_rate = _given(config.policy_learning_rate, 1e-3 if config.lora_rank else 2e-4)
+    reward_learning_rate = _given(config.reward_learning_rate, 2e-3 if config.lora_rank else 1e-3)
+    solver = tangent(adam(policy_learning_rate), adam(_given(config.tangent_learning_rate, policy_learning_rate / 20)))
     rule, optimizer = rules[config.estimator](), adam(reward_learning_rate)
     # In parallel only where the mesh splits the tilts.
     sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
     return bilevel_descent(
         problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
     )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

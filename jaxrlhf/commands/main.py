@@ -1,5 +1,6 @@
 """The entry point: `jaxrlhf sft|reward|align|evaluate|sample|export`."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -9,6 +10,7 @@ import jax
 import tyro
 
 from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
+from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
 from jaxrlhf.training.resume import StoppedError
@@ -30,7 +32,12 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     JAXRLHF_TRACEBACK=1 in the environment shows the whole traceback.
     """
     mains: dict[type, Any] = dict(COMMANDS.values())
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a letter must not end a run.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
+        check_flags(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
         return mains[type(config)](config)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.annotation.functions import completions_of, unpadded
+from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
@@ -45,6 +46,7 @@ def main(config: Sample) -> list[str]:
     Raises:
         ValueError: the model cannot be read, or a setting is out of range.
     """
+    check_flags(config)
     if config.number < 1:
         raise ValueError(f"--number must be at least 1, got {config.number}.")
     model = open_model(config.policy, "policy")

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.training.paths import check_local
+
 
 class RunFolder:
     """A folder under `root`, written during the run, so that a killed run keeps what it has measured.
@@ -34,9 +36,10 @@ class RunFolder:
             resume: continues in an existing folder, or creates it; so it may always be set.
 
         Raises:
-            ValueError: the folder cannot be created or written, another process writes it, or it exists and `resume` is
-                False.
+            ValueError: the root is an address, the folder cannot be created or written, another process writes it, or it
+                exists and `resume` is False.
         """
+        check_local(root, "--output")
         if resume and fixed is None:
             raise ValueError("A run that can be resumed needs a name of its own; give --run NAME too.")
         if fixed is not None and (pathlib.PurePath(fixed).name != fixed or fixed in ("", ".", "..")):
@@ -106,7 +109,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file."""
         if self.writes:
-            (self.path / name).write_text(text)
+            (self.path / name).write_text(text, encoding="utf-8", errors="replace")
 
 
 def _locked(path: pathlib.Path) -> Any:
