@@ -106,7 +106,7 @@ def main(config: Align) -> pathlib.Path:
     comparisons = recorder.comparisons(result.state)
     save(run, result, save_model)
     if is_first_process():
-        notes = [*run.prompts.notes, *run.annotator.notes(), *result.notes]
+        notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *run.annotator.notes(), *result.notes]
         write_align_report(run.folder, config, comparisons, recorder.rows, notes, time.monotonic() - began)
     return run.folder.path
 

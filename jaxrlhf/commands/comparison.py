@@ -60,6 +60,11 @@ class Comparison(NamedTuple):
             summary[f"{name}_half_interval"] = half
         return summary | {"ties": float(np.sum(self.wins == 0.5)), "unlabelled": float(np.sum(np.isnan(self.wins)))}
 
+    def labels_note(self) -> str:
+        """Returns a sentence on its labels."""
+        ties, missing = (int(self.summary()[name]) for name in ("ties", "unlabelled"))
+        return f"{len(self.wins)} pairs were compared: {ties} ties, {missing} without a label."
+
 
 def policy_comparer(
     reference: Model,
@@ -196,9 +201,7 @@ def comparison_table(comparisons: dict[str, Comparison], *, labels: dict[str, in
         cells = [f"{summary[field]:.3f} ± {summary[field + '_half_interval']:.3f}" for field in ("win_rate", "kl")]
         if math.isnan(summary["win_rate"]):
             cells[0] = "no label"
-        counts = (int(summary["ties"]), int(summary["unlabelled"]))
-        rows.append((name, *cells, f"{summary['length']:.1f}", *counts, labels.get(name)))
-    columns = ("policy", "win rate against the reference", "KL (nats)", "tokens per completion")
-    columns += ("ties", "without a label", "labels used")
+        rows.append((name, *cells, f"{summary['length']:.1f}", labels.get(name)))
+    columns = ("policy", "win rate against the reference", "KL (nats)", "tokens per completion", "labels used")
     count = len(next(iter(comparisons.values())).wins)
     return Table(f"On {count} completions of held-out prompts", columns, rows)

@@ -145,8 +145,9 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     # What cannot be written is better known before labels are paid for.
     folder = open_folder(config, "evaluate")
     comparison = compare(model.params)
-    notes = [*notes, *annotator.notes(), describe_rows(tokenized) + "."]
-    for note in annotator.notes():
+    labels = [comparison.labels_note(), *annotator.notes()]
+    notes = [*notes, *labels, describe_rows(tokenized) + "."]
+    for note in labels:
         Console().print(note, markup=False, highlight=False)
     if not np.any(np.isfinite(comparison.wins)):
         raise ValueError(

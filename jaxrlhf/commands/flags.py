@@ -61,6 +61,7 @@ def check_flags(config: Any) -> None:
         name, value = field.name, getattr(config, field.name)
         if isinstance(value, pathlib.PurePath) or (name == "data" and isinstance(value, str)):
             check_local(value, flag(name))
+            _check_name(value, name)
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
@@ -71,6 +72,8 @@ def check_flags(config: Any) -> None:
             raise ValueError(f"{flag(name)} must not be negative, got {value:g}.")
         if name in POSITIVE and not value > 0:
             raise ValueError(f"{flag(name)} must be positive, got {value:g}.")
+        if name == "top_p" and not 0 < value <= 1:
+            raise ValueError(f"--top-p must lie in (0, 1], got {value:g}.")
         if name == "seed" and value > LARGEST_SEED:
             raise ValueError(f"--seed must be at most {LARGEST_SEED}, got {value}.")
 
@@ -93,3 +96,13 @@ def refuse_unused(config: Any, names: Sequence[str], reason: str) -> None:
         raise ValueError(
             f"{' and '.join(given)} {verb} not apply {reason}; leave {'it' if len(given) == 1 else 'them'} out."
         )
+
+
+def _check_name(path: str | pathlib.PurePath, name: str) -> None:
+    # Libraries that read tokenizers and records take names in UTF-8 only.
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{flag(name)} {str(path)!r} is a name that is not UTF-8; give another.") from None
+    if "\0" in str(path):
+        raise ValueError(f"{flag(name)} {str(path)!r} holds a zero byte, which no name may; give another.")

@@ -56,6 +56,12 @@ def main(config: Sample) -> list[str]:
         if model.bundle.special.bos is None:
             raise ValueError("This model has no token that begins a text; give a --prompt.")
         prompt = np.array([model.bundle.special.bos], np.int32)
+    room = model.config.context_length - len(prompt)
+    if config.max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} is more than the {room} that the model's context of "
+            f"{model.config.context_length} leaves after the prompt."
+        )
     texts = generate_texts(
         model,
         [prompt] * config.number,

@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from typing import Any
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _SAFE = re.compile(r"[A-Za-z0-9_./@+=, -]*")
 
 
@@ -20,8 +20,9 @@ def check_local(path: Any, name: str) -> None:
         name: of the setting, such as `--output`.
     """
     if _ADDRESS.match(str(path)):
+        address = _ADDRESS.sub(r"\1://", str(path), count=1)
         raise ValueError(
-            f"{name} {path} is an address, and only folders and files of this machine are read and written; "
+            f"{name} {address} is an address, and only folders and files of this machine are read and written; "
             "mount the store, or copy what it holds."
         )
 
