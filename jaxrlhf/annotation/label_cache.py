@@ -29,7 +29,7 @@ def cached_annotator(
     """Returns the host annotator `(key, sample) -> labels [B, M, 1]` with its labels cached in a file.
 
     Args:
-        annotate: called for samples that are not in the file or whose line is damaged.
+        annotate: called for samples that are not in the file, or whose line there is damaged.
         path: JSON lines, one per sample; created with the first labels. None caches in memory only.
         agreed: with several processes, `array -> ` the first process's array; only that process has a path then.
 
@@ -40,6 +40,8 @@ def cached_annotator(
 
     def find(digest, shape):
         labels = known.get(digest)
+        if labels is not None and labels.shape != shape:
+            labels = None
         if agreed is None:
             return labels
         labels = agreed(np.full(shape, np.nan, np.float32) if labels is None else labels)
@@ -51,7 +53,8 @@ def cached_annotator(
         if labels is None:
             labels = np.asarray(annotate(key, sample))
             if path is not None:
-                _append(path, {"sample": digest, "dtype": str(labels.dtype), "labels": labels.tolist()})
+                row = {"sample": digest, "dtype": str(labels.dtype), "labels": labels.tolist()}
+                _append(path, row | {"seal": _seal(digest, labels)})
         known[digest] = labels
         return labels
 
@@ -71,10 +74,19 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-            known[row["sample"]] = np.array(row["labels"], row["dtype"])
-        except (ValueError, KeyError, TypeError):
+            labels = np.array(row["labels"], row["dtype"])
+            # Lines of earlier versions have no seal.
+            if labels.dtype.kind == "f" and row.get("seal", _seal(row["sample"], labels)) == _seal(
+                row["sample"], labels
+            ):
+                known[row["sample"]] = labels
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):
             continue
     return known
+
+
+def _seal(digest: str, labels: np.ndarray) -> str:
+    return hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()[:16]
 
 
 def _append(path: pathlib.Path, row: dict[str, Any]) -> None:

@@ -14,16 +14,20 @@ _TIE = (
     r"(?:(?:a|an)\s+)?(?:tied?|ties|draw|even|equal(?:ly\s+good|\s+quality)?|no\s+(?:clear\s+)?(?:preference|winner)"
     r"|neither\s+is\s+better|(?:both|they)\s+are\s+(?:equal|tied|the\s+same)(?:ly\s+good)?)"
 )
+_ORDINAL = rf"(?:first|second)(?:\s+(?:{_TEXT}|one)\b|(?=[\W_]*$))"
 _CHOICE = re.compile(
-    rf"[\W_]{{0,8}}(?:that\s+)?(?:the\s+|it['’]?s\s+|it\s+is\s+)?(?:(?P<tie>{_TIE})|(?:{_TEXT}[\W_]{{0,4}})?(?P<letter>[ab]))(?!\w|['’]\w)(?P<rest>.*)",
+    rf"[\W_]{{0,8}}(?:that\s+)?(?:the\s+|it['’]?s\s+|it\s+is\s+)?(?:(?P<tie>{_TIE})|(?:{_TEXT}[\W_]{{0,4}})?(?P<letter>[ab]|{_ORDINAL}))(?!\w|['’]\w)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _COMPARED = re.compile(rf"\s*(>+|<+|={{1,2}})\s*(?:{_TEXT}\s+)?([ab])[\W_]*", re.IGNORECASE)
 _ADVERBS = (
     r"(?:(?:clearly|slightly|much|far|by\s+far|marginally|overall|significantly|somewhat|a\s+bit|a\s+little|strictly|still"
-    r"|the|more|text|one)\s+){0,4}"
+    r"|the|text|one)\s+){0,4}"
 )
-_GOOD = r"(?:better|best|superior|prefer(?:red|able)|stronger|winner|favou?red|chosen)"
+_GOOD = (
+    r"(?:better|best|superior|prefer(?:red|able)|stronger|winner|favou?red|chosen"
+    r"|more\s+(?:helpful|accurate|correct|useful|relevant|coherent|concise|informative|complete|harmless|honest|natural))"
+)
 _PRAISED = re.compile(
     rf"\s*(?:(?:is|was|seems|appears|remains)\s+{_ADVERBS}{_GOOD}|wins|{_GOOD})\b(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
@@ -33,14 +37,14 @@ _DOUBT = re.compile(r"\b(?:but|however|although|though|whereas|unless|if|or)\b|\
 _OTHER = re.compile(rf"[\W_]*(?:(not)\s+)?(?:{_TEXT}\s+)?(a|b|tie|draw)\b", re.IGNORECASE)
 
 _OPENING = r"(?:(?:so|therefore|thus|hence|overall|in\s+conclusion|in\s+summary|finally),?\s+)?"
-_SPOKEN = r"(?:(?:i|we)\s+(?:would\s+)?(?:choose|prefer|pick|favou?r|select|go\s+with|vote\s+for)\s+)?"
+_SPOKEN = r"(?:(?:i|we)(?:['’](?:d|ll))?\s+(?:would\s+)?(?:choose|prefer|pick|favou?r|select|go\s+with|vote\s+for)\s+)?"
 _BEFORE = (
     rf"(?:^|(?<=[.!?;])\s|(?<=[{{,]))[\W_]{{0,8}}(?:\d{{1,2}}[.)]\s*)?{_OPENING}"
     r"(?:(?:my|the|our|final|overall)[\s_]+){0,3}"
 )
-_AFTER = r"[\"'’\s)\]]{0,4}(?:[:：=]|->|→|-|–|—|\bis\b)"
+_AFTER = r"(?:\s*\([^()]{0,40}\))?[\"'’\s)\]]{0,4}(?:[:：=]|->|→|-|–|—|\bis\b)"
 _WEAK = (
-    rf"(?:winner|winning\s+{_TEXT}|decision|preference|judge?ment|choice|conclusion|answer"
+    rf"(?:winner|winning\s+{_TEXT}|decision|result|outcome|selection|pick|preference|judge?ment|choice|conclusion|answer"
     rf"|(?:better|best|preferred|chosen)(?:\s+{_TEXT})?)"
 )
 # Each matches up to where a statement's value begins; bounded repetitions keep a line of a million colons cheap.
@@ -50,7 +54,7 @@ _BOXES = re.compile(
     r"\[\[([^\[\]]{1,40})\]\]|\\boxed\s*\{([^{}]{1,40})\}|<(?:verdict|winner|answer|choice)>([^<>]{1,80})</",
     re.IGNORECASE,
 )
-_LATEX = re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{([^{}]{0,40})\}")
+_LATEX = re.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]{0,40})\}")
 _MARKUP = re.compile(r"[*`#~$]+|(?<!\w)_+|_+(?!\w)")
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>")
 _OPENED, _CLOSED = (
@@ -198,14 +202,15 @@ def _without_reasoning(reply: str) -> str:
         opened = _OPENED.search(after)
         after = after[: opened.start()] if opened else after
         before = after if after.strip() else before
-    return _SPECIAL.sub("\n", before)
+    # Channels of a reply, of which the last is the answer.
+    return _SPECIAL.sub("\n", before.rpartition("<|message|>")[2])
 
 
 def _plain(line: str) -> str:
     """Returns a line without markup; of a long one its two ends."""
     if len(line) > 2 * _LONGEST:
         line = f"{line[:_LONGEST]} {line[-_LONGEST:]}"
-    return _MARKUP.sub("", line)
+    return _MARKUP.sub("", _LATEX.sub(r"\1", line))
 
 
 def _values(line: str, statement: re.Pattern[str], *, boxed: bool) -> set[float | None]:
@@ -220,11 +225,12 @@ def _values(line: str, statement: re.Pattern[str], *, boxed: bool) -> set[float 
 
 def _value(text: str) -> float | None:
     """Returns the label of a verdict's words, such as "A", "text B is better" or "a tie (both are short)"."""
-    text = _unboxed(text[:_LONGEST])
+    text = re.sub(r"\\boxed\s*\{([^{}]{0,40})\}", r"\1", _LATEX.sub(r"\1", text[:_LONGEST]))
     found = _CHOICE.fullmatch(re.sub(rf"^[\W_]{{0,8}}{_SPOKEN}", "", text, flags=re.IGNORECASE))
     if not found:
         return None
     rest, letter = found["rest"], (found["letter"] or "").lower()
+    letter = {"first": "a", "second": "b"}.get(letter.partition(" ")[0], letter)
     label = {"a": 1.0, "b": 0.0}.get(letter, 0.5)
     compared = _COMPARED.fullmatch(rest)
     if letter and compared:
@@ -237,11 +243,6 @@ def _value(text: str) -> float | None:
     if praised:
         return None if _DOUBT.search(praised["rest"]) else label
     return label if _EXPLAINED.match(rest) and _agrees(rest, letter) else None
-
-
-def _unboxed(text: str) -> str:
-    # The inner box first, as in \\boxed{\\text{A}}.
-    return _LATEX.sub(r"\1", _LATEX.sub(r"\1", text))
 
 
 def _agrees(rest: str, letter: str) -> bool:
@@ -264,7 +265,7 @@ def _agrees(rest: str, letter: str) -> bool:
 def _last_line(line: str) -> float | None:
     """Returns the label of a line that says nothing but its choice, such as `Overall, text A is better.`"""
     words = re.sub(rf"^[\W_]{{0,8}}{_OPENING}{_SPOKEN}", "", line[:_LONGEST], flags=re.IGNORECASE)
-    found = _CHOICE.fullmatch(_unboxed(words))
+    found = _CHOICE.fullmatch(words)
     if not found:
         return None
     rest = found["rest"].strip(" \t\r\n.!*_'\"’”()[]{}<>|")

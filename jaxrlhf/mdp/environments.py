@@ -147,7 +147,7 @@ def brax_environment(environment: Any, name: str = "brax") -> Environment:
         truncated = jnp.asarray(info.get("truncation", jnp.zeros_like(state.done))) > 0
         return observation_of(state), state, jnp.asarray(state.reward, float), (state.done > 0) & ~truncated, truncated
 
-    size = environment.action_size() if callable(environment.action_size) else environment.action_size
+    size = np.asarray(environment.action_size() if callable(environment.action_size) else environment.action_size)
     return _checked(name, reset, step, int(size), continuous=True)
 
 

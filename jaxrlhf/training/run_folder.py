@@ -92,9 +92,14 @@ class RunFolder:
             stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl."""
+        """Returns the lines of metrics.jsonl.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [_metrics_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
     def metrics_size(self) -> int:
         """Returns the size of metrics.jsonl in bytes."""
@@ -127,6 +132,16 @@ def _locked(path: pathlib.Path) -> Any:
     stream.write(f"process {os.getpid()} on {socket.gethostname()}")
     stream.flush()
     return stream
+
+
+def _metrics_row(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        int(row["step"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{place} is damaged ({reason}); mend it, or move the run's folder away.") from None
+    return row
 
 
 def plain(value: Any) -> Any:

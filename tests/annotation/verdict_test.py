@@ -104,6 +104,16 @@ VERDICTS = [
     ('{"verdict": "A or B"}', None),
     ("A is better. B is better.", None),
     ("Answer: A", A),
+    ("Verdict: A is the more helpful answer.", A),
+    ("Verdict: A is more rude", None),
+    ("Verdict: I'd go with B", B),
+    ("Verdict: second", B),
+    ("Verdict (A/B/tie): B", B),
+    ("The better text is A.", A),
+    ("Result: tie", TIE),
+    ("Verdict: ✅ B", B),
+    ("Verdict: A\n\nConfidence: 0.9", A),
+    ("The first text is better.", A),
     ("Verdict: B (slightly better)", B),
     ("Verdict: A > B", A),
     ("Verdict: A = B", TIE),
@@ -127,7 +137,19 @@ def mirrored(reply):
 
 
 # Words that hold a lone capital which is no choice, or a small one which is.
-UNMIRRORED = ("Verdict: a", "verdict: b", "Assistant", "Answer", "Both", "VERDICT", "A tie", "Better")
+UNMIRRORED = (
+    "Verdict: a",
+    "verdict: b",
+    "Assistant",
+    "Answer",
+    "Both",
+    "VERDICT",
+    "A tie",
+    "Better",
+    "(A/B",
+    "second",
+    "first",
+)
 MIRRORED = [
     (reply, label) for reply, label in VERDICTS if reply != "b" and not any(word in reply for word in UNMIRRORED)
 ]
