@@ -71,7 +71,10 @@ class Journal:
                 "SET answer = excluded.answer, seal = excluded.seal WHERE answer IS NULL",
                 row,
             )
-            return self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()[0]
+            stored = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+            if stored is None:
+                raise sqlite3.DatabaseError("a label that was written is not there")
+            return stored[0]
 
     def __len__(self) -> int:
         with self._lock, self._readable_errors():
@@ -90,7 +93,8 @@ class Journal:
             raise ValueError(
                 f"The journal of labels {self.path} cannot be used ({error}); what is in it stays."
             ) from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError, OverflowError) as error:
+            # Damaged names of tables may be no text.
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"The journal of labels {self.path} is damaged or none at all ({reason}) and was left as it is; "
