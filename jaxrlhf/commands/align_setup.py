@@ -133,16 +133,29 @@ def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnno
     def adam(rate):
         return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
 
-    # A rate of 0 is one, and keeps its parameters fixed.
-    policy_learning_rate = _given(config.policy_learning_rate, 1e-3 if config.lora_rank else 2e-4)
-    reward_learning_rate = _given(config.reward_learning_rate, 2e-3 if config.lora_rank else 1e-3)
-    solver = tangent(adam(policy_learning_rate), adam(_given(config.tangent_learning_rate, policy_learning_rate / 20)))
-    rule, optimizer = rules[config.estimator](), adam(reward_learning_rate)
+    rates = learning_rates(config)
+    solver = tangent(adam(rates.policy), adam(rates.tangent))
+    rule, optimizer = rules[config.estimator](), adam(rates.reward)
     # In parallel only where the mesh splits the tilts.
     sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
     return bilevel_descent(
         problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
     )
+
+
+class LearningRates(NamedTuple):
+    """Of the policy, of its response to the reward, and of the reward model."""
+
+    policy: float
+    tangent: float
+    reward: float
+
+
+def learning_rates(config: Align) -> LearningRates:
+    """Returns the learning rates given, or their defaults; a rate of 0 is one, and keeps its parameters fixed."""
+    policy = _given(config.policy_learning_rate, 1e-3 if config.lora_rank else 2e-4)
+    reward = _given(config.reward_learning_rate, 2e-3 if config.lora_rank else 1e-3)
+    return LearningRates(policy, _given(config.tangent_learning_rate, policy / 20), reward)
 
 
 def _given(value: float | None, default: float) -> float:

@@ -201,7 +201,8 @@ def comparison_table(comparisons: dict[str, Comparison], *, labels: dict[str, in
         cells = [f"{summary[field]:.3f} ± {summary[field + '_half_interval']:.3f}" for field in ("win_rate", "kl")]
         if math.isnan(summary["win_rate"]):
             cells[0] = "no label"
-        rows.append((name, *cells, f"{summary['length']:.1f}", labels.get(name)))
+        length = f"{summary['length']:.1f} ± {summary['length_half_interval']:.1f}"
+        rows.append((name, *cells, length, labels.get(name)))
     columns = ("policy", "win rate against the reference", "KL (nats)", "tokens per completion", "labels used")
     count = len(next(iter(comparisons.values())).wins)
     return Table(f"On {count} completions of held-out prompts", columns, rows)

@@ -40,7 +40,7 @@ WRONG = {
     "bucket": (align.Align(**ALIGN, output=P("gs://bucket/run")), "--output gs://bucket/run is an address"),
     "prepared": (reward.Reward(**TRAIN, data_dir=P("s3://bucket/data")), "--data-dir s3://bucket/data is an address"),
     "model": (sample.Sample(policy=P("hf://owner/model")), "--policy hf://owner/model is an address"),
-    "file": (export.Export(source=BASE, to=P("file:///tmp/x")), "--to file://tmp/x is an address"),
+    "file": (export.Export(source=BASE, to=P("file://tmp/x")), "--to file://tmp/x is an address"),
     "data": (supervised.Supervised(policy=BASE, data="https://host/x.jsonl"), "--data https://host/x.jsonl is an addr"),
     "bytes": (export.Export(source=BASE, to=P("a\udcff")), "--to .* is a name that is not UTF-8"),
     "zero": (supervised.Supervised(**TRAIN, output=P("a\0b")), "--output .* holds a zero byte"),

@@ -80,7 +80,7 @@ def test_a_missing_best_is_an_error(tmp_path, score):
 
 @pytest.mark.parametrize(
     "address",
-    ["gs://bucket/run", "s3://b", "hf://a/b", "file:///tmp", "az://c/d", "memory://x", pathlib.Path("gs://b/r")],
+    ["gs://bucket/run", "s3://b", "hf://a/b", "file://tmp", "az://c/d", "memory://x", pathlib.Path("gs://b/r")],
 )
 def test_addresses_are_refused(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
