@@ -39,14 +39,26 @@ PROMISES = {
         lambda: chat.TRANSIENT == (408, 409, 425, 429),
     ),
     "sixteen": ("language_models", "or of the first 16, has a verdict", lambda: judge.PATIENCE == 16),
-    "both-orders": ("language_models", "The judge sees each pair in both orders", lambda: default(judge.http_judge, "both_orders")),
-    "new-tokens": ("coming_from_trl", "here 48 by default", lambda: ALIGN.max_new_tokens == EVALUATE.max_new_tokens == 48),
+    "both-orders": (
+        "language_models",
+        "The judge sees each pair in both orders",
+        lambda: default(judge.http_judge, "both_orders"),
+    ),
+    "new-tokens": (
+        "coming_from_trl",
+        "here 48 by default",
+        lambda: ALIGN.max_new_tokens == EVALUATE.max_new_tokens == 48,
+    ),
     "rates": ("coming_from_trl", "2e-4, 1e-5 and 1e-3 by default", lambda: rates() == (2e-4, 1e-5, 1e-3)),
-    "adapters": ("coming_from_trl", "(1e-3, 5e-5 and 2e-3 for adapters)", lambda: rates(lora_rank=2) == (1e-3, 5e-5, 2e-3)),
+    "adapters": (
+        "coming_from_trl",
+        "(1e-3, 5e-5 and 2e-3 for adapters)",
+        lambda: rates(lora_rank=2) == (1e-3, 5e-5, 2e-3),
+    ),
     "estimator": ("coming_from_trl", "The default is `central`", lambda: ALIGN.estimator == "central"),
     "remat": ("coming_from_trl", "Off by default", lambda: {run.remat for run in RUNS} == {None}),
     "precision": ("coming_from_trl", "float32 by default", lambda: {run.dtype for run in RUNS} == {"float32"}),
-}  # fmt: skip
+}
 
 
 def default(function, name):
