@@ -16,7 +16,14 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, check_config
 from jaxrlhf.commands.align_report import Recorder, print_plan, write_align_report
 from jaxrlhf.commands.align_setup import AlignSetup, build_setup
-from jaxrlhf.commands.annotators import JUDGE_SETTINGS, LABELS, ComparisonAnnotator, judge_settings, open_annotator
+from jaxrlhf.commands.annotators import (
+    JUDGE_SETTINGS,
+    LABELS,
+    ComparisonAnnotator,
+    check_vocabulary,
+    judge_settings,
+    open_annotator,
+)
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
@@ -106,6 +113,8 @@ def main(config: Align) -> pathlib.Path:
     comparisons = recorder.comparisons(result.state)
     save(run, result, save_model)
     if is_first_process():
+        for note in run.annotator.notes():
+            Console().print(note, markup=False, highlight=False)
         notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *run.annotator.notes(), *result.notes]
         write_align_report(run.folder, config, comparisons, recorder.rows, notes, time.monotonic() - began)
     return run.folder.path
@@ -252,7 +261,11 @@ def _open_reward(config: Align, policy: Model) -> Model:
     if config.lora_rank:
         # The reward is an adapter on the policy's own weights, which are not copied.
         return policy
-    return reward_on(policy) if config.reward is None else open_model(config.reward, "reward")
+    if config.reward is None:
+        return reward_on(policy)
+    reward = open_model(config.reward, "reward")
+    check_vocabulary(reward, policy, "--reward")
+    return reward
 
 
 def _read_prompts(config: Align, policy: Model) -> PromptSplits:

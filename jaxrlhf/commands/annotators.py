@@ -93,10 +93,10 @@ def open_annotator(
     Raises:
         ValueError: both or neither is given, what is named cannot be found, or the journal cannot be used.
     """
-    if (annotator is None) == (score is None):
+    if bool(annotator) == bool(score):
         raise ValueError("Give --annotator or --score, one of the two: they say which completions are better.")
     tokenizer = model.bundle.tokenizer
-    if score is not None:
+    if score:
         function = split_over_processes(with_timeout(load_function(score), seconds, score))
         return ComparisonAnnotator(None, host_scorer(tokenizer, function, score))
     assert annotator is not None
@@ -105,11 +105,36 @@ def open_annotator(
         host = host_annotator(tokenizer, split_over_processes(_understood(asked)), annotator)
         return ComparisonAnnotator(None, host, judge=asked)
     if pathlib.Path(annotator).is_dir():
-        directory = open_model(pathlib.Path(annotator), "reward").bundle.directory
+        opened = open_model(pathlib.Path(annotator), "reward")
+        check_vocabulary(opened, model, "--annotator")
+        directory = opened.bundle.directory
         annotate, params = reward_model_annotator(directory, vocabulary_size=model.config.vocabulary_size)
         return ComparisonAnnotator(annotate, None, params)
+    if ":" not in annotator or "://" in annotator:
+        raise ValueError(
+            f"There is no directory {annotator}; give a reward model's, a function as module:function, or an LLM judge as "
+            "http://HOST:PORT/v1#MODEL."
+        )
     function = split_over_processes(with_timeout(load_function(annotator), seconds, annotator))
     return ComparisonAnnotator(None, _not_silent(host_annotator(tokenizer, function, annotator), annotator))
+
+
+def check_vocabulary(one: Model, other: Model, name: str) -> None:
+    """Raises ValueError where two models have different numbers for one token.
+
+    Args:
+        one: named by the flag.
+        other: the policy.
+        name: of the flag.
+    """
+    own, theirs = (model.bundle.tokenizer.get_vocab(with_added_tokens=True) for model in (one, other))
+    different = [token for token, number in own.items() if theirs.get(token, number) != number]
+    if different:
+        word = min(different)
+        raise ValueError(
+            f"{name} has another tokenizer than the policy: {word!r} is token {own[word]} there and {theirs[word]} here; "
+            "take models of one tokenizer."
+        )
 
 
 def judge_settings(config: AnnotatorConfig) -> dict[str, Any]:

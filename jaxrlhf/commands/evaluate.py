@@ -8,7 +8,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxrlhf.commands.annotators import JUDGE_SETTINGS, LABELS, AnnotatorConfig, judge_settings, open_annotator
+from jaxrlhf.commands.annotators import (
+    JUDGE_SETTINGS,
+    LABELS,
+    AnnotatorConfig,
+    check_vocabulary,
+    judge_settings,
+    open_annotator,
+)
 from jaxrlhf.commands.comparison import comparison_table, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, skipped_lines
 from jaxrlhf.commands.flags import check_flags, refuse_unused
@@ -128,6 +135,7 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     model, reference = open_model(config.policy, "policy"), open_model(config.reference, "policy")
     if model.config != reference.config:
         raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
+    check_vocabulary(reference, model, "--reference")
     annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS, judge=settings)
     longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
     if longest < 2:

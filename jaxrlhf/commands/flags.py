@@ -72,6 +72,8 @@ def check_flags(config: Any) -> None:
             raise ValueError(f"{flag(name)} must not be negative, got {value:g}.")
         if name in POSITIVE and not value > 0:
             raise ValueError(f"{flag(name)} must be positive, got {value:g}.")
+        if name == "held_out" and not 0 <= value < 1:
+            raise ValueError(f"--held-out must lie in [0, 1), got {value:g}.")
         if name == "top_p" and not 0 < value <= 1:
             raise ValueError(f"--top-p must lie in (0, 1], got {value:g}.")
         if name == "seed" and value > LARGEST_SEED:
@@ -99,6 +101,9 @@ def refuse_unused(config: Any, names: Sequence[str], reason: str) -> None:
 
 
 def _check_name(path: str | pathlib.PurePath, name: str) -> None:
+    first = pathlib.PurePath(path).parts[:1]
+    if first and first[0].startswith("~") and not pathlib.Path(first[0]).exists():
+        raise ValueError(f"{flag(name)} {path} begins with ~, which the shell has not replaced; write the folder out.")
     # Libraries that read tokenizers and records take names in UTF-8 only.
     try:
         str(path).encode()

@@ -187,7 +187,10 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
     Raises:
         ValueError: a setting is out of range, or the loss is not finite.
     """
-    trainable, optimizer, mesh = stage.trainable, adamw(config, stage.steps), make_mesh(parse_mesh(config.mesh))
+    sizes = parse_mesh(config.mesh)
+    if sizes.get("stencil", 1) != 1:
+        raise ValueError(f"--mesh stencil={sizes['stencil']} does not apply here: only align has iterates to split.")
+    trainable, optimizer, mesh = stage.trainable, adamw(config, stage.steps), make_mesh(sizes)
     microbatches = config.microbatches if config.microbatches > 1 else None
     algorithm = learning(stage.loss, optimizer, microbatches=microbatches)
     folder = open_folder(config, stage.name)

@@ -212,10 +212,12 @@ def new_shape(bundle: TokenizerBundle, *, width: int, layers: int, heads: int, c
     """Returns the shape of a new Llama-style decoder for a tokenizer.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: the heads do not divide the width, or their size is odd.
     """
     if heads < 1 or width % heads:
         raise ValueError(f"--heads {heads} must divide --width {width}.")
+    if width // heads % 2:
+        raise ValueError(f"--width {width} over --heads {heads} is {width // heads}, which must be even.")
     size = max(bundle.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return DecoderConfig(
         vocabulary_size=size,

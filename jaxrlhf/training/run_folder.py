@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, metrics, results and figures."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -122,7 +123,12 @@ def _locked(path: pathlib.Path) -> Any:
     stream = (path / "writer").open("a+")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ValueError(
+                f"The run's folder {path} cannot be locked ({error.strerror}); give --output a folder of a file system "
+                "that has locks."
+            ) from None
         stream.seek(0)
         holder = stream.read().strip() or "unknown"
         raise ValueError(

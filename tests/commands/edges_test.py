@@ -1,7 +1,9 @@
 """What the end of a run needs is tried before its first step; judges that are not understood stop a command."""
 
+import errno
 import http.server
 import json
+import shutil
 import threading
 from typing import ClassVar
 
@@ -216,3 +218,32 @@ def test_an_alignment_goes_on_to_more_steps_but_not_to_fewer(here, tmp_path, ali
     assert [row["step"] for row in RunFolder.followed(folder).metrics() if "upper_loss" in row] == [1, 2]
     with pytest.raises(ValueError, match="has taken 2 steps already; --steps 1 is fewer"):
         align.main(align.Align(**settings | {"steps": 1}))
+
+
+def test_models_of_different_tokenizers_are_refused(here, tmp_path, trained):
+    _, reward_run = trained
+    for name, source in (("other", here / "base"), ("other-reward", reward_run / "reward")):
+        shutil.copytree(source, tmp_path / name)
+        path = tmp_path / name / "tokenizer.json"
+        path.write_text(path.read_text().replace('"sun"', '"x"').replace('"rain"', '"sun"').replace('"x"', '"rain"'))
+    message = "has another tokenizer than the policy: 'rain' is token 6 there and 7 here"
+    with pytest.raises(ValueError, match=f"--reference {message}"):
+        evaluate.main(
+            evaluate.Evaluate(
+                data="pairs.jsonl", policy=here / "base", reference=tmp_path / "other", score="annotators:score"
+            )
+        )
+    for flag in ("annotator", "reward"):
+        settings = {flag: str(tmp_path / "other-reward") if flag == "annotator" else tmp_path / "other-reward"}
+        settings |= {} if flag == "annotator" else {"score": "annotators:score"}
+        with pytest.raises(ValueError, match=f"--{flag} {message}"):
+            align.main(align.Align(policy=here / "base", data="pairs.jsonl", **settings))
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    def flock(stream, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ValueError, match=r"cannot be locked \(No locks available\); give --output"):
+        RunFolder(tmp_path, "run")

@@ -44,6 +44,23 @@ WRONG = {
     "data": (supervised.Supervised(policy=BASE, data="https://host/x.jsonl"), "--data https://host/x.jsonl is an addr"),
     "bytes": (export.Export(source=BASE, to=P("a\udcff")), "--to .* is a name that is not UTF-8"),
     "zero": (supervised.Supervised(**TRAIN, output=P("a\0b")), "--output .* holds a zero byte"),
+    "share": (reward.Reward(**TRAIN, held_out=1.0), r"--held-out must lie in \[0, 1\), got 1"),
+    "home": (sample.Sample(policy=P("~/model")), "--policy ~/model begins with ~, which the shell has not replaced"),
+    "odd": (
+        supervised.Supervised(tokenizer=BASE, data="pairs.jsonl", width=6, heads=2),
+        "--width 6 over --heads 2 is 3, which must be even",
+    ),
+    "mesh-twice": (align.Align(**ALIGN, mesh="data=1,data=1"), "names data twice"),
+    "no-stencil-here": (
+        supervised.Supervised(**TRAIN, held_out=0.25, mesh="stencil=2", steps=1),
+        "--mesh stencil=2 does not apply here",
+    ),
+    "no-annotator": (align.Align(**TRAIN, annotator=""), "Give --annotator or --score"),
+    "ftp": (
+        align.Align(**TRAIN, annotator="ftp://host#m"),
+        "There is no directory ftp://host#m; give a reward model's",
+    ),
+    "typo": (align.Align(**TRAIN, annotator="runs/rewrad-1"), "There is no directory runs/rewrad-1; give"),
     "shape": (supervised.Supervised(**TRAIN, width=8, heads=2), "--width and --heads do not apply with --policy"),
     "both": (
         supervised.Supervised(**TRAIN, steps=2, epochs=3.0, held_out=0.25),
