@@ -216,18 +216,18 @@ class Chat:
     def _remedy(self, message: str) -> str:
         name = self.request.tokens_name
         other = TOKENS_NAMES[name == TOKENS_NAMES[0]]
-        if other in message or name in message:
+        if other in message:
             return f" Name the limit on its tokens {other} (--judge-tokens-name, tokens_name=)."
         if "temperature" in message:
             return " Give it another temperature, or none (--judge-temperature, temperature=)."
         return ""
 
-    def quotable(self, text: str) -> str:
-        """Returns a server's text as part of one sentence: on one line, without the key, cut."""
+    def quotable(self, text: str, *, end: bool = False) -> str:
+        """Returns a server's text as part of one sentence: on one line, without the key, its beginning or its end."""
         # Servers quote the key that they reject. Redact before cutting, or part of it could remain.
         redacted = text.replace(self._key, "(the key)") if self._key else text
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in redacted).split())
-        return line[:MAX_QUOTED_CHARACTERS].rstrip(" .")
+        return (line[-MAX_QUOTED_CHARACTERS:] if end else line[:MAX_QUOTED_CHARACTERS]).rstrip(" .")
 
 
 @functools.cache

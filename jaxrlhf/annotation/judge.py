@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxrlhf.annotation.chat import MAX_QUOTED_CHARACTERS, Chat, JudgeError, Limits, Request, checked_address
+from jaxrlhf.annotation.chat import Chat, JudgeError, Limits, Request, checked_address
 from jaxrlhf.annotation.concurrency import run_concurrently
 from jaxrlhf.annotation.journal import Counts, Journaled, journaled
 from jaxrlhf.annotation.journal_file import Journal, Label
@@ -147,6 +147,7 @@ class Asked:
         with self.chat.connect() as client:
 
             def ask(index: int, stopping: threading.Event) -> tuple[Reading, str]:
+                self.check(PATIENCE)
                 reply = self.chat.complete(client, texts[index], stopping)
                 reading = read_reply(reply, self._pattern)
                 if reading.kind == "not_understood":
@@ -155,10 +156,9 @@ class Asked:
                 return reading, reply.text
 
             for index, (reading, text) in run_concurrently(ask, len(texts), concurrency=self._concurrency):
-                example = "" if reading.label is not None else self.chat.quotable(text[-MAX_QUOTED_CHARACTERS:])
+                example = "" if reading.label is not None else self.chat.quotable(text, end=True)
                 self.replies = self.replies.add(reading.kind, example)
                 yield index, reading.label
-                self.check(PATIENCE)
 
     def check(self, patience: int) -> None:
         """Raises JudgeError where there were so many replies, and no verdict in any of them nor in the journal."""

@@ -25,6 +25,7 @@ def cached_annotator(
     path: pathlib.Path | None,
     *,
     agreed: Callable[[np.ndarray], np.ndarray] | None = None,
+    complete: bool = False,
 ) -> Callable[[Key, Sample], np.ndarray]:
     """Returns the host annotator `(key, sample) -> labels [B, M, 1]` with its labels cached in a file.
 
@@ -32,15 +33,19 @@ def cached_annotator(
         annotate: called for samples that are not in the file, or whose line there is damaged.
         path: JSON lines, one per sample; created with the first labels. None caches in memory only.
         agreed: with several processes, `array -> ` the first process's array; only that process has a path then.
+        complete: caches a sample only if none of its labels is missing: those of a judge may come at the next try.
 
     Raises:
         OSError: the file cannot be read or written.
     """
     known = {} if path is None else _read(path)
 
+    def keeps(labels):
+        return not complete or bool(np.all(labels >= 0))
+
     def find(digest, shape):
         labels = known.get(digest)
-        if labels is not None and labels.shape != shape:
+        if labels is not None and (labels.shape != shape or not keeps(labels)):
             labels = None
         if agreed is None:
             return labels
@@ -52,7 +57,7 @@ def cached_annotator(
         labels = find(digest, (*sample.measure.shape, 1))
         if labels is None:
             labels = np.asarray(annotate(key, sample))
-            if path is not None:
+            if path is not None and keeps(labels):
                 row = {"sample": digest, "dtype": str(labels.dtype), "labels": labels.tolist()}
                 _append(path, row | {"seal": _seal(digest, labels)})
         known[digest] = labels
@@ -76,7 +81,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
             row = json.loads(line)
             labels = np.array(row["labels"], row["dtype"])
             # Lines of earlier versions have no seal.
-            if labels.dtype.kind == "f" and row.get("seal", _seal(row["sample"], labels)) == _seal(
+            if labels.dtype.kind in "fiub" and row.get("seal", _seal(row["sample"], labels)) == _seal(
                 row["sample"], labels
             ):
                 known[row["sample"]] = labels

@@ -253,7 +253,8 @@ def _with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> Comp
     if annotator.host is None:
         return annotator
     path = folder.path / "labels.jsonl" if is_first_process() else None
-    host: Any = cached_annotator(annotator.host, path, agreed=broadcast_array if jax.process_count() > 1 else None)
+    agreed = broadcast_array if jax.process_count() > 1 else None
+    host: Any = cached_annotator(annotator.host, path, agreed=agreed, complete=annotator.judge is not None)
     return annotator._replace(host=host)
 
 

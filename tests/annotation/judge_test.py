@@ -342,6 +342,16 @@ def test_a_judge_without_any_verdict_stops_with_an_example(serve, tmp_path, case
     known.check()
 
 
+def test_an_example_of_a_reply_does_not_show_a_part_of_the_key(serve):
+    # Cut at 200 letters from the end, half of the key would remain.
+    server = serve(lambda number, question: said(f"I was given the key {KEY}" + "x" * 185))
+    asking = judge(server, api_key=KEY)
+    asking(["p"], ["good"], ["bad"])
+    with pytest.raises(JudgeError, match=r"one ends: .*xxx") as caught:
+        asking.check()
+    assert not any(KEY[start : start + 6] in str(caught.value) for start in range(len(KEY) - 6))
+
+
 def test_a_missing_verdict_of_an_earlier_journal_is_asked_for(serve, tmp_path):
     path = tmp_path / "labels.sqlite"
     name = f"wise, 1024 tokens, {hashlib.sha256(TEMPLATE.encode()).hexdigest()}"
