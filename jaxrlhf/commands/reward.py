@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_reward
@@ -26,7 +27,6 @@ from jaxrlhf.commands.stage import (
     Stage,
     StageConfig,
     StageResult,
-    draw_history,
     dtype_of,
     number_of_steps,
     save_models,

@@ -23,7 +23,7 @@ from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.learning import Loss, learning
 from jaxrlhf.lm.memory import tree_bytes
 from jaxrlhf.lm.transformer.axes import decoder_names
-from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.checkpoint import OtherRunError
 from jaxrlhf.training.guard import guarded
 from jaxrlhf.training.processes import gathered, is_first_process
 from jaxrlhf.training.progress import bytes_text, count_text, print_table
@@ -211,7 +211,15 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
         return batch
 
     with open_checkpointer(config, folder, {"weights": trainable.params}) as checkpointer:
-        state, restored = checkpointer.restore_or_init(algorithm.init, (params,), state_where)
+        try:
+            state, restored = checkpointer.restore_or_init(algorithm.init, (params,), state_where)
+        except OtherRunError as error:
+            if error.name != "steps":
+                raise
+            raise ValueError(
+                f"{error} The learning rate's schedule spans --steps; to train for longer, start another run from this "
+                f"one's model, with --policy {folder.path}."
+            ) from None
         recorder = _Recorder(folder, tracker, lambda state: stage.evaluate(state.params, frozen))
         loop = LoopSettings(
             name=stage.name,
@@ -307,29 +315,6 @@ def try_saving(directory: pathlib.Path, model: Model, kind: Kind) -> None:
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a, np.float32), b), model.params, again.params)
     if again.config != model.config or not all(jax.tree.leaves(same)):
         raise ValueError(f"The {kind} written to {directory} reads back otherwise than it was.")
-
-
-def draw_history(folder: RunFolder, history: History, panels: dict[str, str]) -> list[str]:
-    """Draws the training loss and held-out metrics; returns the files' names.
-
-    Args:
-        folder: of the run.
-        history: the curves.
-        panels: axis labels by the metrics' names.
-    """
-    smoothed = _moving_average(history.losses)
-    curves = {"Loss on batches": ("step", "nats", {"batches, smoothed": (history.steps, smoothed)})}
-    for name, axis in panels.items():
-        values = [row[name] for row in history.metrics]
-        curves[f"Held out: {name.replace('_', ' ')}"] = ("step", axis, {"held out": (history.evaluated, values)})
-    draw_curves(folder.path / "curves.png", curves)
-    return ["curves.png"]
-
-
-def _moving_average(values: list[float]) -> list[float]:
-    width = max(1, len(values) // 50)
-    sums = np.cumsum([0.0, *values])
-    return [float((sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width)) for i in range(len(values))]
 
 
 def print_plan(console: Console, stage: Stage, optimizer: optax.GradientTransformation) -> None:

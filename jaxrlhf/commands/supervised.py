@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, TokenizerBundle, find, open_bundle, open_model
@@ -20,7 +21,6 @@ from jaxrlhf.commands.stage import (
     Stage,
     StageConfig,
     StageResult,
-    draw_history,
     dtype_of,
     number_of_steps,
     save_models,

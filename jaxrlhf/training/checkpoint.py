@@ -44,6 +44,19 @@ class DamagedError(Exception):
     """A checkpoint differs from what was written."""
 
 
+class OtherRunError(ValueError):
+    """Checkpoints are another run's.
+
+    Attributes:
+        name: of the part of the identity that differs.
+    """
+
+    def __init__(self, message: str, name: str):
+        """Takes the message and the name."""
+        super().__init__(message)
+        self.name = name
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
@@ -206,9 +219,10 @@ class Checkpoints:
         for name in sorted({*self.identity, *metadata["identity"]}):
             ours, theirs = self.identity.get(name), metadata["identity"].get(name)
             if ours != theirs:
-                raise ValueError(
+                raise OtherRunError(
                     f"The checkpoints in {self.folder} are another run's: its {name} is {theirs!r}, this one's {ours!r}. "
-                    "Name another run, or resume this one with its original settings."
+                    "Name another run, or resume this one with its original settings.",
+                    name,
                 )
 
     def _set_aside(self, damaged: list[tuple[int, str]]) -> None:

@@ -138,8 +138,8 @@ def failing(message):
 @pytest.mark.parametrize("module", [supervised, reward])
 @pytest.mark.parametrize("name", ["save_model", "write_report", "draw_curves"])
 def test_what_cannot_be_written_is_known_before_the_first_step(here, tmp_path, monkeypatch, module, name):
-    owner = {"write_report": "jaxrlhf.commands.running.write_report"}.get(name, f"jaxrlhf.commands.stage.{name}")
-    monkeypatch.setattr(owner, failing(f"no {name} here"))
+    owner = {"save_model": "stage", "write_report": "running", "draw_curves": "curves"}[name]
+    monkeypatch.setattr(f"jaxrlhf.commands.{owner}.{name}", failing(f"no {name} here"))
     config = {supervised: supervised.Supervised, reward: reward.Reward}[module]
     with pytest.raises(ValueError, match=f"no {name} here"):
         module.main(config(policy=here / "base", output=tmp_path, run="a", **SHORT))
@@ -199,7 +199,7 @@ def test_steps_of_a_resumed_run(here, tmp_path, stage_of):
     stage_of.main(config(**settings, **SHORT))
     # The learning rate's schedule spans the steps, so that another number of them is another run.
     for steps in (1, 4):
-        with pytest.raises(ValueError, match=f"its steps is 2, this one's {steps}.*"):
+        with pytest.raises(ValueError, match=f"its steps is 2, this one's {steps}.*--policy .*a\\."):
             stage_of.main(config(**settings, **SHORT | {"steps": steps}))
 
 
