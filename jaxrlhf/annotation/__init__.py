@@ -4,7 +4,8 @@ from jaxrlhf.annotation.chat import BudgetError, JudgeError
 from jaxrlhf.annotation.functions import Annotate, Score, host_annotator, host_scorer, load_function
 from jaxrlhf.annotation.journal import Counts, Journaled, journaled, question_key
 from jaxrlhf.annotation.journal_file import Journal
-from jaxrlhf.annotation.judge import HttpJudge, http_judge, load_judge, read_verdict
+from jaxrlhf.annotation.judge import HttpJudge, http_judge, load_judge
+from jaxrlhf.annotation.verdict import Replies, read_verdict
 
 __all__ = [
     "Annotate",
@@ -14,6 +15,7 @@ __all__ = [
     "Journal",
     "Journaled",
     "JudgeError",
+    "Replies",
     "Score",
     "host_annotator",
     "host_scorer",

@@ -1,8 +1,9 @@
 """Questions to a language model behind an OpenAI-style HTTP address, with bounded retries.
 
 Every wait is bounded: each call, the pauses between calls, and their number. Transient failures (a timeout, a broken
-connection, 429, 5xx, a reply that is not a chat completion) are retried with exponential backoff and jitter. Other
-failures raise at once, with a one-sentence message. The API key is sent in the request's header and appears nowhere else.
+connection, 408, 409, 425, 429, 5xx, a reply that is not a chat completion) are retried with exponential backoff and
+jitter. Other failures raise at once, with a one-sentence message. The API key is sent in the request's header and
+appears nowhere else.
 """
 
 import contextlib
@@ -14,16 +15,25 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
 from jaxrlhf.annotation.concurrency import CancelledError, call_with_timeout
+from jaxrlhf.annotation.verdict import Reply
 
 MAX_REPLY_BYTES = 1 << 20
 """Longer replies are cut."""
 MAX_QUOTED_CHARACTERS = 200
 """Length at which a server's text is cut in error messages."""
+TRANSIENT = (408, 409, 425, 429)
+"""Statuses below 500 that may pass: a timeout, a conflict, too early, too many requests."""
+TOKENS_NAMES = ("max_tokens", "max_completion_tokens")
+"""Names that servers have for the limit on a reply's tokens."""
+FINISHED = {"max_tokens": "length", "max_output_tokens": "length"}
+"""Other names of the reason that a reply was cut off."""
+FILTERED = ("content_filter", "refusal", "safety", "SAFETY")
+"""Reasons to end a reply that are a refusal."""
 # Not the global generator, whose draws belong to the user's experiment.
 _JITTER = random.Random()
 
@@ -74,6 +84,43 @@ class Limits(NamedTuple):
         return self
 
 
+class Request(NamedTuple):
+    """What is asked of the model besides the question.
+
+    Attributes:
+        max_tokens: of a reply.
+        tokens_name: the parameter's name, as some models know `max_completion_tokens` only.
+        temperature: of the reply; None leaves it to the server, as some models refuse any but their own.
+    """
+
+    max_tokens: int = 1024
+    tokens_name: str = TOKENS_NAMES[0]
+    temperature: float | None = 0.0
+
+    def body(self, model: str, question: str) -> bytes:
+        """Returns the request in JSON."""
+        fields: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": question}]}
+        if self.temperature is not None:
+            fields["temperature"] = int(self.temperature) if self.temperature == 0 else self.temperature
+        # json.dumps escapes to ASCII, so lone surrogates survive.
+        return json.dumps(fields | {self.tokens_name: self.max_tokens}).encode()
+
+    def check(self) -> "Request":
+        """Returns itself.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        if self.max_tokens < 1:
+            raise ValueError(f"A judge needs at least one token to answer with, got {self.max_tokens}.")
+        if not self.tokens_name.isidentifier() or self.tokens_name in ("model", "messages", "temperature"):
+            known = " or ".join(TOKENS_NAMES)
+            raise ValueError(f"The limit on a judge's tokens is named {known}, not {self.tokens_name!r}.")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"A judge's temperature must be 0 or more, got {self.temperature:g}.")
+        return self
+
+
 class Chat:
     """A chat model at an address. Thread-safe.
 
@@ -81,18 +128,18 @@ class Chat:
         calls: HTTP calls made so far.
     """
 
-    def __init__(self, base_url: str, model: str, *, api_key: str | None, max_tokens: int, limits: Limits):
+    def __init__(self, base_url: str, model: str, *, api_key: str | None, request: Request, limits: Limits):
         """Takes the address without `/chat/completions`.
 
         Raises:
-            ValueError: address, key or a limit is invalid. The message shows neither key nor password.
+            ValueError: address, key, request or a limit is invalid. The message shows neither key nor password.
         """
         self.url, self.model = checked_address(base_url) + "/chat/completions", model
-        self.calls, self._limits, self._max_tokens = 0, limits.check(), max_tokens
+        self.calls, self._limits, self.request = 0, limits.check(), request.check()
         self._key = _checked_key(api_key)
         self._lock = threading.Lock()
-        if not model or max_tokens < 1:
-            raise ValueError("A judge needs a model's name and at least one token to answer with.")
+        if not model:
+            raise ValueError("A judge needs a model's name.")
 
     def connect(self) -> httpx.Client:
         """Returns an HTTP client; the caller closes it."""
@@ -104,8 +151,8 @@ class Chat:
         connections = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx.Client(headers=headers, timeout=self._limits.timeout, limits=connections, verify=_certificates())
 
-    def complete(self, client: httpx.Client, question: str, stopping: threading.Event) -> str:
-        """Returns the text of the model's reply, empty for a refusal.
+    def complete(self, client: httpx.Client, question: str, stopping: threading.Event) -> Reply:
+        """Returns the model's reply.
 
         Args:
             client: from `connect`.
@@ -117,10 +164,7 @@ class Chat:
             BudgetError: the limit on calls is reached.
             CancelledError: `stopping` was set before there was a reply.
         """
-        messages = [{"role": "user", "content": question}]
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self._max_tokens}
-        # json.dumps escapes to ASCII, so lone surrogates survive.
-        encoded, limits, reason = json.dumps(body).encode(), self._limits, ""
+        encoded, limits, reason = self.request.body(self.model, question), self._limits, ""
         for attempt in range(limits.retries + 1):
             if stopping.is_set():
                 raise CancelledError
@@ -142,22 +186,23 @@ class Chat:
                 raise BudgetError(f"The ceiling of {self._limits.calls} calls to the judge {self.model} is reached.")
             self.calls += 1
 
-    def _call(self, client: httpx.Client, body: bytes) -> str:
+    def _call(self, client: httpx.Client, body: bytes) -> Reply:
         timeout = self._limits.timeout
         try:
             status, headers, reply = call_with_timeout(timeout, lambda: _post(client, self.url, body))
         except (TimeoutError, httpx.TimeoutException):
             raise _TransientError(f"no reply within {timeout:g} s") from None
         except (httpx.HTTPError, httpx.StreamError, OSError, RuntimeError) as error:
-            raise _TransientError(self._quotable(f"{type(error).__name__}: {error}")) from None
-        if status == 429 or status >= 500:
+            raise _TransientError(self.quotable(f"{type(error).__name__}: {error}")) from None
+        if status in TRANSIENT or status >= 500:
             raise _TransientError(f"status {status}{self._server_message(reply)}", _retry_after(headers))
         if not 200 <= status < 300:
+            message = self._server_message(reply)
             raise JudgeError(
-                f"The judge {self.model} at {self.url} refused with status {status}{self._server_message(reply)}."
+                f"The judge {self.model} at {self.url} refused with status {status}{message}.{self._remedy(message)}"
             )
         try:
-            return completion_text(reply)
+            return completion(reply)
         except ValueError as error:
             raise _TransientError(f"{error}{self._server_message(reply)}") from None
 
@@ -165,14 +210,24 @@ class Chat:
         text = reply[:MAX_REPLY_BYTES].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             text = str(json.loads(text)["error"]["message"])
-        quoted = self._quotable(text)
+        quoted = self.quotable(text)
         return f" ({quoted})" if quoted else ""
 
-    def _quotable(self, text: str) -> str:
+    def _remedy(self, message: str) -> str:
+        name = self.request.tokens_name
+        other = TOKENS_NAMES[name == TOKENS_NAMES[0]]
+        if other in message:
+            return f" Name the limit on its tokens {other} (--judge-tokens-name, tokens_name=)."
+        if "temperature" in message:
+            return " Give it another temperature, or none (--judge-temperature, temperature=)."
+        return ""
+
+    def quotable(self, text: str, *, end: bool = False) -> str:
+        """Returns a server's text as part of one sentence: on one line, without the key, its beginning or its end."""
         # Servers quote the key that they reject. Redact before cutting, or part of it could remain.
         redacted = text.replace(self._key, "(the key)") if self._key else text
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in redacted).split())
-        return line[:MAX_QUOTED_CHARACTERS].rstrip(" .")
+        return (line[-MAX_QUOTED_CHARACTERS:] if end else line[:MAX_QUOTED_CHARACTERS]).rstrip(" .")
 
 
 @functools.cache
@@ -181,20 +236,29 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def completion_text(reply: bytes) -> str:
-    """Returns the text of a chat completion, empty for a refusal.
+def completion(reply: bytes) -> Reply:
+    """Returns the first choice of a chat completion.
 
     Raises:
         ValueError: the reply is not a chat completion.
     """
     try:
         choices = json.loads(reply)["choices"]
-        content = choices[0]["message"].get("content") if choices else None
+        if not choices:
+            return Reply("")
+        message, finish = choices[0]["message"], choices[0].get("finish_reason")
+        content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
         raise ValueError("a reply that is no chat completion") from None
+    if isinstance(content, list):
+        # Parts, of which those of text are joined.
+        content = "".join(
+            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
     if not isinstance(content, str | None):
         raise ValueError("a reply whose content is no text")
-    return content or ""
+    finish = finish if isinstance(finish, str) else ""
+    return Reply(content or "", FINISHED.get(finish, finish), refused=bool(refusal) or finish in FILTERED)
 
 
 def checked_address(url: str) -> str:

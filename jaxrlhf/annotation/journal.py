@@ -69,13 +69,14 @@ class Journaled:
         *,
         independent_repeats: bool,
         batch_size: int | None,
+        keep_none: bool,
     ):
         """See `journaled`."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.journal, self.counts = journal, Counts()
         self._annotate, self._name, self._batch_size = annotate, name, batch_size
-        self._independent_repeats = independent_repeats
+        self._independent_repeats, self._keep_none = independent_repeats, keep_none
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[Label]:
         """Returns a label for each pair; those not in the journal are asked for, once.
@@ -86,7 +87,7 @@ class Journaled:
         """
         questions = list(zip(prompts, firsts, seconds, strict=True))
         keys = self._keys(questions)
-        labels = self.journal.find(set(keys))
+        labels = self._find(set(keys))
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in labels}
         self._add(found=len(keys) - len(missing))
         missing_keys = list(missing)
@@ -99,15 +100,20 @@ class Journaled:
             with contextlib.ExitStack() as stack:
                 stack.callback(getattr(result, "close", lambda: None))
                 for index, label in _indexed_labels(result, len(batch), self._name):
-                    labels[batch[index]] = self.journal.keep(batch[index], label)
+                    kept = label is not None or self._keep_none
+                    labels[batch[index]] = self.journal.keep(batch[index], label) if kept else None
                     self._add(asked=1, skipped=int(label is None))
         return [labels[key] for key in keys]
 
     def known(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[bool]:
         """Returns for each pair whether the journal has its label; asks for none."""
         keys = self._keys(list(zip(prompts, firsts, seconds, strict=True)))
-        found = self.journal.find(set(keys))
+        found = self._find(set(keys))
         return [key in found for key in keys]
+
+    def _find(self, keys: set[bytes]) -> dict[bytes, Label]:
+        found = self.journal.find(keys)
+        return found if self._keep_none else {key: label for key, label in found.items() if label is not None}
 
     def _keys(self, questions: list[tuple[str, str, str]]) -> list[bytes]:
         repeats, keys = collections.Counter(), []
@@ -127,6 +133,7 @@ def journaled(
     *,
     independent_repeats: bool = True,
     batch_size: int | None = None,
+    keep_none: bool = True,
 ) -> Journaled:
     """Returns the annotator `(prompts, firsts, seconds) -> labels` with a journal in front of it.
 
@@ -139,12 +146,21 @@ def journaled(
             several people are asked. False for a deterministic annotator, which is then asked once.
         batch_size: pairs per call of `annotate`, by default all; with a smaller number less is lost when an annotator
             that returns all labels together fails.
+        keep_none: whether None is an answer that was paid for. False for an annotator whose None may be mended: it is
+            neither stored nor, where an earlier version stored it, found.
 
     Raises:
         ValueError: the journal cannot be opened.
     """
     opened = journal if isinstance(journal, Journal) else Journal(journal)
-    return Journaled(annotate, opened, name, independent_repeats=independent_repeats, batch_size=batch_size)
+    return Journaled(
+        annotate,
+        opened,
+        name,
+        independent_repeats=independent_repeats,
+        batch_size=batch_size,
+        keep_none=keep_none,
+    )
 
 
 def _indexed_labels(result: Any, count: int, name: str) -> Iterator[tuple[int, Label]]:

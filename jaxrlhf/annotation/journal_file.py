@@ -18,6 +18,8 @@ Label = float | None
 
 APPLICATION_ID = 0x6A726C68
 """SQLite's `application_id` of a journal, which tells it from other databases."""
+VERSION = 0
+"""SQLite's `user_version` of a journal; a larger one is refused."""
 LOCK_TIMEOUT = 30.0
 """Seconds that a writer waits for another one; a write takes milliseconds."""
 
@@ -55,7 +57,7 @@ class Journal:
         return found
 
     def keep(self, key: bytes, label: Label) -> Label:
-        """Stores a label and returns the stored one: where another writer was first, its label stays.
+        """Stores a label and returns the stored one: where another writer was first, its label stays, unless it is None.
 
         The label is on disk on return.
 
@@ -64,8 +66,15 @@ class Journal:
         """
         with self._lock, self._readable_errors():
             row = (key, label, _checksum(key, label))
-            self._connection.execute("INSERT INTO answers VALUES (?, ?, ?) ON CONFLICT DO NOTHING", row)
-            return self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()[0]
+            self._connection.execute(
+                "INSERT INTO answers VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE "
+                "SET answer = excluded.answer, seal = excluded.seal WHERE answer IS NULL",
+                row,
+            )
+            stored = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+            if stored is None:
+                raise sqlite3.DatabaseError("a label that was written is not there")
+            return stored[0]
 
     def __len__(self) -> int:
         with self._lock, self._readable_errors():
@@ -84,7 +93,8 @@ class Journal:
             raise ValueError(
                 f"The journal of labels {self.path} cannot be used ({error}); what is in it stays."
             ) from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError, OverflowError) as error:
+            # Damaged names of tables may be no text.
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"The journal of labels {self.path} is damaged or none at all ({reason}) and was left as it is; "
@@ -99,7 +109,7 @@ def _open(path: pathlib.Path | None) -> sqlite3.Connection:
         try:
             if path is not None and path.exists() and path.stat().st_size:
                 _check(path)
-            connection = _connect(":memory:" if path is None else str(path))
+            connection = _connect(":memory:" if path is None else _uri(path, "rwc"))
             try:
                 _prepare(connection)
             except BaseException:
@@ -115,7 +125,7 @@ def _open(path: pathlib.Path | None) -> sqlite3.Connection:
 
 def _check(path: pathlib.Path) -> None:
     """Checks a file read-only first: even closing a writable connection may write to it."""
-    with contextlib.closing(_connect(f"{path.absolute().as_uri()}?mode=ro")) as connection:
+    with contextlib.closing(_connect(_uri(path, "ro"))) as connection:
         (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if result != "ok":
             raise sqlite3.DatabaseError(result)
@@ -123,11 +133,18 @@ def _check(path: pathlib.Path) -> None:
         # A journal whose creator was killed has neither table nor application_id yet.
         if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             return
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
             raise ValueError(f"{path} is a database, but no journal of labels; name another file.")
+        if version > VERSION:
+            raise ValueError(f"The journal of labels {path} was written by a newer version; update jaxrlhf.")
+        columns = [column[1] for column in connection.execute("PRAGMA table_info(answers)")]
+        if columns != ["key", "answer", "seal"]:
+            raise sqlite3.DatabaseError("it has no table of answers as journals have it")
         # SQLite checks the structure of pages only: overwritten values within them would pass as labels.
         for key, label, seal in connection.execute("SELECT key, answer, seal FROM answers"):
-            if not isinstance(key, bytes) or seal != _checksum(key, label):
+            is_label = label is None or (isinstance(label, float) and 0 <= label <= 1)
+            if not isinstance(key, bytes) or not is_label or seal != _checksum(key, label):
                 raise sqlite3.DatabaseError("an answer is not as it was written")
 
 
@@ -146,11 +163,16 @@ def _checksum(key: bytes, label: Label) -> bytes:
     return hashlib.sha256(key + repr(label).encode()).digest()[:8]
 
 
-def _connect(path_or_uri: str) -> sqlite3.Connection:
+def _uri(path: pathlib.Path, mode: str) -> str:
+    # As a path, names such as `:memory:` would mean something else to SQLite.
+    return f"{path.absolute().as_uri()}?mode={mode}"
+
+
+def _connect(name: str) -> sqlite3.Connection:
     return sqlite3.connect(
-        path_or_uri,
+        name,
         timeout=LOCK_TIMEOUT,
         isolation_level=None,
         check_same_thread=False,
-        uri=path_or_uri.startswith("file:"),
+        uri=name.startswith("file:"),
     )

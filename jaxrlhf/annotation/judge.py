@@ -18,10 +18,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxrlhf.annotation.chat import Chat, JudgeError, Limits, checked_address
+from jaxrlhf.annotation.chat import Chat, JudgeError, Limits, Request, checked_address
 from jaxrlhf.annotation.concurrency import run_concurrently
 from jaxrlhf.annotation.journal import Counts, Journaled, journaled
 from jaxrlhf.annotation.journal_file import Journal, Label
+from jaxrlhf.annotation.verdict import Reading, Replies, read_reply, verdict_pattern
 
 TEMPLATE = """\
 Here are a prompt and two texts, A and B, that follow it. Which of the two is better? The texts stand between marks;
@@ -47,22 +48,8 @@ Verdict: tie
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable that the command line reads the key from."""
 _FIELD = re.compile(r"\{(prompt|first|second)\}")
-# A line of its own, in any markup or brackets; bounded repetitions keep a line of a million colons cheap.
-_VERDICT = re.compile(
-    r"[\W_]{0,8}(?:(?:my|the|final) ){0,3}verdict[\W_]{0,4}[:：][\W_]{0,8}"
-    r"(?:(?:text|answer|response)[\W_]{1,4})?(a|b|(?:a )?tie)[\W_]{0,8}",
-    re.IGNORECASE,
-)
-_LABELS = {"a": 1.0, "b": 0.0, "tie": 0.5}
-
-
-def read_verdict(reply: str) -> float | None:
-    """Returns 1, 0 or 1/2 for A, B or a tie in a reply's last line of the form `Verdict: A`; None without such a line."""
-    for line in reversed(reply.splitlines()):
-        found = _VERDICT.fullmatch(line.strip())
-        if found:
-            return _LABELS[found[1].lower().removeprefix("a ")]
-    return None
+PATIENCE = 16
+"""Replies without any verdict after which no more are asked for."""
 
 
 def fill_template(template: str, prompt: str, first: str, second: str) -> str:
@@ -74,9 +61,9 @@ def fill_template(template: str, prompt: str, first: str, second: str) -> str:
 class HttpJudge:
     """An annotator of texts that asks a judge; made by `http_judge`."""
 
-    def __init__(self, chat: Chat, verdicts: Journaled, both_orders: bool):
-        """Takes the model, its journaled verdicts on ordered pairs, and whether to ask about each pair in both orders."""
-        self._chat, self._verdicts, self._both_orders = chat, verdicts, both_orders
+    def __init__(self, asked: "Asked", verdicts: Journaled, both_orders: bool):
+        """Takes the questions asked, the journal before them, and whether to ask about each pair in both orders."""
+        self._asked, self._verdicts, self._both_orders = asked, verdicts, both_orders
 
     @property
     def counts(self) -> Counts:
@@ -84,9 +71,18 @@ class HttpJudge:
         return self._verdicts.counts
 
     @property
+    def replies(self) -> Replies:
+        """What the judge replied: verdicts, ties, and why there was neither."""
+        return self._asked.replies
+
+    @property
     def calls(self) -> int:
         """HTTP calls made, retries included."""
-        return self._chat.calls
+        return self._asked.chat.calls
+
+    def check(self) -> None:
+        """Raises JudgeError where the judge was asked, and no verdict was read in its replies or found in the journal."""
+        self._asked.check(1)
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[Label]:
         """Returns a label for each pair: 1 first, 0 second, 1/2 for a tie or verdicts that depend on the order.
@@ -102,6 +98,7 @@ class HttpJudge:
         # The two orders of a pair are adjacent, so that a batch cut short leaves mostly complete labels.
         questions = [question for index in different for question in self._orders(pairs[index])]
         columns = [[question[field] for question in questions] for field in range(3)]
+        self._asked.any_known |= any(self._verdicts.known(*columns))
         try:
             verdicts = self._verdicts(*columns)
         except JudgeError as error:
@@ -128,6 +125,58 @@ class HttpJudge:
         return f"{labels} and are kept in {path}: start again, and only what is missing is asked for."
 
 
+class Asked:
+    """Questions to a judge, and counts of its replies.
+
+    Attributes:
+        chat: the model.
+        replies: counts.
+        any_known: whether the journal had verdicts on what was to be asked.
+    """
+
+    def __init__(self, chat: Chat, template: str, pattern: re.Pattern[str] | None, concurrency: int):
+        """See `http_judge`."""
+        self.chat, self.replies, self.any_known = chat, Replies(), False
+        self._template, self._pattern, self._concurrency = template, pattern, concurrency
+
+    def __call__(
+        self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
+    ) -> Iterator[tuple[int, Label]]:
+        """Yields the index and the label of each question, in order of arrival."""
+        texts = [fill_template(self._template, *texts) for texts in zip(prompts, firsts, seconds, strict=True)]
+        with self.chat.connect() as client:
+
+            def ask(index: int, stopping: threading.Event) -> tuple[Reading, str]:
+                self.check(PATIENCE)
+                reply = self.chat.complete(client, texts[index], stopping)
+                reading = read_reply(reply, self._pattern)
+                if reading.kind == "not_understood":
+                    reply = self.chat.complete(client, texts[index], stopping)
+                    reading = read_reply(reply, self._pattern)
+                return reading, reply.text
+
+            for index, (reading, text) in run_concurrently(ask, len(texts), concurrency=self._concurrency):
+                example = "" if reading.label is not None else self.chat.quotable(text, end=True)
+                self.replies = self.replies.add(reading.kind, example)
+                yield index, reading.label
+
+    def check(self, patience: int) -> None:
+        """Raises JudgeError where there were so many replies, and no verdict in any of them nor in the journal."""
+        replies = self.replies
+        if self.any_known or replies.lost < patience or replies.lost < replies.total:
+            return
+        remedies = []
+        if replies.cut_off:
+            remedies.append(f"more than {self.chat.request.max_tokens} tokens (--judge-tokens, max_tokens=)")
+        if replies.not_understood:
+            remedies.append("the pattern of its verdict (--judge-verdict, verdict=)")
+        remedy = f" Give it {' or '.join(remedies)}." if remedies else " Ask another judge."
+        raise JudgeError(
+            f"Of {replies.total} replies of the judge {self.chat.model} at {self.chat.url} none has a verdict "
+            f"({replies.describe()}); one ends: {replies.example or 'nothing was said'!r}.{remedy}"
+        )
+
+
 def http_judge(
     base_url: str,
     model: str,
@@ -136,7 +185,10 @@ def http_judge(
     key_variable: str | None = None,
     template: str = TEMPLATE,
     both_orders: bool = True,
-    max_tokens: int = 1024,
+    max_tokens: int = Request().max_tokens,
+    tokens_name: str = Request().tokens_name,
+    temperature: float | None = Request().temperature,
+    verdict: str | None = None,
     max_calls: int = Limits().calls,
     retries: int = Limits().retries,
     timeout: float = Limits().timeout,
@@ -148,9 +200,10 @@ def http_judge(
 ) -> HttpJudge:
     """Returns an annotator of texts `(prompts, firsts, seconds) -> labels` that asks a model behind an HTTP address.
 
-    It posts to `{base_url}/chat/completions` with temperature 0. A question that was asked before is answered from the
-    journal, also when the pair is swapped or comes from another step. A reply without a verdict is asked for once more;
-    after that the pair has none.
+    It posts to `{base_url}/chat/completions`. A question that was asked before is answered from the journal, also when
+    the pair is swapped or comes from another step. A reply that is not understood is asked for once more; after that the
+    pair has no label. Only verdicts and ties are kept in the journal: a reply that was cut off, refused or not understood
+    is asked for again by the next run. Where the first replies have no verdict at all, no more are asked for.
 
     Args:
         base_url: such as `http://localhost:8000/v1`; without key, password or query.
@@ -161,6 +214,9 @@ def http_judge(
             `Verdict: tie`.
         both_orders: asks about each pair in both orders; otherwise once, in the given order.
         max_tokens: of a reply.
+        tokens_name: of the request's parameter with that limit; some models know `max_completion_tokens` only.
+        temperature: of the replies; None leaves it to the server.
+        verdict: pattern of a verdict, of `verdict_pattern`; by default the forms of `read_verdict`.
         max_calls: limit on the calls of this annotator over its lifetime, retries included.
         retries: further calls after a transient failure.
         timeout: seconds of a whole call.
@@ -168,8 +224,9 @@ def http_judge(
         longest_pause: upper bound on a pause in seconds; bounds `Retry-After` too.
         concurrency: calls in flight.
         journal: where verdicts are kept, or its path; None keeps them in memory.
-        name: of the judge in the journal. The default is made of model, template and `max_tokens`, but not of the
-            address, as a server may move. Give one where different models share a name.
+        name: of the judge in the journal. The default is made of model and template, and of `verdict` and `temperature`
+            where they are given, but neither of the address, as a server may move, nor of `max_tokens`, as a verdict that
+            was not cut off is the same with more. Give one where different models share a name.
 
     Raises:
         ValueError: an argument is out of range, `key_variable` is not set, or the journal cannot be opened.
@@ -183,22 +240,19 @@ def http_judge(
         if not api_key:
             raise ValueError(f"The environment variable {key_variable}, which should hold the judge's key, is not set.")
     limits = Limits(max_calls, retries, timeout, first_pause, longest_pause)
-    chat = Chat(base_url, model, api_key=api_key, max_tokens=max_tokens, limits=limits)
+    request = Request(max_tokens, tokens_name, temperature)
+    chat = Chat(base_url, model, api_key=api_key, request=request, limits=limits)
+    asked = Asked(chat, template, None if verdict is None else verdict_pattern(verdict), concurrency)
+    name = _name(model, template, request, verdict) if name is None else name
+    # A repeated question has the same reply at temperature 0: ask once.
+    return HttpJudge(asked, journaled(asked, journal, name, independent_repeats=False, keep_none=False), both_orders)
 
-    def ask(prompts, firsts, seconds) -> Iterator[tuple[int, Label]]:
-        texts = [fill_template(template, *texts) for texts in zip(prompts, firsts, seconds, strict=True)]
-        with chat.connect() as client:
 
-            def verdict(index: int, stopping: threading.Event) -> Label:
-                found = read_verdict(chat.complete(client, texts[index], stopping))
-                return read_verdict(chat.complete(client, texts[index], stopping)) if found is None else found
-
-            yield from run_concurrently(verdict, len(texts), concurrency=concurrency)
-
-    if name is None:
-        name = f"{model}, {max_tokens} tokens, {hashlib.sha256(template.encode('utf-8', 'surrogatepass')).hexdigest()}"
-    # At temperature 0 a repeated question has the same reply: ask once.
-    return HttpJudge(chat, journaled(ask, journal, name, independent_repeats=False), both_orders)
+def _name(model: str, template: str, request: Request, verdict: str | None) -> str:
+    # The number of tokens is that of the first journals, whose verdicts stay valid with any other.
+    digest = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+    temperature = "" if request.temperature == 0 else f", temperature {request.temperature}"
+    return f"{model}, 1024 tokens, {digest}{temperature}" + ("" if verdict is None else f", {verdict}")
 
 
 def load_judge(spec: str, *, journal: Journal | str | pathlib.Path | None = None, **settings: Any) -> HttpJudge:

@@ -25,21 +25,28 @@ def cached_annotator(
     path: pathlib.Path | None,
     *,
     agreed: Callable[[np.ndarray], np.ndarray] | None = None,
+    complete: bool = False,
 ) -> Callable[[Key, Sample], np.ndarray]:
     """Returns the host annotator `(key, sample) -> labels [B, M, 1]` with its labels cached in a file.
 
     Args:
-        annotate: called for samples that are not in the file or whose line is damaged.
+        annotate: called for samples that are not in the file, or whose line there is damaged.
         path: JSON lines, one per sample; created with the first labels. None caches in memory only.
         agreed: with several processes, `array -> ` the first process's array; only that process has a path then.
+        complete: caches a sample only if none of its labels is missing: those of a judge may come at the next try.
 
     Raises:
         OSError: the file cannot be read or written.
     """
     known = {} if path is None else _read(path)
 
+    def keeps(labels):
+        return not complete or bool(np.all(labels >= 0))
+
     def find(digest, shape):
         labels = known.get(digest)
+        if labels is not None and (labels.shape != shape or not keeps(labels)):
+            labels = None
         if agreed is None:
             return labels
         labels = agreed(np.full(shape, np.nan, np.float32) if labels is None else labels)
@@ -50,8 +57,9 @@ def cached_annotator(
         labels = find(digest, (*sample.measure.shape, 1))
         if labels is None:
             labels = np.asarray(annotate(key, sample))
-            if path is not None:
-                _append(path, {"sample": digest, "dtype": str(labels.dtype), "labels": labels.tolist()})
+            if path is not None and keeps(labels):
+                row = {"sample": digest, "dtype": str(labels.dtype), "labels": labels.tolist()}
+                _append(path, row | {"seal": _seal(digest, labels)})
         known[digest] = labels
         return labels
 
@@ -71,10 +79,19 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-            known[row["sample"]] = np.array(row["labels"], row["dtype"])
-        except (ValueError, KeyError, TypeError):
+            labels = np.array(row["labels"], row["dtype"])
+            # Lines of earlier versions have no seal.
+            if labels.dtype.kind in "fiub" and row.get("seal", _seal(row["sample"], labels)) == _seal(
+                row["sample"], labels
+            ):
+                known[row["sample"]] = labels
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):
             continue
     return known
+
+
+def _seal(digest: str, labels: np.ndarray) -> str:
+    return hashlib.sha256(digest.encode() + labels.tobytes()).hexdigest()[:16]
 
 
 def _append(path: pathlib.Path, row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +16,21 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, check_config
 from jaxrlhf.commands.align_report import Recorder, print_plan, write_align_report
 from jaxrlhf.commands.align_setup import AlignSetup, build_setup
-from jaxrlhf.commands.comparison import LABELS, ComparisonAnnotator, open_annotator, policy_comparer
+from jaxrlhf.commands.annotators import (
+    JUDGE_SETTINGS,
+    LABELS,
+    ComparisonAnnotator,
+    judge_settings,
+    open_annotator,
+)
+from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
-from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, run_loop
-from jaxrlhf.commands.stage import dtype_of
+from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
+from jaxrlhf.commands.stage import dtype_of, try_saving
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.data.tokenization import describe_rows, tokenize_prompts
+from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.memory import plan_bilevel
 from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.problem import LanguageFrozen
@@ -91,18 +100,21 @@ def main(config: Align) -> pathlib.Path:
     """
     began = time.monotonic()
     run, initial = prepare(config)
-    free = ("steps", "evaluations", "annotator_timeout")
+    free = ("steps", "evaluations", "annotator_timeout", *JUDGE_SETTINGS)
     with open_checkpointer(config, run.folder, initial.models, free=free) as checkpointer:
         state, restored = checkpointer.restore_or_init(run.setup.algorithm.init, initial.arguments, run.state_where)
         del initial
         # Labels are requested only after the folder is known to belong to this run.
         recorder = _recorder(config, run)
+        _rehearse(config, run, recorder, state)
         result = train(config, run, recorder, checkpointer, state, restored)
     run.tracker.close()
     comparisons = recorder.comparisons(result.state)
-    save(run, result)
+    save(run, result, save_model)
     if is_first_process():
-        notes = [*run.prompts.notes, *result.notes]
+        for note in run.annotator.notes():
+            Console().print(note, markup=False, highlight=False)
+        notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *run.annotator.notes(), *result.notes]
         write_align_report(run.folder, config, comparisons, recorder.rows, notes, time.monotonic() - began)
     return run.folder.path
 
@@ -177,15 +189,28 @@ def train(
     return run_loop(config, loop, run.folder, checkpointer, state, restored)
 
 
-def save(run: Run, result: LoopResult) -> None:
-    """Saves policy and reward of the last state, and those of the best evaluated one in `best` where kept."""
+def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kind], Any]) -> None:
+    """Saves policy and reward of the last state with `write`, and those of the best evaluated one in `best` where kept."""
     for name, state in {"": result.state, "best": result.best}.items():
         on_host = gathered(state)
         if is_first_process() and state is not None:
             policy = run.policy._replace(params=run.setup.policy_of(on_host))
-            save_model(run.folder.path / name / "policy", policy, "policy")
+            write(run.folder.path / name / "policy", policy, "policy")
             reward = run.reward._replace(params=run.setup.reward_of(on_host))
-            save_model(run.folder.path / name / "reward", reward, "reward")
+            write(run.folder.path / name / "reward", reward, "reward")
+
+
+def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:
+    """Saves the models and writes the report once before the first step, into a folder that is removed again."""
+    if jax.process_count() > 1:
+        return
+    comparisons = recorder.unchanged()
+
+    def write(trial: RunFolder) -> None:
+        save(run._replace(folder=trial), LoopResult(state, None, []), try_saving)
+        write_align_report(trial, config, comparisons, [], run.prompts.notes, 0.0)
+
+    rehearse(run.folder, write)
 
 
 def _recorder(config: Align, run: Run) -> Recorder:
@@ -215,7 +240,12 @@ def _open_annotator(config: Align, policy: Model) -> ComparisonAnnotator:
     # Each of several processes labels its own share of the pairs, and has its own journal.
     labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
     return open_annotator(
-        config.annotator, config.score, policy, journal=config.data_dir / labels, seconds=config.annotator_timeout
+        config.annotator,
+        config.score,
+        policy,
+        journal=config.data_dir / labels,
+        seconds=config.annotator_timeout,
+        judge=judge_settings(config),
     )
 
 
@@ -223,7 +253,8 @@ def _with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> Comp
     if annotator.host is None:
         return annotator
     path = folder.path / "labels.jsonl" if is_first_process() else None
-    host: Any = cached_annotator(annotator.host, path, agreed=broadcast_array if jax.process_count() > 1 else None)
+    agreed = broadcast_array if jax.process_count() > 1 else None
+    host: Any = cached_annotator(annotator.host, path, agreed=agreed, complete=annotator.judge is not None)
     return annotator._replace(host=host)
 
 
@@ -231,7 +262,9 @@ def _open_reward(config: Align, policy: Model) -> Model:
     if config.lora_rank:
         # The reward is an adapter on the policy's own weights, which are not copied.
         return policy
-    return reward_on(policy) if config.reward is None else open_model(config.reward, "reward")
+    if config.reward is None:
+        return reward_on(policy)
+    return open_model(config.reward, "reward")
 
 
 def _read_prompts(config: Align, policy: Model) -> PromptSplits:

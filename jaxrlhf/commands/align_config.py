@@ -4,14 +4,16 @@ import dataclasses
 import pathlib
 from typing import Literal
 
+from jaxrlhf.commands.annotators import AnnotatorConfig
 from jaxrlhf.commands.data import Format
+from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.running import RunConfig
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Align(RunConfig):
+class Align(AnnotatorConfig, RunConfig):
     """Trains a policy and a reward model together, from labels requested during training.
 
     In each step the policy completes prompts, an annotator compares its completions with the reference's, and reward and
@@ -23,11 +25,6 @@ class Align(RunConfig):
     """Model to align, and its reference: a Hugging Face directory, or a run's folder."""
     data: str
     """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records only prompts are used."""
-    annotator: str | None = None
-    """Compares completions: `module:function` of (prompts, firsts, seconds), a reward model's directory, or an LLM judge.
-    Judges are OpenAI-style addresses, `http://HOST:PORT/v1#MODEL`; key in OPENAI_API_KEY; no verdict is paid twice."""
-    score: str | None = None
-    """Instead of --annotator: `module:function` of (prompts, completions) that returns scores to draw labels from."""
     reward: pathlib.Path | None = None
     """Reward model to start from; by default the policy's trunk with a zero head."""
     format: Format = "auto"
@@ -83,6 +80,12 @@ class Align(RunConfig):
 
 def check_config(config: Align) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
+    check_flags(config)
+    if config.estimator in ("boltzmann", "decoupled"):
+        unused = ["relative_sigma", "tangent_learning_rate"]
+        refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")
+    if config.annotator is not None and ":" not in config.annotator.partition("://")[0]:
+        refuse_unused(config, ["annotator_timeout"], "to an annotator that is no function")
     if config.warmup < 0:
         raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
     if config.lora_rank and config.reward is not None:

@@ -84,6 +84,10 @@ class Recorder:
         self._tracker.log(number, {f"held_out/{name}": value for name, value in summary.items()})
         return summary["win_rate"] - self._kl_price * summary["kl"]
 
+    def unchanged(self) -> dict[str, Comparison]:
+        """Returns the comparisons of the reference, for itself and in place of the aligned policy."""
+        return {"reference": self._reference, "aligned": self._reference}
+
     def comparisons(self, state: Any) -> dict[str, Comparison]:
         """Returns the comparisons of the reference and of the final policy.
 

@@ -11,7 +11,7 @@ from jaxrlhf import bilevel
 from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
 from jaxrlhf.commands.align_config import Align
-from jaxrlhf.commands.comparison import ComparisonAnnotator
+from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.models import Model, check_tokens
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.generate import Generation
@@ -60,7 +60,7 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
             f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
-    check_tokens(policy.bundle, reward.bundle, "The reward model")
+    check_tokens(policy.bundle, reward.bundle, "--reward" if config.reward else "The reward model")
     frozen = LanguageFrozen(policy.params, annotator.params)
     if config.lora_rank:
         return _adapters(config, policy, reward, annotator, frozen)
@@ -135,12 +135,30 @@ def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnno
     def adam(rate):
         return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
 
-    policy_learning_rate = config.policy_learning_rate or (1e-3 if config.lora_rank else 2e-4)
-    reward_learning_rate = config.reward_learning_rate or (2e-3 if config.lora_rank else 1e-3)
-    solver = tangent(adam(policy_learning_rate), adam(config.tangent_learning_rate or policy_learning_rate / 20))
-    rule, optimizer = rules[config.estimator](), adam(reward_learning_rate)
+    rates = learning_rates(config)
+    solver = tangent(adam(rates.policy), adam(rates.tangent))
+    rule, optimizer = rules[config.estimator](), adam(rates.reward)
     # In parallel only where the mesh splits the tilts.
     sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
     return bilevel_descent(
         problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
     )
+
+
+class LearningRates(NamedTuple):
+    """Of the policy, of its response to the reward, and of the reward model."""
+
+    policy: float
+    tangent: float
+    reward: float
+
+
+def learning_rates(config: Align) -> LearningRates:
+    """Returns the learning rates given, or their defaults; a rate of 0 is one, and keeps its parameters fixed."""
+    policy = _given(config.policy_learning_rate, 1e-3 if config.lora_rank else 2e-4)
+    reward = _given(config.reward_learning_rate, 2e-3 if config.lora_rank else 1e-3)
+    return LearningRates(policy, _given(config.tangent_learning_rate, policy / 20), reward)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

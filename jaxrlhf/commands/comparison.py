@@ -1,6 +1,6 @@
-"""Annotators of pairs, and comparisons of a policy with its reference by their labels."""
+"""Comparisons of a policy with its reference by an annotator's labels."""
 
-import pathlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,26 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jaxrlhf import preferences
-from jaxrlhf.annotation.functions import host_annotator, host_scorer, load_function, texts_of, with_timeout
-from jaxrlhf.annotation.judge import is_judge, load_judge
+from jaxrlhf.annotation.functions import texts_of
 from jaxrlhf.base.problem import Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.commands.models import Model, check_tokens, find, open_bundle
+from jaxrlhf.commands.annotators import ComparisonAnnotator as ComparisonAnnotator
+from jaxrlhf.commands.annotators import open_annotator as open_annotator
+from jaxrlhf.commands.models import Model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.evaluation.statistics import NORMAL_95
-from jaxrlhf.lm.annotators import reward_model_annotator
 from jaxrlhf.lm.generate import Completions, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.pairing import Prompts, Responses
 from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.lm.transformer.model import decoder
-from jaxrlhf.training.processes import gathered, split_over_processes
+from jaxrlhf.training.processes import gathered
 from jaxrlhf.training.report import Table
 from jaxrlhf.training.step import put_on_devices
 
-LABELS = "labels.sqlite"
-"""Name of the journal of paid labels, which lies with the prepared data so that later runs find the labels too."""
 BATCH_SIZE = 64
 """Prompts completed together."""
 
@@ -36,20 +33,6 @@ Complete = Callable[[Params, Params, Key, Prompts], tuple[Completions, jax.Array
 """`(params, reference params, key, prompts) -> ` completions and `log pi / pi_ref` `[N]` in nats."""
 LabelFunction = Callable[[Key, Sample], np.ndarray]
 """`(key, sample) -> labels [N]`, one pair per prompt."""
-
-
-class ComparisonAnnotator(NamedTuple):
-    """An annotator inside the traced step or on the host; one of the two.
-
-    Attributes:
-        traced: `(key, sample, frozen) -> labels [B, M, 1]`, or None.
-        host: `(key, sample) -> labels`, plain Python, or None.
-        params: what `traced` reads from `frozen.annotator`.
-    """
-
-    traced: preferences.Annotator | None
-    host: Callable[[jax.Array, Sample], jax.Array] | None
-    params: Params = ()
 
 
 class Comparison(NamedTuple):
@@ -68,52 +51,19 @@ class Comparison(NamedTuple):
     samples: list[tuple[str, tuple[str, str]]]
 
     def summary(self) -> dict[str, float]:
-        """Returns means, and the half-widths of their 95% intervals."""
+        """Returns means, the half-widths of their 95% intervals, and the numbers of ties and of pairs without a label."""
         columns = {"win_rate": self.wins[np.isfinite(self.wins)], "kl": self.log_ratio, "length": self.lengths[:, 0]}
         summary = {}
         for name, values in columns.items():
             summary[name] = float(values.mean()) if len(values) else float("nan")
-            summary[f"{name}_half_interval"] = NORMAL_95 * float(values.std()) / max(1, len(values)) ** 0.5
-        return summary
+            half = NORMAL_95 * float(values.std()) / len(values) ** 0.5 if len(values) else float("nan")
+            summary[f"{name}_half_interval"] = half
+        return summary | {"ties": float(np.sum(self.wins == 0.5)), "unlabelled": float(np.sum(np.isnan(self.wins)))}
 
-
-def open_annotator(
-    annotator: str | None,
-    score: str | None,
-    model: Model,
-    *,
-    journal: pathlib.Path | None = None,
-    seconds: float | None = None,
-) -> ComparisonAnnotator:
-    """Returns the annotator named on the command line.
-
-    Args:
-        annotator: `module:function`, a reward model's directory, or an HTTP judge, `URL#MODEL`.
-        score: `module:function`; exactly one of the two is given.
-        model: whose tokenizer decodes completions.
-        journal: file for an HTTP judge's verdicts; functions, which may be random or cheap, have none.
-        seconds: time limit for a function to label the pairs of a step; None is no limit. A judge has limits of its own.
-
-    Raises:
-        ValueError: both or neither is given, what is named cannot be found, or the journal cannot be used.
-    """
-    if (annotator is None) == (score is None):
-        raise ValueError("Give --annotator or --score, one of the two: they say which completions are better.")
-    tokenizer = model.bundle.tokenizer
-    if score is not None:
-        function = split_over_processes(with_timeout(load_function(score), seconds, score))
-        return ComparisonAnnotator(None, host_scorer(tokenizer, function, score))
-    assert annotator is not None
-    if is_judge(annotator):
-        judge = split_over_processes(load_judge(annotator, journal=journal))
-        return ComparisonAnnotator(None, host_annotator(tokenizer, judge, annotator))
-    if pathlib.Path(annotator).is_dir():
-        bundle = open_bundle(find(pathlib.Path(annotator), "reward"))
-        check_tokens(model.bundle, bundle, f"The reward model in {bundle.directory}")
-        annotate, params = reward_model_annotator(bundle.directory, vocabulary_size=model.config.vocabulary_size)
-        return ComparisonAnnotator(annotate, None, params)
-    function = split_over_processes(with_timeout(load_function(annotator), seconds, annotator))
-    return ComparisonAnnotator(None, host_annotator(tokenizer, function, annotator))
+    def labels_note(self) -> str:
+        """Returns a sentence on its labels."""
+        ties, missing = (int(self.summary()[name]) for name in ("ties", "unlabelled"))
+        return f"{len(self.wins)} pairs were compared: {ties} ties, {missing} without a label."
 
 
 def policy_comparer(
@@ -249,7 +199,10 @@ def comparison_table(comparisons: dict[str, Comparison], *, labels: dict[str, in
     for name, comparison in comparisons.items():
         summary = comparison.summary()
         cells = [f"{summary[field]:.3f} ± {summary[field + '_half_interval']:.3f}" for field in ("win_rate", "kl")]
-        rows.append((name, *cells, f"{summary['length']:.1f}", labels.get(name)))
+        if math.isnan(summary["win_rate"]):
+            cells[0] = "no label"
+        length = f"{summary['length']:.1f} ± {summary['length_half_interval']:.1f}"
+        rows.append((name, *cells, length, labels.get(name)))
     columns = ("policy", "win rate against the reference", "KL (nats)", "tokens per completion", "labels used")
     count = len(next(iter(comparisons.values())).wins)
     return Table(f"On {count} completions of held-out prompts", columns, rows)

@@ -5,11 +5,20 @@ import pathlib
 from typing import Literal
 
 import jax
+import numpy as np
 from rich.console import Console
 
-from jaxrlhf.commands.comparison import LABELS, comparison_table, open_annotator, policy_comparer
+from jaxrlhf.commands.annotators import (
+    JUDGE_SETTINGS,
+    LABELS,
+    AnnotatorConfig,
+    judge_settings,
+    open_annotator,
+)
+from jaxrlhf.commands.comparison import comparison_table, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
-from jaxrlhf.commands.models import Model, open_model
+from jaxrlhf.commands.flags import check_flags, refuse_unused
+from jaxrlhf.commands.models import Model, check_tokens, open_model
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
     accuracy_table,
@@ -28,7 +37,7 @@ from jaxrlhf.training.report import Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(AnnotatorConfig):
     """Compares a policy with its reference, or evaluates a reward model on preferences.
 
     With --policy, --reference and --annotator or --score: win rate, KL and length on the prompts of --data. With --reward:
@@ -41,11 +50,6 @@ class Evaluate:
     """Policy to evaluate: a Hugging Face directory, or a run's folder."""
     reference: pathlib.Path | None = None
     """Policy to compare with."""
-    annotator: str | None = None
-    """Compares completions: `module:function` of (prompts, firsts, seconds), a reward model's directory, or an LLM judge.
-    Judges are OpenAI-style addresses, `http://HOST:PORT/v1#MODEL`; key in OPENAI_API_KEY; no verdict is paid twice."""
-    score: str | None = None
-    """Instead of --annotator: `module:function` of (prompts, completions) that returns scores to draw labels from."""
     reward: pathlib.Path | None = None
     """Reward model to evaluate: a Hugging Face directory, or a run's folder."""
     split: Literal["all", "train", "test"] = "all"
@@ -80,10 +84,16 @@ def main(config: Evaluate) -> pathlib.Path:
     Raises:
         ValueError, DataError: a setting, a model or the data cannot be used; the message says what to change.
     """
+    check_flags(config)
     if config.prompts < 1 or config.batch_size < 1:
         raise ValueError("--prompts and --batch-size must be at least 1.")
     if (config.reward is None) == (config.policy is None):
         raise ValueError("Give --policy with --reference, or --reward: one thing is evaluated at a time.")
+    if config.reward is None:
+        refuse_unused(config, ["batch_size"], "with --policy")
+    else:
+        unused = ["reference", "annotator", "score", *JUDGE_SETTINGS, "prompts", "max_new_tokens"]
+        refuse_unused(config, unused, "with --reward")
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
@@ -104,9 +114,9 @@ def _evaluate_reward(config: Evaluate, records: list, notes: list[str]) -> pathl
     pairs = tokenize_pairs(model.bundle.chat_tokenizer(), records, max_length=length, cut_prompts=config.cut_prompts)
     score = jax.jit(lambda batch: pair_scores(reward_model(decoder(model.config)), model.params, batch))
     _print_plan(model, {"pairs": describe_rows(pairs)})
+    folder = open_folder(config, "evaluate")
     rewards = score_pairs(score, pairs.rows, config.batch_size)
     predictors = evaluate_reward(rewards[:, 0] - rewards[:, 1], None, pairs, seed=config.seed)
-    folder = open_folder(config, "evaluate")
     draw_reliability(folder.path / "reliability.png", predictors["reward"].accuracy)
     folder.write_json("results.json", accuracy_json(predictors))
     return finish(
@@ -124,11 +134,18 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     if config.reference is None:
         raise ValueError("Give --reference: a policy is compared with one.")
     assert config.policy is not None
+    settings = judge_settings(config)
     model, reference = open_model(config.policy, "policy"), open_model(config.reference, "policy")
     if model.config != reference.config:
         raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
-    annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS)
+    check_tokens(model.bundle, reference.bundle, "--reference")
+    annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS, judge=settings)
     longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
+    if longest < 2:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is "
+            f"{model.config.context_length}."
+        )
     tokenized = tokenize_prompts(
         model.bundle.chat_tokenizer(), records, max_length=longest, cut_prompts=config.cut_prompts
     )
@@ -137,8 +154,18 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
     remarks = {"reference": "\n".join(reference.remarks("Reference"))} if reference.remarks("Reference") else {}
     _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions} | remarks)
     compare = policy_comparer(reference, prompts, annotator, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    comparison = compare(model.params)
+    # What cannot be written is better known before labels are paid for.
     folder = open_folder(config, "evaluate")
+    comparison = compare(model.params)
+    labels = [comparison.labels_note(), *annotator.notes()]
+    notes = [*notes, *labels, describe_rows(tokenized) + "."]
+    for note in labels:
+        Console().print(note, markup=False, highlight=False)
+    if not np.any(np.isfinite(comparison.wins)):
+        raise ValueError(
+            f"None of the {len(prompts)} pairs has a label, so that there is no win rate: "
+            f"{config.annotator or config.score} gave none."
+        )
     folder.write_json("results.json", comparison.summary())
     return finish(
         folder,
@@ -147,7 +174,7 @@ def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathl
         title="Evaluation",
         summary=str(config.policy),
         samples=[Samples("Completions", ("reference", "policy"), comparison.samples[:12])],
-        notes=[*notes, describe_rows(tokenized) + "."],
+        notes=notes,
     )
 
 

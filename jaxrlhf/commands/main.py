@@ -1,7 +1,10 @@
 """The entry point: `jaxrlhf sft|reward|align|evaluate|sample|export`."""
 
+import contextlib
+import dataclasses
 import errno
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -9,6 +12,7 @@ import jax
 import tyro
 
 from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
+from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
 from jaxrlhf.training.resume import StoppedError
@@ -30,14 +34,19 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     JAXRLHF_TRACEBACK=1 in the environment shows the whole traceback.
     """
     mains: dict[type, Any] = dict(COMMANDS.values())
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a letter must not end a run.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
+        check_flags(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
         return mains[type(config)](config)
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise
-        print(f"{name}: {_sentence(error)}", file=sys.stderr)
+        print(f"{name}: {_with_flags(_sentence(error), config)}", file=sys.stderr)
         raise SystemExit(2) from None
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
@@ -57,6 +66,14 @@ def _sentence(error: Exception) -> str:
     message = " ".join(str(error).split())
     if any(os.strerror(number) in message for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return f"The disk is full ({message}); make room, and the same command with --run NAME --resume goes on."
+    return message
+
+
+def _with_flags(message: str, config: Any) -> str:
+    """Returns the message with flags in place of names of settings, which functions of the library give them."""
+    for field in dataclasses.fields(config):
+        if "_" in field.name:
+            message = re.sub(rf"(?<![\w/.\-\"'`=]){field.name}(?![\w/.\"'`=])", flag(field.name), message)
     return message
 
 

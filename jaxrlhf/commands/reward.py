@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
+from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_reward
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
@@ -25,7 +27,6 @@ from jaxrlhf.commands.stage import (
     Stage,
     StageConfig,
     StageResult,
-    draw_history,
     dtype_of,
     number_of_steps,
     save_models,
@@ -98,8 +99,14 @@ def main(config: Reward) -> pathlib.Path:
     trainable = trainable_reward(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
     model = reward_model(decoder(inputs.start.config, remat=config.remat))
     differences = _reward_differences(model, trainable, inputs.held_out.rows, config.batch_size)
-    result = train(config, _stage(config, inputs, trainable, model, differences))
-    return _save(config, inputs, trainable, differences, result, began) if is_first_process() else result.folder.path
+
+    def write(result: StageResult) -> pathlib.Path:
+        # Before the first step the held-out pairs have just been scored; here only the code counts.
+        rewards = differences(result.params, trainable.frozen) if result.steps else np.zeros(len(inputs.held_out.rows))
+        return _save(config, inputs, trainable, rewards, result, began)
+
+    result = train(config, _stage(config, inputs, trainable, model, differences, write))
+    return write(result) if is_first_process() else result.folder.path
 
 
 def prepare(config: Reward) -> Inputs:
@@ -108,6 +115,7 @@ def prepare(config: Reward) -> Inputs:
     Raises:
         ValueError: all held-out pairs are ties; or as in `main`.
     """
+    check_flags(config)
     start = open_reward(config.policy, dtype=dtype_of(config.dtype, config.lora_rank))
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
@@ -134,7 +142,14 @@ def _reward_differences(model: RewardModel, trainable: Trainable, rows: list[Pai
     return differences
 
 
-def _stage(config: Reward, inputs: Inputs, trainable: Trainable, model: RewardModel, differences: Differences) -> Stage:
+def _stage(
+    config: Reward,
+    inputs: Inputs,
+    trainable: Trainable,
+    model: RewardModel,
+    differences: Differences,
+    write: Callable[[StageResult], pathlib.Path],
+) -> Stage:
     training, held_out, max_length = inputs.training, inputs.held_out, inputs.max_length
     steps, labels = number_of_steps(config, len(training.rows)), np.array([row.label for row in held_out.rows])
     loss = preference_loss(
@@ -168,6 +183,7 @@ def _stage(config: Reward, inputs: Inputs, trainable: Trainable, model: RewardMo
         | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)
         | {"steps": f"{steps} of {config.batch_size} pairs, at most {tokens:,} tokens each"},
+        write=write,
     )
 
 
@@ -175,15 +191,13 @@ def _save(
     config: Reward,
     inputs: Inputs,
     trainable: Trainable,
-    differences: Differences,
+    rewards: np.ndarray,
     result: StageResult,
     began: float,
 ) -> pathlib.Path:
     save_models(result, inputs.start, trainable, "reward")
     folder, steps = result.folder, result.steps
-    predictors = evaluate_reward(
-        differences(result.params, trainable.frozen), inputs.training, inputs.held_out, seed=config.seed
-    )
+    predictors = evaluate_reward(rewards, inputs.training, inputs.held_out, seed=config.seed)
     seconds = time.monotonic() - began
     folder.write_json("results.json", {"steps": steps, "seconds": seconds} | accuracy_json(predictors))
     draw_reliability(folder.path / "reliability.png", predictors["reward"].accuracy)

@@ -1,9 +1,12 @@
 """Shared by all training commands: common settings, the run's folder, checkpoints and the training loop."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -163,9 +166,12 @@ def run_loop(
 
     Raises:
         StoppedError: the run was asked to stop.
-        ValueError: too many consecutive updates were not finite, or a batch does not fit the mesh.
+        ValueError: too many consecutive updates were not finite, a batch does not fit the mesh, the run has taken more
+            steps already, or none of the checkpoints to keep as the best can be read.
     """
     start, shown = int(state.step), {}
+    if start > loop.steps:
+        raise ValueError(f"The run in {folder.path} has taken {start} steps already; --steps {loop.steps} is fewer.")
     every = max(1, loop.steps // max(1, loop.evaluations))
     skipped = SkippedSteps(folder.path / "skipped", max_consecutive=config.patience)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
@@ -190,11 +196,43 @@ def run_loop(
             notes = {"data": loop.batches.get_state(), "info": reached.latest_info.info}
             if checkpointer.after_step(number, state, notes, last=last, score=score) and not last:
                 raise StoppedError(folder.path, number, loop.steps, checkpointer.stop.signal)
-    best = checkpointer.best(shapes) if config.keep_best else None
-    if best is None:
+    if not config.keep_best:
         return LoopResult(state, None, skipped.notes())
+    try:
+        best = checkpointer.best(shapes)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} The last step is saved: the same command with --run {folder.path.name} --resume and without "
+            "--keep-best writes its models."
+        ) from None
     note = f"The best on held-out data was step {best.step}; its models are in best."
     return LoopResult(state, best.arrays, [*skipped.notes(), note])
+
+
+def rehearse(folder: RunFolder, write: Callable[[RunFolder], Any]) -> None:
+    """Tries, before the first step, what the end of a run does: it writes into a trial folder, which is then removed.
+
+    Args:
+        folder: of the run.
+        write: called in the first process, with the trial folder; what it prints is not shown.
+
+    Raises:
+        ValueError: whatever it raises, in all processes.
+    """
+
+    def attempt() -> str:
+        trial = RunFolder(folder.path, "trial", fixed="trial", resume=True)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                write(trial)
+        except OSError as error:
+            raise ValueError(f"What the run is to write cannot be written in {folder.path} ({error}).") from None
+        finally:
+            trial.release()
+            shutil.rmtree(trial.path, ignore_errors=True)
+        return ""
+
+    broadcast_text(attempt)
 
 
 def finish(

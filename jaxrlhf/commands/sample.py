@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.annotation.functions import completions_of, unpadded
+from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
@@ -46,6 +47,7 @@ def main(config: Sample) -> list[str]:
     Raises:
         ValueError: the model cannot be read, or a setting is out of range.
     """
+    check_flags(config)
     if config.number < 1:
         raise ValueError(f"--number must be at least 1, got {config.number}.")
     model = open_model(config.policy, "policy")
@@ -57,6 +59,12 @@ def main(config: Sample) -> list[str]:
         if model.bundle.special.bos is None:
             raise ValueError("This model has no token that begins a text; give a --prompt.")
         prompt = np.array([model.bundle.special.bos], np.int32)
+    room = model.config.context_length - len(prompt)
+    if config.max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} is more than the {room} that the model's context of "
+            f"{model.config.context_length} leaves after the prompt."
+        )
     texts = generate_texts(
         model,
         [prompt] * config.number,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,14 +15,15 @@ from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.commands.data import Format
-from jaxrlhf.commands.models import Model, save_model
-from jaxrlhf.commands.running import LoopSettings, RunConfig, open_checkpointer, open_folder, run_loop
+from jaxrlhf.commands.flags import refuse_unused
+from jaxrlhf.commands.models import Model, open_model, save_model
+from jaxrlhf.commands.running import LoopSettings, RunConfig, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.trainable import Trainable
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.learning import Loss, learning
 from jaxrlhf.lm.memory import tree_bytes
 from jaxrlhf.lm.transformer.axes import decoder_names
-from jaxrlhf.training.figures import draw_curves
+from jaxrlhf.training.checkpoint import OtherRunError
 from jaxrlhf.training.guard import guarded
 from jaxrlhf.training.processes import gathered, is_first_process
 from jaxrlhf.training.progress import bytes_text, count_text, print_table
@@ -29,6 +31,9 @@ from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
 from jaxrlhf.training.step import check_batch, compile_update, put_on_devices
 from jaxrlhf.training.tracking import tracker as open_tracker
+
+LARGEST_TRIAL = 1 << 29
+"""Bytes of the largest model that is saved and read back once before the first step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,7 @@ class Stage(NamedTuple):
         count: `(batch) -> ` its tokens, for the throughput.
         evaluate: `(params, frozen) -> ` metrics on held-out data, including the `loss` by which the best step is chosen.
         plan_rows: further rows of the plan.
+        write: `(result) -> ` saves the models and reports; tried on the initial parameters before the first step.
     """
 
     title: str
@@ -89,6 +95,7 @@ class Stage(NamedTuple):
     count: Callable[[Any], float]
     evaluate: Callable[[Params, Params], dict[str, float]]
     plan_rows: dict[str, str]
+    write: Callable[["StageResult"], Any]
 
 
 class History(NamedTuple):
@@ -156,11 +163,8 @@ def number_of_steps(config: StageConfig, rows: int) -> int:
             f"--microbatches {microbatches} must divide --batch-size {batch_size}, and both be at least 1."
         )
     if steps is not None:
-        if steps < 1:
-            raise ValueError(f"--steps must be at least 1, got {steps}.")
+        refuse_unused(config, ["epochs"], "with --steps")
         return steps
-    if not epochs > 0:
-        raise ValueError(f"--epochs must be positive, got {epochs:g}.")
     return max(1, math.ceil(epochs * rows / batch_size))
 
 
@@ -183,7 +187,10 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
     Raises:
         ValueError: a setting is out of range, or the loss is not finite.
     """
-    trainable, optimizer, mesh = stage.trainable, adamw(config, stage.steps), make_mesh(parse_mesh(config.mesh))
+    sizes = parse_mesh(config.mesh)
+    if sizes.get("stencil", 1) != 1:
+        raise ValueError(f"--mesh stencil={sizes['stencil']} does not apply here: only align has iterates to split.")
+    trainable, optimizer, mesh = stage.trainable, adamw(config, stage.steps), make_mesh(sizes)
     microbatches = config.microbatches if config.microbatches > 1 else None
     algorithm = learning(stage.loss, optimizer, microbatches=microbatches)
     folder = open_folder(config, stage.name)
@@ -195,6 +202,7 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
     state_where, params_where, frozen_where = (shardings(tree, mesh, decoder_names) for tree in shapes)
     params, frozen = put_on_devices((trainable.params, trainable.frozen), (params_where, frozen_where))
     before = stage.evaluate(params, frozen)
+    rehearse(folder, lambda trial: stage.write(_initial_result(trial, stage, before)))
     update = compile_update(guarded(algorithm.update, state=0), mesh, state=state_where, frozen=frozen_where)
 
     def place_batch(batch: Batch) -> Batch:
@@ -203,7 +211,15 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
         return batch
 
     with open_checkpointer(config, folder, {"weights": trainable.params}) as checkpointer:
-        state, restored = checkpointer.restore_or_init(algorithm.init, (params,), state_where)
+        try:
+            state, restored = checkpointer.restore_or_init(algorithm.init, (params,), state_where)
+        except OtherRunError as error:
+            if error.name != "steps":
+                raise
+            raise ValueError(
+                f"{error} The learning rate's schedule spans --steps; to train for longer, start another run from this "
+                f"one's model, with --policy {folder.path}."
+            ) from None
         recorder = _Recorder(folder, tracker, lambda state: stage.evaluate(state.params, frozen))
         loop = LoopSettings(
             name=stage.name,
@@ -223,6 +239,10 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
     tracker.close()
     best = None if result.best is None else gathered(result.best.params)
     return StageResult(folder, stage.steps, gathered(result.state.params), best, before, recorder.history, result.notes)
+
+
+def _initial_result(trial: RunFolder, stage: Stage, before: dict[str, float]) -> StageResult:
+    return StageResult(trial, 0, stage.trainable.params, None, before, History([], [], [0], [before]), [])
 
 
 class _Recorder:
@@ -268,35 +288,33 @@ def _read_history(rows: list[dict[str, Any]]) -> History:
 
 
 def save_models(result: StageResult, start: Model, trainable: Trainable, kind: Kind) -> Model:
-    """Saves the trained model in the run's folder, and the best evaluated one where kept; returns the trained model."""
+    """Saves the trained model in the run's folder, and the best evaluated one where kept; returns the trained model.
+
+    Before the first step it is the initial one, which is read back; a model above `LARGEST_TRIAL` is not written then.
+    """
     trained = start._replace(params=trainable.merged(result.params))
+    if not result.steps:
+        try_saving(result.folder.path / kind, trained, kind)
+        return trained
     save_model(result.folder.path / kind, trained, kind)
     if result.best is not None:
         save_model(result.folder.path / "best" / kind, start._replace(params=trainable.merged(result.best)), kind)
     return trained
 
 
-def draw_history(folder: RunFolder, history: History, panels: dict[str, str]) -> list[str]:
-    """Draws the training loss and held-out metrics; returns the files' names.
+def try_saving(directory: pathlib.Path, model: Model, kind: Kind) -> None:
+    """Saves a model and compares what is read back, if it has at most `LARGEST_TRIAL` bytes.
 
-    Args:
-        folder: of the run.
-        history: the curves.
-        panels: axis labels by the metrics' names.
+    Raises:
+        ValueError: it cannot be saved, or reads back otherwise.
     """
-    smoothed = _moving_average(history.losses)
-    curves = {"Loss on batches": ("step", "nats", {"batches, smoothed": (history.steps, smoothed)})}
-    for name, axis in panels.items():
-        values = [row[name] for row in history.metrics]
-        curves[f"Held out: {name.replace('_', ' ')}"] = ("step", axis, {"held out": (history.evaluated, values)})
-    draw_curves(folder.path / "curves.png", curves)
-    return ["curves.png"]
-
-
-def _moving_average(values: list[float]) -> list[float]:
-    width = max(1, len(values) // 50)
-    sums = np.cumsum([0.0, *values])
-    return [float((sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width)) for i in range(len(values))]
+    if tree_bytes(model.params) > LARGEST_TRIAL:
+        return
+    save_model(directory, model, kind)
+    again = open_model(directory, kind)
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a, np.float32), b), model.params, again.params)
+    if again.config != model.config or not all(jax.tree.leaves(same)):
+        raise ValueError(f"The {kind} written to {directory} reads back otherwise than it was.")
 
 
 def print_plan(console: Console, stage: Stage, optimizer: optax.GradientTransformation) -> None:

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
+from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, TokenizerBundle, find, open_bundle, open_model
 from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.sample import generate_texts
@@ -19,7 +21,6 @@ from jaxrlhf.commands.stage import (
     Stage,
     StageConfig,
     StageResult,
-    draw_history,
     dtype_of,
     number_of_steps,
     save_models,
@@ -99,12 +100,19 @@ def main(config: Supervised) -> pathlib.Path:
     began = time.monotonic()
     inputs = prepare(config)
     trainable = trainable_policy(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
-    result = train(config, _stage(config, inputs, trainable))
-    return _save(config, inputs, trainable, result, began) if is_first_process() else result.folder.path
+    samples = _Samples(inputs) if is_first_process() else None
+
+    def write(result: StageResult) -> pathlib.Path:
+        assert samples is not None
+        return _save(config, inputs, trainable, result, samples, began)
+
+    result = train(config, _stage(config, inputs, trainable, write))
+    return write(result) if is_first_process() else result.folder.path
 
 
 def prepare(config: Supervised) -> Inputs:
     """Reads the model and the data."""
+    check_flags(config)
     start = _open_start(config)
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
@@ -115,7 +123,9 @@ def prepare(config: Supervised) -> Inputs:
     return Inputs(start, max_length, prepared, training, held_out, splits[1])
 
 
-def _stage(config: Supervised, inputs: Inputs, trainable: Trainable) -> Stage:
+def _stage(
+    config: Supervised, inputs: Inputs, trainable: Trainable, write: Callable[[StageResult], pathlib.Path]
+) -> Stage:
     training, held_out, max_length = inputs.training, inputs.held_out, inputs.max_length
     # A packed row is almost full.
     tokens = sum(len(row.tokens) for row in training.rows)
@@ -136,6 +146,7 @@ def _stage(config: Supervised, inputs: Inputs, trainable: Trainable) -> Stage:
         | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)
         | {"steps": f"{steps} of {config.batch_size} rows, at most {config.batch_size * max_length:,} tokens each"},
+        write=write,
     )
 
 
@@ -154,7 +165,14 @@ def _evaluation(
     return evaluate
 
 
-def _save(config: Supervised, inputs: Inputs, trainable: Trainable, result: StageResult, began: float) -> pathlib.Path:
+def _save(
+    config: Supervised,
+    inputs: Inputs,
+    trainable: Trainable,
+    result: StageResult,
+    samples: "_Samples",
+    began: float,
+) -> pathlib.Path:
     trained = save_models(result, inputs.start, trainable, "policy")
     folder, before, after = result.folder, result.before, result.history.metrics[-1]
     table = Table(
@@ -174,7 +192,7 @@ def _save(config: Supervised, inputs: Inputs, trainable: Trainable, result: Stag
         title="Supervised fine-tuning",
         summary=f"{steps} steps in {seconds:.0f} s. The model is in the folder policy.",
         figures=draw_history(folder, result.history, {"loss": "nats per token", "accuracy": "fraction"}),
-        samples=[_samples(inputs.start, trained, inputs.held_out_records, inputs.max_length)],
+        samples=[samples.after(trained if result.steps else None)],
         notes=[*data_notes(inputs.training, inputs.held_out, inputs.prepared), *result.notes],
     )
 
@@ -183,7 +201,9 @@ def _open_start(config: Supervised) -> Model:
     if (config.policy is None) == (config.tokenizer is None):
         raise ValueError("Give --policy to start from a model, or --tokenizer to start from random weights.")
     if config.policy is not None:
+        refuse_unused(config, ["width", "layers", "heads"], "with --policy, whose shape is its own")
         return open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
+    refuse_unused(config, ["dtype"], "with --tokenizer: a new model is trained in float32")
     bundle = open_bundle(find(config.tokenizer, "policy"))  # pyright: ignore[reportArgumentType]
     shape = new_shape(bundle, width=config.width, layers=config.layers, heads=config.heads, context=config.max_length)
     bundle = bundle.for_vocabulary(shape.vocabulary_size)
@@ -194,10 +214,12 @@ def new_shape(bundle: TokenizerBundle, *, width: int, layers: int, heads: int, c
     """Returns the shape of a new Llama-style decoder for a tokenizer.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: the heads do not divide the width, or their size is odd.
     """
     if heads < 1 or width % heads:
         raise ValueError(f"--heads {heads} must divide --width {width}.")
+    if width // heads % 2:
+        raise ValueError(f"--width {width} over --heads {heads} is {width // heads}, which must be even.")
     size = max(bundle.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return DecoderConfig(
         vocabulary_size=size,
@@ -215,20 +237,30 @@ def _tokens_of(batch: Demonstrations) -> float:
     return float(np.sum(batch.segments > 0))
 
 
-def _samples(before: Model, after: Model, records: RecordSource, max_length: int) -> Samples:
-    """Returns greedy completions of six prompts by the models before and after training."""
-    max_new_tokens = max(1, min(64, max_length // 2))
-    try:
-        prompts = tokenize_prompts(
-            before.bundle.chat_tokenizer(), records, max_length=max(2, max_length - max_new_tokens), cut_prompts=True
-        ).rows[:6]
-    except DataError:
-        # Plain texts have no prompt: start from BOS.
-        bos = 0 if before.bundle.special.bos is None else before.bundle.special.bos
-        prompts = [np.array([bos], np.int32)]
-    completions = [
-        generate_texts(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0) for model in (before, after)
-    ]
-    texts = before.bundle.tokenizer.decode_batch([prompt.tolist() for prompt in prompts])
-    rows = list(zip(texts, zip(*completions, strict=True), strict=True))
-    return Samples("Greedy completions", ("before", "after"), rows)
+class _Samples:
+    """Greedy completions of six prompts by the initial model, computed before training, and later by the trained one."""
+
+    def __init__(self, inputs: Inputs):
+        start, max_length = inputs.start, inputs.max_length
+        self._max_new_tokens = max(1, min(64, max_length // 2))
+        try:
+            self._prompts = tokenize_prompts(
+                start.bundle.chat_tokenizer(),
+                inputs.held_out_records,
+                max_length=max(2, max_length - self._max_new_tokens),
+                cut_prompts=True,
+            ).rows[:6]
+        except DataError:
+            # Plain texts have no prompt: start from BOS.
+            bos = 0 if start.bundle.special.bos is None else start.bundle.special.bos
+            self._prompts = [np.array([bos], np.int32)]
+        self._texts = start.bundle.tokenizer.decode_batch([prompt.tolist() for prompt in self._prompts])
+        self._before = self._complete(start)
+
+    def _complete(self, model: Model) -> list[str]:
+        return generate_texts(model, self._prompts, max_new_tokens=self._max_new_tokens, temperature=0.0)
+
+    def after(self, model: Model | None) -> Samples:
+        """Returns the completions by the initial model, and by a trained one; None is the initial one again."""
+        completions = zip(self._before, self._before if model is None else self._complete(model), strict=True)
+        return Samples("Greedy completions", ("before", "after"), list(zip(self._texts, completions, strict=True)))

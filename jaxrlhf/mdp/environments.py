@@ -24,8 +24,9 @@ class Environment(NamedTuple):
         name: for messages.
         reset: `(key) -> (observation [O], state)`. Consumes the key.
         step: `(key, state, action) -> (observation [O], state, reward [], terminated [])`; `terminated` says that the
-            episode is over after this step, by the task's own rule and not by a time limit. No automatic reset. Consumes
-            the key.
+            episode is over after this step, by the task's own rule and not by a time limit. An environment with a time
+            limit of its own returns `truncated []` behind it: the episode is cut off there. Consumes the key. After an
+            end of either sort nothing is read, so that the environment may have begun another episode.
         actions: number of discrete actions, or dimensions of a continuous one.
         observation_size: O.
         continuous: whether an action is a vector `[actions]` of reals rather than an integer.
@@ -33,7 +34,7 @@ class Environment(NamedTuple):
 
     name: str
     reset: Callable[[Key], tuple[jax.Array, Any]]
-    step: Callable[[Key, Any, jax.Array], tuple[jax.Array, Any, jax.Array, jax.Array]]
+    step: Callable[[Key, Any, jax.Array], tuple[Any, ...]]
     actions: int
     observation_size: int
     continuous: bool = False
@@ -60,6 +61,8 @@ class Rollouts(NamedTuple):
         log_prob: of each action under the policy that chose it.
         reward: the environment's.
         alive: 1 until the episode ends, 0 after.
+        terminated: `[N, T]`, 1 at a step that ended the episode by the task's own rule; an episode without one was cut
+            off by a time limit, the environment's own or that of the draw.
     """
 
     observations: jax.Array
@@ -67,55 +70,117 @@ class Rollouts(NamedTuple):
     log_prob: jax.Array
     reward: jax.Array
     alive: jax.Array
+    terminated: jax.Array
 
 
 def gymnax_environment(environment: Any, parameters: Any = None) -> Environment:
-    """Returns a gymnax environment (or any object with its `reset_env` and `step_env`); observations are flattened.
+    """Returns a gymnax environment, wrapped or not, by its own `reset` and `step`.
+
+    Observations may be trees of arrays, which are flattened and joined in the order of their leaves. That `step` resets
+    by itself after an end does no harm; a time limit truncates the episode and does not terminate it.
 
     Args:
-        environment: the first value that `gymnax.make` returns.
+        environment: the first value that `gymnax.make` returns, a wrapper of it, or any object with `reset` and `step`, or
+            at least `reset_env` and `step_env`, of gymnax's interface.
         parameters: the second; the environment's `default_params` by default.
 
     Raises:
-        ValueError: the environment breaks the interface (`check`).
+        ValueError: the environment breaks the interface (`check`), or its actions are neither integers below n nor reals.
     """
-    parameters = environment.default_params if parameters is None else parameters
+    parameters = getattr(environment, "default_params", None) if parameters is None else parameters
     name = str(getattr(environment, "name", type(environment).__name__))
+    reset_own, step_own = (_own(environment, each) for each in ("reset", "step"))
+    if reset_own is None or step_own is None:
+        raise ValueError(f"{name}: an environment needs the functions reset and step of gymnax's interface.")
     space = environment.action_space(parameters)
+    if not hasattr(space, "n") and not isinstance(getattr(space, "shape", None), tuple):
+        raise ValueError(f"{name}: actions of the space {type(space).__name__} are neither integers nor vectors.")
     continuous = not hasattr(space, "n")
 
     def reset(key):
-        observation, state = environment.reset_env(key, parameters)
-        return jnp.ravel(observation).astype(float), state
+        result = reset_own(key, parameters)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError(f"its reset returns {type(result).__name__} in place of (observation, state)")
+        return _flat(result[0]), result[1]
 
     def step(key, state, action):
-        observation, state, reward, terminated, *_ = environment.step_env(key, state, action, parameters)
-        return jnp.ravel(observation).astype(float), state, jnp.asarray(reward, float), terminated
+        action = jnp.reshape(action, space.shape) if continuous else action
+        result = step_own(key, state, action, parameters)
+        if not isinstance(result, tuple) or len(result) not in (5, 6):
+            raise ValueError(f"its step returns {type(result).__name__} in place of (observation, state, reward, ...)")
+        # Before gymnax 1.0, and from `step_env`, one value says both how an episode ends; some keep them in `info`.
+        observation, state, reward, terminated, *truncated, info = result
+        if not truncated and isinstance(info, dict) and {"terminated", "truncated"} <= info.keys():
+            terminated, truncated = info["terminated"], [info["truncated"]]
+        cut_off = truncated[0] if truncated else jnp.zeros_like(terminated)
+        return _flat(observation), state, jnp.asarray(reward, float), terminated, cut_off
 
-    size = jax.eval_shape(reset, jax.random.key(0))[0].size
-    actions = int(np.prod(space.shape)) if continuous else int(space.n)
-    return check(Environment(name, reset, step, actions, size, continuous))
+    return _checked(name, reset, step, int(np.prod(space.shape)) if continuous else int(space.n), continuous)
 
 
 def brax_environment(environment: Any, name: str = "brax") -> Environment:
-    """Returns a brax environment (an object with brax's `reset(key)` and `step(state, action)`), unwrapped.
+    """Returns a brax environment: an object with brax's `reset(key)` and `step(state, action)`, wrapped or not.
+
+    Observations may be trees of arrays, as for `gymnax_environment`. Where a wrapper sets `info["truncation"]`, `done`
+    means that the episode was cut off.
 
     Raises:
-        ValueError: the environment breaks the interface (`check`).
+        ValueError: the environment breaks the interface (`check`), draws several episodes at once, or has observations
+            that are meant for a critic only.
     """
+
+    def observation_of(state):
+        if isinstance(state.obs, dict) and "privileged_state" in state.obs:
+            raise ValueError(
+                "its observations hold a privileged_state, which a policy may not see; wrap it to leave that out"
+            )
+        return _flat(state.obs)
 
     def reset(key):
         state = environment.reset(key)
-        return jnp.ravel(state.obs).astype(float), state
+        return observation_of(state), state
 
     def step(key, state, action):
         del key
         state = environment.step(state, action)
-        return jnp.ravel(state.obs).astype(float), state, jnp.asarray(state.reward, float), state.done > 0
+        info = getattr(state, "info", None) or {}
+        truncated = jnp.asarray(info.get("truncation", jnp.zeros_like(state.done))) > 0
+        return observation_of(state), state, jnp.asarray(state.reward, float), (state.done > 0) & ~truncated, truncated
 
-    return check(
-        Environment(name, reset, step, int(environment.action_size), int(environment.observation_size), continuous=True)
-    )
+    size = np.asarray(environment.action_size() if callable(environment.action_size) else environment.action_size)
+    return _checked(name, reset, step, int(size), continuous=True)
+
+
+def _own(environment: Any, name: str) -> Any:
+    """Returns an environment's `reset` or `step`, or the one with `_env` behind its name.
+
+    Wrappers pass every other name on to the environment inside, and their own function may be of either name.
+    """
+    names = (name, f"{name}_env")
+    defined = [each for each in names if hasattr(type(environment), each)]
+    return getattr(environment, (defined or [each for each in names if hasattr(environment, each)] or names)[0], None)
+
+
+def _flat(observation: Any) -> jax.Array:
+    """Returns the leaves of an observation as one vector."""
+    leaves = [jnp.ravel(leaf).astype(float) for leaf in jax.tree.leaves(observation)]
+    if not leaves:
+        raise ValueError("its observation holds no array")
+    return jnp.concatenate(leaves)
+
+
+def _checked(name: str, reset: Any, step: Any, actions: int, continuous: bool) -> Environment:
+    try:
+        shape = jax.eval_shape(reset, jax.random.key(0))[0].shape
+        environment = Environment(name, reset, step, actions, shape[0], continuous)
+        jax.eval_shape(lambda key: step(key, reset(key)[1], _no_action(environment)), jax.random.key(0))
+    except Exception as error:  # whatever a foreign environment raises
+        raise ValueError(f"{name}: {' '.join(str(error).split())[:300] or type(error).__name__}.") from error
+    return check(environment)
+
+
+def _no_action(environment: Environment) -> jax.Array:
+    return jnp.zeros(environment.actions) if environment.continuous else jnp.zeros((), int)
 
 
 def tabular_environment(mdp: TabularMDP, reward: jax.Array, *, name: str = "a tabular process") -> Environment:
@@ -150,17 +215,21 @@ def check(environment: Environment) -> Environment:
             no scalar, a state that changes its structure, values that are not finite.
     """
     name, key = environment.name, jax.random.key(0)
-    action = jnp.zeros(environment.actions) if environment.continuous else jnp.zeros((), int)
     if environment.actions < 1:
         raise ValueError(f"{name}: actions must be at least 1, got {environment.actions}.")
     observation, state = environment.reset(key)
-    next_observation, next_state, reward, terminated = environment.step(key, state, action)
+    stepped = environment.step(key, state, _no_action(environment))
+    if len(stepped) not in (4, 5):
+        raise ValueError(
+            f"{name}: a step returns {len(stepped)} values, expected 4, or 5 with a time limit of its own."
+        )
+    next_observation, next_state, reward, *ends = stepped
     expected = (environment.observation_size,)
     for field, value, shape in (
         ("the first observation", observation, expected),
         ("the observation after a step", next_observation, expected),
         ("the reward", reward, ()),
-        ("the end of the episode", terminated, ()),
+        *(("the end of the episode", end, ()) for end in ends),
     ):
         if jnp.shape(value) != shape:
             raise ValueError(f"{name}: {field} has the shape {jnp.shape(value)}, expected {shape}.")
@@ -184,22 +253,25 @@ def roll_out(key: Key, actor: Actor, lower: Params, environment: Environment, *,
         act_key, step_key = jax.random.split(key)
         action, log_prob = actor.sample(act_key, lower, observation)
         step_keys = jax.random.split(step_key, episodes)
-        next_observation, next_state, reward, terminated = jax.vmap(environment.step)(step_keys, state, action)
-        record = (observation, action, log_prob, reward, alive)
+        next_observation, next_state, reward, *ends = jax.vmap(environment.step)(step_keys, state, action)
+        terminated, *truncated = (end.astype(alive.dtype) for end in ends)
+        record = (observation, action, log_prob, reward, alive, alive * terminated)
+        for end in (terminated, *truncated):
+            alive = alive * (1.0 - end)
         # A step may return other dtypes than the reset; the scan needs those of the reset.
         next_state = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype), next_state, state)
-        return (next_observation, next_state, alive * (1.0 - terminated.astype(alive.dtype))), record
+        return (next_observation, next_state, alive), record
 
     alive = jnp.ones(episodes, observation.dtype)
     _, history = jax.lax.scan(advance, (observation, state, alive), jax.random.split(key, steps))
-    observations, actions, log_prob, reward, alive = (jnp.swapaxes(leaf, 0, 1) for leaf in history)
+    observations, actions, log_prob, reward, alive, terminated = (jnp.swapaxes(leaf, 0, 1) for leaf in history)
 
     def zero_after_end(leaf):
         mask = alive.reshape(alive.shape + (1,) * (leaf.ndim - 2)) > 0
         return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
     observations, actions, log_prob, reward = map(zero_after_end, (observations, actions, log_prob, reward))
-    return Rollouts(observations, actions, log_prob, reward, alive)
+    return Rollouts(observations, actions, log_prob, reward, alive, terminated)
 
 
 def categorical_actor(logits: Callable[[Params, jax.Array], jax.Array]) -> Actor:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxrlhf.base.types import Params
+from jaxrlhf.training.paths import PlainPath, check_local
 
 VERSION = 1
 """Version of a checkpoint's metadata."""
@@ -40,6 +42,19 @@ class Restored(NamedTuple):
 
 class DamagedError(Exception):
     """A checkpoint differs from what was written."""
+
+
+class OtherRunError(ValueError):
+    """Checkpoints are another run's.
+
+    Attributes:
+        name: of the part of the identity that differs.
+    """
+
+    def __init__(self, message: str, name: str):
+        """Takes the message and the name."""
+        super().__init__(message)
+        self.name = name
 
 
 class Checkpoints:
@@ -72,13 +87,15 @@ class Checkpoints:
             raise ValueError(
                 f"At least 1 checkpoint is kept, and not fewer than 0 best ones; got {keep} and {keep_best}."
             )
-        self.folder = pathlib.Path(folder).absolute()
+        check_local(folder, "The folder of checkpoints")
+        self._plain = PlainPath(folder)
+        self.folder = self._plain.folder
         self.identity = json.loads(json.dumps(identity))
         self._every_steps, self._every_seconds, self._saved_at = every_steps, every_seconds, time.monotonic()
         self._scores: dict[int, float] = {}
         policies = [preservation_policy.LatestN(keep), _Best(self._scores, keep_best)]
         self._manager = ocp.CheckpointManager(
-            self.folder,
+            self._plain.path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
@@ -137,21 +154,24 @@ class Checkpoints:
             )
         return None
 
-    def best(self, shapes: Params) -> Restored | None:
-        """Returns the undamaged checkpoint with the largest score, or None if none has a score.
+    def best(self, shapes: Params) -> Restored:
+        """Returns the undamaged checkpoint with the largest score.
 
         Args:
             shapes: as in `restore`.
 
         Raises:
-            ValueError: as in `restore`.
+            ValueError: as in `restore`; or none has a score, or none of those can be read.
         """
         self.wait()
         kept = [step for step in self._manager.all_steps() if step in self._scores]
+        reasons = ["no evaluation gave a finite score"] if not kept else []
         for step in sorted(kept, key=lambda step: self._scores[step], reverse=True):
-            with contextlib.suppress(DamagedError):
+            try:
                 return self._read(step, shapes)
-        return None
+            except DamagedError as error:
+                reasons.append(f"step {step}: {error}")
+        raise ValueError(f"There is no best checkpoint in {self.folder} ({'; '.join(reasons)}).")
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -173,13 +193,13 @@ class Checkpoints:
         try:
             metadata = self._metadata(step)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedError(_short(error)) from None
+            raise DamagedError(self._plain.own(_short(error))) from None
         self._check(metadata, step)
         try:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))
             arrays = self._manager.restore(step, args=args)["arrays"]
         except Exception as error:  # damaged bytes raise whatever the reader raises
-            raise DamagedError(_short(error)) from None
+            raise DamagedError(self._plain.own(_short(error))) from None
         for name, value in fingerprints(arrays).items():
             if metadata["fingerprints"].get(name) != value:
                 raise DamagedError(f"{name} is not as it was written")
@@ -199,9 +219,10 @@ class Checkpoints:
         for name in sorted({*self.identity, *metadata["identity"]}):
             ours, theirs = self.identity.get(name), metadata["identity"].get(name)
             if ours != theirs:
-                raise ValueError(
+                raise OtherRunError(
                     f"The checkpoints in {self.folder} are another run's: its {name} is {theirs!r}, this one's {ours!r}. "
-                    "Name another run, or resume this one with its original settings."
+                    "Name another run, or resume this one with its original settings.",
+                    name,
                 )
 
     def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
@@ -231,6 +252,31 @@ class _Best(preservation_policy.PreservationPolicy):
         scored = sorted((step for step in steps if step in self._scores), key=lambda step: self._scores[step])
         best = set(scored[-self._count :] if self._count else ())
         return [step in best for step in steps]
+
+
+def check_folder(folder: str | pathlib.Path) -> None:
+    """Writes a small checkpoint beside a folder of checkpoints, reads it back and removes it.
+
+    Raises:
+        ValueError: it cannot be written, or reads back otherwise.
+    """
+    trial = pathlib.Path(f"{folder}-trial")
+    shutil.rmtree(trial, ignore_errors=True)
+    array = jnp.arange(3.0)
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+    try:
+        with contextlib.closing(Checkpoints(trial, {})) as written:
+            written.save(0, {"array": array})
+        with contextlib.closing(Checkpoints(trial, {})) as read:
+            if read.restore({"array": shape}) is None:
+                raise ValueError("it is not there")
+    except Exception as error:  # a library may raise anything for a path that it cannot handle
+        raise ValueError(
+            f"A checkpoint cannot be written below {trial.parent} and read back ({_short(error)}); "
+            "make room there, or give --output another folder."
+        ) from None
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def fingerprints(tree: Params) -> dict[str, int]:

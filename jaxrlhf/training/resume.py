@@ -13,6 +13,7 @@ their labels.
 
 import contextlib
 import pathlib
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,9 +24,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrlhf.base.types import Params
-from jaxrlhf.training.checkpoint import Checkpoints, Restored
+from jaxrlhf.training.checkpoint import Checkpoints, Restored, check_folder
 from jaxrlhf.training.preemption import Stop, stopping
 from jaxrlhf.training.processes import SharedError, broadcast_array
+from jaxrlhf.training.progress import bytes_text
 from jaxrlhf.training.run_folder import RunFolder, plain
 from jaxrlhf.training.step import init_on_devices
 
@@ -124,20 +126,26 @@ class RunCheckpointer:
             shardings: of the state; the checkpoint may have been saved with others.
 
         Raises:
-            ValueError: as `Checkpoints.restore`.
+            ValueError: as `Checkpoints.restore`; or a checkpoint cannot be written here and read back, or has no room.
         """
 
         def sharded(shape, sharding):
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-        restored = self._checkpoints.restore(jax.tree.map(sharded, jax.eval_shape(init, *arguments), shardings))
+        shapes = jax.eval_shape(init, *arguments)
+        if jax.process_count() == 1:
+            check_folder(self._checkpoints.folder)
+            _check_room(
+                self._checkpoints.folder, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+            )
+        restored = self._checkpoints.restore(jax.tree.map(sharded, shapes, shardings))
         if restored is None:
             self._folder.truncate_metrics(0)
             return init_on_devices(init, *arguments, shardings=shardings), {}
         self._folder.truncate_metrics(restored.notes[METRICS])
         return restored.arrays, restored.notes
 
-    def best(self, shapes: Params) -> Restored | None:
+    def best(self, shapes: Params) -> Restored:
         """Returns the checkpoint with the largest score, as `Checkpoints.best`."""
         return self._checkpoints.best(shapes)
 
@@ -179,3 +187,12 @@ class RunCheckpointer:
         # A step that failed halfway may have deleted the state donated to it.
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             self._checkpoints.save(step, state, plain(notes), score=score)
+
+
+def _check_room(folder: pathlib.Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ValueError(
+            f"A checkpoint of this run takes {bytes_text(size)}, and {folder} has room for {bytes_text(free)}; "
+            "make room there, or give --output another folder."
+        )

@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, metrics, results and figures."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -11,6 +12,8 @@ import time
 from typing import Any
 
 import numpy as np
+
+from jaxrlhf.training.paths import check_local
 
 
 class RunFolder:
@@ -34,9 +37,10 @@ class RunFolder:
             resume: continues in an existing folder, or creates it; so it may always be set.
 
         Raises:
-            ValueError: the folder cannot be created or written, another process writes it, or it exists and `resume` is
-                False.
+            ValueError: the root is an address, the folder cannot be created or written, another process writes it, or it
+                exists and `resume` is False.
         """
+        check_local(root, "--output")
         if resume and fixed is None:
             raise ValueError("A run that can be resumed needs a name of its own; give --run NAME too.")
         if fixed is not None and (pathlib.PurePath(fixed).name != fixed or fixed in ("", ".", "..")):
@@ -89,9 +93,14 @@ class RunFolder:
             stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl."""
+        """Returns the lines of metrics.jsonl.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [_metrics_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
     def metrics_size(self) -> int:
         """Returns the size of metrics.jsonl in bytes."""
@@ -106,7 +115,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file."""
         if self.writes:
-            (self.path / name).write_text(text)
+            (self.path / name).write_text(text, encoding="utf-8", errors="replace")
 
 
 def _locked(path: pathlib.Path) -> Any:
@@ -114,7 +123,12 @@ def _locked(path: pathlib.Path) -> Any:
     stream = (path / "writer").open("a+")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ValueError(
+                f"The run's folder {path} cannot be locked ({error.strerror}); give --output a folder of a file system "
+                "that has locks."
+            ) from None
         stream.seek(0)
         holder = stream.read().strip() or "unknown"
         raise ValueError(
@@ -124,6 +138,16 @@ def _locked(path: pathlib.Path) -> Any:
     stream.write(f"process {os.getpid()} on {socket.gethostname()}")
     stream.flush()
     return stream
+
+
+def _metrics_row(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        int(row["step"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{place} is damaged ({reason}); mend it, or move the run's folder away.") from None
+    return row
 
 
 def plain(value: Any) -> Any:

@@ -68,11 +68,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Parses mesh sizes such as `fsdp=8` or `tensor=2,data=-1`.
 
     Raises:
-        ValueError: a part is not `name=number`.
+        ValueError: a part is not `name=number`, or an axis is named twice.
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
+        if name in sizes:
+            raise ValueError(f"A mesh names each axis once; {text!r} names {name} twice.")
         try:
             sizes[name] = int(size)
         except ValueError:

@@ -73,3 +73,33 @@ def test_errors_name_an_annotator_that_hangs_or_raises():
     for seconds in (5.0, None):
         with pytest.raises(ValueError, match=r"^broken failed with KeyError: 0 \(.*label_cache_test.py, line \d+\)"):
             with_timeout(lambda texts: {}[0], seconds, "broken")(["a"])
+
+
+def test_a_changed_label_is_asked_for_again(tmp_path):
+    dice, path, key = Dice(), tmp_path / "labels.jsonl", jax.random.key(0)
+    labels = cached_annotator(dice, path)(key, sample_of(0))
+    path.write_text(path.read_text().replace(str(labels.ravel()[0].item()), "0.125"))
+    assert not np.array_equal(cached_annotator(dice, path)(key, sample_of(0)), labels)
+    assert dice.calls == 2
+    # Of two lines of a sample the last counts; lines of earlier versions have no seal.
+    path.write_text(path.read_text().splitlines()[-1].replace('"seal"', '"other"') + "\n")
+    cached_annotator(dice, path)(key, sample_of(0))
+    assert dice.calls == 2
+
+
+@pytest.mark.parametrize(("complete", "calls"), [(False, 1), (True, 2)])
+def test_missing_labels_of_a_judge_are_asked_for_again(tmp_path, complete, calls):
+    asked = []
+
+    def annotate(key, sample):
+        asked.append(key)
+        labels = np.ones((2, 3, 1), np.float32)
+        labels[0, 0] = -1 if len(asked) == 1 else 0
+        return labels
+
+    for _ in range(3):
+        found = cached_annotator(annotate, tmp_path / "labels.jsonl", complete=complete)(
+            jax.random.key(0), sample_of(0)
+        )
+    assert len(asked) == calls
+    assert found[0, 0, 0] == (0 if complete else -1)

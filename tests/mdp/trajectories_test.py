@@ -1,6 +1,6 @@
 """Environments through their adapters; trajectory preferences against exact values on a tabular process."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnax
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gymnax import wrappers
+from gymnax.environments import spaces
 from jax.flatten_util import ravel_pytree
 
 from jaxrlhf import bilevel, objectives, preferences
@@ -138,6 +140,199 @@ def test_gymnax_itself(name, actions, continuous):
     else:
         assert 18 < lengths.mean() < 27  # a random policy balances the pole for 22 steps on average
         np.testing.assert_array_equal(drawn.reward.sum(axis=1), lengths)
+
+
+class Passing:
+    """A wrapper as others write them: names that it does not define are those of the environment inside."""
+
+    def __init__(self, inside):
+        self._inside = inside
+
+    def __getattr__(self, name):
+        return getattr(self._inside, name)
+
+
+class Doubled(Passing):
+    def step(self, key, state, action, params=None):
+        observation, state, reward, *rest = self._inside.step(key, state, action, params)
+        return observation, state, 2.0 * reward, *rest
+
+
+class DoubledInside(Passing):
+    def step_env(self, key, state, action, params):
+        observation, state, reward, *rest = self._inside.step_env(key, state, action, params)
+        return observation, state, 2.0 * reward, *rest
+
+
+class Named(Passing):
+    """Observations as a tree."""
+
+    def __init__(self, inside, tree):
+        super().__init__(inside)
+        self._tree = tree
+
+    def reset(self, key, params=None):
+        observation, state = self._inside.reset(key, params)
+        return self._tree(observation), state
+
+    def step(self, key, state, action, params=None):
+        observation, *rest = self._inside.step(key, state, action, params)
+        return self._tree(observation), *rest
+
+
+def cart_pole(wrap=lambda inside: inside, **limits):
+    inside, parameters = gymnax.make("CartPole-v1")
+    return environments.gymnax_environment(wrap(inside), parameters.replace(**limits) if limits else parameters)
+
+
+def draw(environment, steps=30):
+    fair = environments.categorical_actor(lambda lower, observations: jnp.zeros((*observations.shape[:-1], 2)))
+    return jax.jit(lambda key: environments.roll_out(key, fair, (), environment, episodes=8, steps=steps))(
+        jax.random.key(0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrap", "size", "scale"),
+    [
+        (wrappers.LogWrapper, 4, 1),
+        (wrappers.FlattenObservationWrapper, 4, 1),
+        (wrappers.LegacyStepAPIWrapper, 4, 1),
+        (Doubled, 4, 2),
+        (DoubledInside, 4, 2),
+        (lambda inside: Doubled(wrappers.LogWrapper(Doubled(inside))), 4, 4),
+        (
+            lambda inside: Named(
+                inside, lambda seen: {"place": seen[:2], "turn": {"angle": seen[2], "speed": seen[3]}}
+            ),
+            4,
+            1,
+        ),
+        (lambda inside: Named(inside, lambda seen: (seen[:1], seen[1:].reshape(3, 1))), 4, 1),
+        (lambda inside: Named(inside, lambda seen: [seen, jnp.arange(2)]), 6, 1),
+    ],
+)
+def test_wrappers_and_trees_of_observations_are_used_as_they_are(wrap, size, scale):
+    environment = cart_pole(wrap)
+    plain, wrapped = draw(cart_pole()), draw(environment)
+    assert environment.observation_size == size
+    np.testing.assert_array_equal(wrapped.reward, scale * plain.reward)
+    np.testing.assert_array_equal(wrapped.alive, plain.alive)
+    np.testing.assert_allclose(wrapped.observations[..., :4], plain.observations, atol=1e-6)
+
+
+def test_sticky_actions_stick():
+    environment = cart_pole(lambda inside: wrappers.StickyActionWrapper(inside, 1.0))
+    _, state = environment.reset(jax.random.key(0))
+    left, right = (environment.step(jax.random.key(1), state, jnp.asarray(action))[0] for action in (0, 1))
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("wrap", [lambda inside: inside, wrappers.LogWrapper, wrappers.LegacyStepAPIWrapper])
+def test_a_time_limit_truncates_and_a_fall_terminates(wrap):
+    short, long = draw(cart_pole(wrap, max_steps_in_episode=5)), draw(cart_pole(wrap), steps=100)
+    np.testing.assert_array_equal(short.alive.sum(axis=1), np.full(8, 5))
+    assert jnp.all(short.terminated == 0) and jnp.all(short.observations[:, 5:] == 0)
+    # The pole falls before the limit of 500 steps; the last living step is the one that terminated.
+    np.testing.assert_array_equal(long.terminated.sum(axis=1), np.ones(8))
+    np.testing.assert_array_equal(long.terminated.argmax(axis=1) + 1, long.alive.sum(axis=1))
+
+
+class Spaces(Toy):
+    def __init__(self, space):
+        super().__init__()
+        self._space = space
+
+    def action_space(self, params):
+        return self._space
+
+    def step_env(self, key, state, action, params):
+        return jnp.ones(3), {"time": state["time"] + 1}, jnp.sum(action) * 0 + action.shape[0], jnp.zeros((), bool), {}
+
+
+def test_actions_have_the_shape_of_their_space():
+    environment = environments.gymnax_environment(Spaces(spaces.Box(-1.0, 1.0, (2, 3))))
+    assert (environment.actions, environment.continuous) == (6, True)
+    assert environment.step(jax.random.key(0), {"time": 0}, jnp.zeros(6))[2] == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: environments.gymnax_environment(Spaces(spaces.Dict({"a": spaces.Discrete(2)}))),
+            "space Dict are neither",
+        ),
+        (lambda: environments.gymnax_environment(Named(Toy(), dict)), "Toy: "),
+        (lambda: cart_pole(lambda inside: Named(inside, lambda seen: ())), "its observation holds no array"),
+        (lambda: cart_pole(wrappers.GymnaxToDmEnvWrapper), "its reset returns TimeStep in place of"),
+        (lambda: environments.gymnax_environment(gymnax), "needs the functions reset and step"),
+        (
+            lambda: environments.brax_environment(Limited(obs="privileged")),
+            "privileged_state, which a policy may not see",
+        ),
+        (lambda: environments.brax_environment(Limited(batch=3)), "brax: the reward has the shape"),
+    ],
+)
+def test_what_is_no_environment_here_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+class Limited:
+    """An object with brax's interface, wrapped as its trainers do: cut off after four steps, and reset at each end."""
+
+    action_size = 1
+
+    class State(NamedTuple):
+        """The fields of brax's states that are used."""
+
+        obs: Any
+        reward: jax.Array
+        done: jax.Array
+        info: dict
+
+    def __init__(self, obs="array", batch=None):
+        self._obs, self._shape = obs, () if batch is None else (batch,)
+
+    def _state(self, place, steps, reward, done, truncation):
+        kinds = {"array": place[None], "dict": {"state": place, "more": jnp.ones(2)}}
+        kinds |= {"privileged": {"state": place, "privileged_state": place}}
+        scalars = (jnp.full(self._shape, value, float) for value in (reward, done))
+        return self.State(kinds[self._obs], *scalars, {"steps": steps, "place": place, "truncation": truncation})
+
+    def reset(self, key):
+        return self._state(jnp.zeros(()), jnp.zeros(()), 0.0, 0.0, jnp.zeros(()))
+
+    def step(self, state, action):
+        place, steps = state.info["place"] + action[0], state.info["steps"] + 1
+        fell = (jnp.abs(place) > 1.0).astype(float)
+        done = jnp.where(steps >= 4, 1.0, fell)
+        # As after brax's automatic reset.
+        place, steps = jnp.where(done > 0, 0.0, place), jnp.where(done > 0, 0.0, steps)
+        return self._state(place, steps, 1.0, done, jnp.where(state.info["steps"] + 1 >= 4, 1 - fell, 0.0))
+
+
+@pytest.mark.parametrize(("obs", "size"), [("array", 1), ("dict", 3)])
+def test_braxs_truncation_and_automatic_reset(obs, size):
+    environment = environments.brax_environment(Limited(obs))
+    assert environment.observation_size == size
+    still, pushed = (
+        environments.roll_out(
+            jax.random.key(0),
+            environments.gaussian_actor(lambda mean, seen: (jnp.full((*seen.shape[:-1], 1), mean), jnp.full((), -9.0))),
+            mean,
+            environment,
+            episodes=4,
+            steps=9,
+        )
+        for mean in (0.0, 0.6)
+    )
+    np.testing.assert_array_equal(still.alive.sum(axis=1), np.full(4, 4))
+    assert jnp.all(still.terminated == 0)
+    np.testing.assert_array_equal(pushed.alive.sum(axis=1), np.full(4, 2))
+    np.testing.assert_array_equal(pushed.terminated[:, 1], np.ones(4))
 
 
 def test_rollouts_of_a_tabular_process_follow_it():
