@@ -5,8 +5,8 @@
     python experiments/one_run.py --policy DIR            # and a pretrained model of stories, two hours
 
 The price says what a nat of KL is worth in win rate. Bilevel descent with a learned scale is told the price; every other
-method is told beta (or the controller a target in nats), and has to be swept. Every run spends the same labels. Tables give
-the utility as a share of what the best policy gains over the reference: 1 is the optimum, 0 the reference.
+method is told beta (or the controller a target in nats), and has to be swept. Every run spends the same labels. Tables
+give the utility as a share of what the best policy gains over the reference: 1 is the optimum, 0 the reference.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import one_run_exact
 import one_run_stories
@@ -179,13 +178,10 @@ def tables_of(results: list[Result]) -> list[Table]:
             cells = [_with_interval(column) for column in each.share.T]
             rows.append((each.method, *cells, f"{means.min():.3f}", f"{means.max():.3f}", f"{means.mean():.3f}"))
         first = of_problem[0]
-        known = (
-            ""
-            if first.best_in_class is None
-            else (
-                f"; best in the reward's class {(first.best_in_class - first.reference) / (first.optimum - first.reference):.3f}"
-            )
-        )
+        known = ""
+        if first.best_in_class is not None:
+            reachable = (first.best_in_class - first.reference) / (first.optimum - first.reference)
+            known = f"; best in the reward's class {reachable:.3f}"
         betas = [f"beta {beta:g}" for beta in one_run_exact.BETAS]
         title = f"{problem}: share of the best utility ({first.labels:,} labels a run{known})"
         tables.append(Table(title, ("method", *betas, "worst", "best", "mean"), rows))
@@ -276,7 +272,8 @@ def report(folder: RunFolder, config: Config, results: list[Result], seconds: fl
     )
     draw(folder, results)
     tables = [sweep_table(results), *tables_of(results)]
-    summary = f"Price {config.kl_price:g} of win rate a nat, {config.seeds} seeds, {seconds:.0f} s on {jax.devices()[0].device_kind}."
+    device = jax.devices()[0].device_kind
+    summary = f"Price {config.kl_price:g} of win rate a nat, {config.seeds} seeds, {seconds:.0f} s on {device}."
     write_report(
         folder.path,
         title="One run in place of a sweep",

@@ -217,7 +217,7 @@ def run_method(
         scale = np.exp(np.asarray(states.upper.log_scale)) if name == SCALED else np.ones(len(kl))
         utility = win_rate - price.kl_price * kl
         grids = (each.reshape(shape) for each in (utility, win_rate, kl, scale))
-        yield label, Outcome(starts, *grids, labels, responses, time.monotonic() - began)
+        yield label, Outcome(starts, *grids, labels, responses, time.monotonic() - began)  # pyright: ignore[reportCallIssue]
 
 
 def _train(runner: Runner, stories: StoryModel, gold: Gold, budget: Budget, starts: tuple[float, ...]):

@@ -1,11 +1,15 @@
 """Files as editors, archives and other tools leave them: read, left out as by `load_dataset`, or named with their line."""
 
+import functools
 import gzip
-import os
+import random
 
 import pytest
 
 from jaxrlhf.data import DataError, Prompt, read_records
+
+zipped = functools.partial(gzip.compress, mtime=0)
+"""The same bytes whenever tests are collected."""
 
 LINES = ['{"prompt": "é"}', '{"prompt": "b"}']
 TEXT = "\n".join(LINES) + "\n"
@@ -28,12 +32,15 @@ BOM = "\ufeff"
         ("no mark.jsonl", TEXT.encode("utf-16-le")),
         ("wide.jsonl", TEXT.encode("utf-32")),
         ("blank.jsonl", ("\n \t\n" + TEXT + "\n\x0c\n").encode()),
-        ("zipped.jsonl.gz", gzip.compress(TEXT.encode())),
-        ("zipped without a name.jsonl", gzip.compress(TEXT.encode())),
+        ("zipped.jsonl.gz", zipped(TEXT.encode())),
+        ("zipped without a name.jsonl", zipped(TEXT.encode())),
         ("unzipped by a browser.jsonl.gz", TEXT.encode()),
-        ("zipped and marked.jsonl.gz", gzip.compress((BOM + TEXT).encode())),
-        ("in two parts.jsonl.gz", gzip.compress(f"{LINES[0]}\n".encode()) + gzip.compress(LINES[1].encode())),
-        ("padded.jsonl.gz", gzip.compress(TEXT.encode()) + bytes(20)),
+        ("zipped and marked.jsonl.gz", zipped((BOM + TEXT).encode())),
+        (
+            "in two parts.jsonl.gz",
+            zipped(f"{LINES[0]}\n".encode()) + zipped(LINES[1].encode()),
+        ),
+        ("padded.jsonl.gz", zipped(TEXT.encode()) + bytes(20)),
     ],
 )
 def test_a_file_is_read_whatever_stored_it(tmp_path, name, content):
@@ -81,9 +88,12 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, content, number, reason):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (gzip.compress(TEXT.encode() * 2000)[:-50], "not readable as text .*ended"),
-        (gzip.compress(TEXT.encode())[:5], "not readable as text"),
-        (gzip.compress(os.urandom(99).hex().encode() * 99)[:30] + bytes(50), "not readable as text"),
+        (zipped(TEXT.encode() * 2000)[:-50], "not readable as text .*ended"),
+        (zipped(TEXT.encode())[:5], "not readable as text"),
+        (
+            zipped(random.Random(0).randbytes(99).hex().encode() * 99)[:30] + bytes(50),
+            "not readable as text",
+        ),
         (TEXT.encode("utf-16")[:-1], "not readable as text"),
         (b"PK\x03\x04rest", "is a zip archive; unpack it"),
         (b"PAR1rest", "is a Parquet file; convert it to JSON lines"),
@@ -121,7 +131,7 @@ def test_what_tools_leave_in_a_folder_is_left_out(tmp_path, left_over):
 
 def test_files_that_would_be_read_twice_or_not_at_all_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(TEXT)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(TEXT.encode()))
+    (tmp_path / "a.jsonl.gz").write_bytes(zipped(TEXT.encode()))
     with pytest.raises(DataError, match="is there both plain and gzipped, and would be read twice"):
         read_records(tmp_path)
     (tmp_path / "a.jsonl.gz").unlink()

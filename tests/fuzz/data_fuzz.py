@@ -155,7 +155,7 @@ def stored(draw, text):
     text = text.replace("\n", draw.choice(["\n", "\n", "\r\n", "\r", "\n\n"]))
     data = text.encode(draw.choice(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"]))
     if draw.random() < 0.2:
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
     if draw.random() < 0.1 and data:
         cut = draw.randrange(len(data))
         return data[:cut] + draw.choice([b"", b"\xff", b"\xe9", b"\x00", b"\xed\xa0\x80"]) + data[cut + 1 :], False
