@@ -23,7 +23,7 @@ import one_run_stories
 import tyro
 from frontier import Config as FrontierConfig
 from frontier import setup_of
-from frontier_tasks import fit_gold_model, model_gold, reference_pool
+from frontier_tasks import Gold, fit_gold_model, model_gold, reference_pool
 from rich.console import Console
 from stories import load_stories
 
@@ -54,7 +54,7 @@ class Config:
     golds: tuple[Literal["words", "model"], ...] = ("words", "model")
     """Gold rewards of the stories: a checklist of the text, a reward model larger than the learner's."""
     seeds: int = 5
-    steps: int = 48
+    steps: int = 64
     """Outer steps of a run on the stories, of 8 prompts with 4 pairs; each pair costs one label."""
     story_weight: float = 10.0
     """Weight of the utility beside the likelihood, on the stories."""
@@ -143,7 +143,7 @@ def story_results(config: Config) -> Iterator[Result]:
     setup, first_reward = setup_of(settings, stories, "whole")
     budget = one_run_stories.Budget(tuple(range(config.seeds)), config.steps, settings.batch, repeats=8)
     pool = reference_pool(stories, 64, seed=1_000)
-    golds = {"words": stories.score}
+    golds: dict[str, Gold] = {"words": stories.score}
     if "model" in config.golds:
         golds["model"] = model_gold(stories, fit_gold_model(stories))
     golds = {name: golds[name] for name in config.golds}

@@ -132,7 +132,7 @@ def bounds_of(frozen: bandit.Bandit, kl_price: float, *, restarts: int = 16, ste
     return Bounds(0.5, float(exact.soft_value(wins, frozen.reference, kl_price)), float(best))
 
 
-def utility_of_reward(reward: jax.Array, frozen: bandit.Bandit, kl_price: float) -> jax.Array:
+def utility_of_reward(reward: Any, frozen: bandit.Bandit, kl_price: float) -> jax.Array:
     """Returns the utility of the best response to a linear reward, at beta 1."""
     log_policy = exact.soft_policy(known.linear_reward(reward, frozen.features), frozen.reference, 1.0)
     result = exact.evaluate_policy(log_policy, frozen.reference, frozen.gold, 1.0)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from frontier_harness import Budget as HarnessBudget
 from frontier_harness import prompt_order
 from frontier_methods import RATES, Method, Rates, Setup, adam, build, problem_of
 from frontier_tasks import Gold
@@ -225,7 +226,8 @@ def _train(runner: Runner, stories: StoryModel, gold: Gold, budget: Budget, star
     seeds = np.repeat(np.array(budget.seeds), len(starts))
     betas = jnp.tile(jnp.asarray(starts, jnp.float32), len(budget.seeds))
     keys, frozen = jax.vmap(jax.random.key)(seeds), LanguageFrozen(stories.start)
-    orders = np.stack([prompt_order(len(stories.openings.tokens), budget, int(seed)) for seed in seeds], axis=1)
+    shared = HarnessBudget(budget.seeds, (), budget.steps, budget.batch, evaluations=1)
+    orders = np.stack([prompt_order(len(stories.openings.tokens), shared, int(seed)) for seed in seeds], axis=1)
     states, labels, responses = runner.init(keys, betas, frozen), 0, 0
     for step in range(budget.steps):
         folded = jax.vmap(lambda key, step=step: jax.random.fold_in(key, step))(keys)
@@ -242,8 +244,8 @@ def _train(runner: Runner, stories: StoryModel, gold: Gold, budget: Budget, star
 
 def gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndarray:
     """Returns gold rewards `[R, B, M, K]` of responses `[R, B, M, K, L]`."""
-    flat_prompts = Prompts(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in prompts))
-    flat_responses = Responses(*(np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in responses))
+    flat_prompts = Prompts(*(jnp.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in prompts))
+    flat_responses = Responses(*(jnp.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in responses))
     return gold(flat_prompts, flat_responses).reshape(responses.tokens.shape[:4])
 
 
@@ -259,4 +261,4 @@ def _evaluate(
 
 
 def _of_all(prompts: Prompts, runs: int) -> Prompts:
-    return Prompts(*(np.broadcast_to(np.asarray(leaf), (runs, *leaf.shape)) for leaf in prompts))
+    return Prompts(*(jnp.broadcast_to(leaf, (runs, *leaf.shape)) for leaf in prompts))

@@ -15,7 +15,7 @@ from jaxrlhf.annotation.label_cache import cached_annotator
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, check_config
 from jaxrlhf.commands.align_report import Recorder, print_plan, write_align_report
-from jaxrlhf.commands.align_setup import AlignSetup, build_setup
+from jaxrlhf.commands.align_setup import AlignSetup, build_setup, scale_notes
 from jaxrlhf.commands.annotators import (
     JUDGE_SETTINGS,
     LABELS,
@@ -112,9 +112,10 @@ def main(config: Align) -> pathlib.Path:
     comparisons = recorder.comparisons(result.state)
     save(run, result, save_model)
     if is_first_process():
-        for note in run.annotator.notes():
+        last = [*scale_notes(config, result.state), *run.annotator.notes()]
+        for note in last:
             Console().print(note, markup=False, highlight=False)
-        notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *run.annotator.notes(), *result.notes]
+        notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *last, *result.notes]
         write_align_report(run.folder, config, comparisons, recorder.rows, notes, time.monotonic() - began)
     return run.folder.path
 

@@ -54,7 +54,11 @@ class Align(AnnotatorConfig, RunConfig):
     utility_weight: float = 1.0
     """Weight of the coupled utility (win rate minus KL cost) beside the uncoupled likelihood."""
     kl_price: float = 0.05
-    """Cost of KL in the utility, per nat."""
+    """What a nat of KL is worth, in win rate against the reference."""
+    learn_scale: bool = False
+    """Learns how far the reward is followed from --kl-price, so that --beta is only where it starts."""
+    scale_learning_rate: float | None = None
+    """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.1."""
     policy_learning_rate: float | None = None
     """Learning rate of the policy; by default 2e-4, or 1e-3 with adapters."""
     tangent_learning_rate: float | None = None
@@ -84,6 +88,12 @@ def check_config(config: Align) -> None:
     if config.estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
         refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")
+    if config.learn_scale and config.estimator == "decoupled":
+        raise ValueError(
+            "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."
+        )
+    if not config.learn_scale:
+        refuse_unused(config, ["scale_learning_rate"], "without --learn-scale")
     if config.annotator is not None and ":" not in config.annotator.partition("://")[0]:
         refuse_unused(config, ["annotator_timeout"], "to an annotator that is no function")
     if config.warmup < 0:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrlhf import bilevel
@@ -19,6 +20,7 @@ from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
 from jaxrlhf.training.sharding import parse_mesh
 
 
@@ -66,8 +68,29 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
         return _adapters(config, policy, reward, annotator, frozen)
     algorithm = _algorithm(config, _problem(config, policy, reward), annotator)
     return AlignSetup(
-        algorithm, reward.params, policy.params, frozen, lambda state: state.policy, lambda state: state.upper
+        algorithm,
+        _upper(config, reward.params),
+        policy.params,
+        frozen,
+        lambda state: state.policy,
+        lambda state: _reward_part(config, state.upper),
     )
+
+
+def _upper(config: Align, reward: Params) -> Params:
+    return with_scale(reward) if config.learn_scale else reward
+
+
+def _reward_part(config: Align, upper: Params) -> Any:
+    return upper.reward if config.learn_scale else upper
+
+
+def scale_notes(config: Align, state: Any) -> list[str]:
+    """Returns a sentence on the learned scale, if there is one."""
+    if not config.learn_scale:
+        return []
+    scale = float(np.exp(np.asarray(state.upper.log_scale)))
+    return [f"The reward's learned scale is {scale:.3g} at the end: an effective beta of {config.beta / scale:.3g}."]
 
 
 def _adapters(
@@ -88,9 +111,10 @@ def _adapters(
 
     def reward_of(state):
         trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
-        return {"trunk": lora.merge(trunk, state.upper["adapter"]), "head": state.upper["head"]}
+        upper = _reward_part(config, state.upper)
+        return {"trunk": lora.merge(trunk, upper["adapter"]), "head": upper["head"]}
 
-    upper = {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)}
+    upper = _upper(config, {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)})
     return AlignSetup(_algorithm(config, problem, annotator), upper, lower, frozen, policy_of, reward_of)
 
 
@@ -138,6 +162,9 @@ def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnno
     rates = learning_rates(config)
     solver = tangent(adam(rates.policy), adam(rates.tangent))
     rule, optimizer = rules[config.estimator](), adam(rates.reward)
+    if config.learn_scale:
+        problem = learn_scale(problem, beta=config.beta)
+        optimizer = scale_optimizer(optimizer, adam(_given(config.scale_learning_rate, 0.1)))
     # In parallel only where the mesh splits the tilts.
     sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
     return bilevel_descent(

@@ -217,13 +217,18 @@ def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Pat
         _copy_tokenizer(source, directory)
         return directory
     padding = reward_padding(model.bundle)
-    model = _with_row_for(padding.token, model)
+    model = as_saved(model, kind)
     special = special._replace(pad=padding.token)
     save_reward_model(directory, model.config, model.params, special=special, further=further)
     _copy_tokenizer(source, directory)
     if (directory / "tokenizer.json").is_file():
         write_padding(directory, padding)
     return directory
+
+
+def as_saved(model: Model, kind: Kind) -> Model:
+    """Returns the model as `save_model` writes it: a reward model may get rows for its padding token."""
+    return model if kind == "policy" else _with_row_for(reward_padding(model.bundle).token, model)
 
 
 def reward_padding(bundle: TokenizerBundle) -> Padding:

@@ -16,7 +16,7 @@ from rich.console import Console
 from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import refuse_unused
-from jaxrlhf.commands.models import Model, open_model, save_model
+from jaxrlhf.commands.models import Model, as_saved, open_model, save_model
 from jaxrlhf.commands.running import LoopSettings, RunConfig, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.trainable import Trainable
 from jaxrlhf.lm.hugging_face.families import Kind
@@ -311,9 +311,9 @@ def try_saving(directory: pathlib.Path, model: Model, kind: Kind) -> None:
     if tree_bytes(model.params) > LARGEST_TRIAL:
         return
     save_model(directory, model, kind)
-    again = open_model(directory, kind)
-    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a, np.float32), b), model.params, again.params)
-    if again.config != model.config or not all(jax.tree.leaves(same)):
+    again, written = open_model(directory, kind), as_saved(model, kind)
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a, np.float32), b), written.params, again.params)
+    if again.config != written.config or not all(jax.tree.leaves(same)):
         raise ValueError(f"The {kind} written to {directory} reads back otherwise than it was.")
 
 

@@ -1,0 +1,36 @@
+"""`jaxrlhf align --learn-scale`: with all weights and with adapters, saved, reported, and resumed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxrlhf.commands import align, models
+from jaxrlhf.training.run_folder import RunFolder
+
+
+def settings(here, **others):
+    shared = {"data": "pairs.jsonl", "score": "annotators:score", "policy": here / "base", "held_out": 0.25, "steps": 2}
+    shared |= {"batch_size": 4, "pairs": 2, "max_new_tokens": 6, "evaluations": 1, "evaluation_answers": 4}
+    return align.Align(
+        **shared | {"data_dir": here / "prepared", "output": here / "scaled", "learn_scale": True} | others
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_scale_is_learned_reported_and_left_out_of_the_saved_reward(here, trained, report_text, rank):
+    folder = align.main(settings(here, lora_rank=rank, warmup=0, estimator="boltzmann" if rank else "central"))
+    text = report_text(folder)
+    assert "learned scale is" in text and "effective beta" in text
+    row = [row for row in RunFolder.followed(folder).metrics() if "upper_loss" in row][-1]
+    assert np.isfinite(row["coupled_slope"]) and np.isfinite(row["kl_slope"])
+    reward = models.open_model(folder / "reward", "reward")
+    assert reward.params["head"].shape == (reward.config.width,)
+    assert json.loads((folder / "config.json").read_text())["learn_scale"] is True
+
+
+def test_flags_that_do_not_go_together_are_refused(here):
+    with pytest.raises(ValueError, match="--estimator decoupled ignores"):
+        align.main(settings(here, estimator="decoupled"))
+    with pytest.raises(ValueError, match=r"--scale-learning-rate.*without --learn-scale"):
+        align.main(settings(here, learn_scale=False, scale_learning_rate=0.1))
