@@ -143,8 +143,12 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         splits: dict[str, list] = {"train": [], "test": []}
-        for index, record in enumerate(self._read.records):
-            splits["test" if _prompt_hash(record) < self._held_out else "train"].append((index, record))
+        hashes = [_prompt_hash(record) for record in self._read.records]
+        # Of few records none may lie below the share: then those of one prompt are held out.
+        fewest = min(hashes) if self._held_out and len(set(hashes)) > 1 else 0.0
+        for index, (record, place) in enumerate(zip(self._read.records, hashes, strict=True)):
+            split = "test" if place < self._held_out or place == fewest else "train"
+            splits[split].append((index, record))
         return {name: self._generate_examples(split) for name, split in splits.items() if split}
 
     def _generate_examples(self, indexed_records):
@@ -166,8 +170,9 @@ def prepare(
         path: as for `read_records`.
         parse: as for `read_records`.
         skip_bad: skips bad lines, which are kept in `Prepared.bad`.
-        held_out: fraction of the prompts whose records form the split "test", chosen by a hash of the prompt: the
-            records of one prompt stay together, and adding data moves no prompt to another split.
+        held_out: fraction of the prompts whose records form the split "test", chosen by a hash of the prompt: the records
+            of one prompt stay together, and adding data moves no prompt to another split. At least one prompt is held
+            out, where the fraction is not 0.
         data_dir: the folder of prepared data.
 
     Raises:

@@ -183,3 +183,15 @@ def test_the_published_pairs(tmp_path):
     assert 150 < len(splits["test"]) < 320
     assert splits["test"][3].prompt[-1].role == "user"
     assert len(list(splits["test"])) == len(splits["test"])
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_of_few_records_those_of_one_prompt_are_held_out(tmp_path, count):
+    rows = [
+        {"prompt": f"Question {number}", "chosen": "a", "rejected": "b"} for number in range(count) for _ in range(2)
+    ]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare(tmp_path / "few.jsonl", held_out=1e-9, data_dir=tmp_path / "prepared")
+    assert {name: len(split) for name, split in prepared.splits.items()} == {"train": 2 * count - 2, "test": 2}
+    alone = prepare(tmp_path / "few.jsonl", held_out=0.0, data_dir=tmp_path / "prepared")
+    assert {name: len(split) for name, split in alone.splits.items()} == {"train": 2 * count}
