@@ -4,11 +4,11 @@
     python experiments/online_rlhf.py --task letters     # networks on a language of letters; every figure exact
     python experiments/online_rlhf.py --policy DIR       # a pretrained model in a Hugging Face directory
 
-By default: 256 replies to each of four requests (`price_task.py`), labels drawn from a hidden gold reward, and a price: what
-a nat of KL is worth in win rate (`--kl-price`). Bilevel descent learns the reward together with its scale and is compared,
-at betas over a factor of 40, with the optimum of any policy, with the best that the reward's class can reach, and with
-iterated RLHF. The lower level is solved in closed form, so that the figure shows the upper level's method and nothing else.
-The control is a gold reward that the learner's reward can equal: there, iterated RLHF is as good at its best beta.
+By default: 256 replies to each of four requests (`price_task.py`), labels drawn from a hidden gold reward, and a price,
+the win rate that a nat of KL is worth (`--kl-price`). Bilevel descent learns the reward together with its scale and is
+compared with iterated RLHF at betas over a factor of 40, and with the best that any policy and the reward's class can
+reach. The lower level is solved in closed form: the figure shows the upper level's method and nothing else. The control is
+a gold reward that the learner's reward can equal: there, iterated RLHF is as good at its best beta.
 
 With networks, three methods differ in the hypergradient rule (`online_rlhf_networks.py`).
 """
@@ -81,7 +81,8 @@ NETWORKS = {
     "reward_learning_rate": 1e-3, "evaluations": 12,
 }  # fmt: skip
 LETTERS = NETWORKS | {
-    "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "policy_learning_rate": 3e-3, "tangent_learning_rate": 1e-4,
+    "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "policy_learning_rate": 3e-3,
+    "tangent_learning_rate": 1e-4,
 }  # fmt: skip
 PRETRAINED = NETWORKS | {
     "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "policy_learning_rate": 2e-4,

@@ -118,5 +118,5 @@ def compiled_runs(method: str, training: Training) -> Callable:
 def train(method: str, replies: Replies, betas: Sequence[float], seeds: Sequence[int], training: Training) -> Runs:
     """Trains one method at every beta with every seed."""
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    runs = compiled_runs(method, training)(jnp.array(betas), keys, replies.frozen, replies.wins)
-    return Runs(*map(np.asarray, runs), training.steps * training.pairs * len(replies.requests))
+    measured = compiled_runs(method, training)(jnp.array(betas), keys, replies.frozen, replies.wins)
+    return Runs(*map(np.asarray, measured), labels=training.steps * training.pairs * len(replies.requests))

@@ -1,6 +1,7 @@
 """The run on the language of replies: trains the methods on both golds, writes results, samples, picture and report."""
 
 import dataclasses
+import pathlib
 import sys
 import time
 from typing import Any, NamedTuple
@@ -138,39 +139,53 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(axis=1), values.min(axis=1), values.max(axis=1)
 
 
-def draw(path, settings: RepliesSettings, panels: dict[str, Panel]) -> None:
+def draw(path: pathlib.Path, settings: RepliesSettings, panels: dict[str, Panel]) -> None:
     """Draws utility against the beta that was set, for both golds, and against labels for the first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.4, 3.7), layout="constrained")
+    figure = Figure(figsize=(12.4, 4.0), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (gold, panel) in zip(axes, panels.items(), strict=False):
-        for colour, (method, runs) in zip(COLOURS, panel.runs.items(), strict=False):
-            mean, low, high = band(runs.utility)
-            axis.plot(settings.betas, mean, color=colour, marker="o", markersize=3, label=LABELS[method])
-            axis.fill_between(settings.betas, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=TITLES[gold], xscale="log", xlabel="beta that was set")
-    panel, middle = panels[GOLDS[0]], len(settings.betas) // 2
-    shown = dict.fromkeys((0, middle, len(settings.betas) - 1))
-    labels = np.linspace(0, next(iter(panel.runs.values())).labels, settings.steps + 1)
-    for colour, (_, runs) in zip(COLOURS, panel.runs.items(), strict=False):
-        for style, row in zip(("-", "--", ":"), shown, strict=False):
-            mean, low, high = band(runs.curve[row].T)
-            axes[2].plot(labels, mean, style, color=colour, label=f"beta {settings.betas[row]:g}")
-            axes[2].fill_between(labels, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes[2].set(title="Checklist: on the way", xlabel="labels")
-    for axis, panel in zip(axes, (*panels.values(), panel), strict=True):
-        lines = ("any policy", panel.optimum, "-"), ("best in class", panel.best_in_class, "--")
+        draw_sweep(axis, settings, panel)
+        axis.set(title=TITLES[gold], xlabel="beta that was set")
+    draw_labels(axes[2], settings, panels[GOLDS[0]])
+    axes[2].set(title="Checklist: utility over labels", xlabel="labels")
+    for axis, gold in zip(axes, (*GOLDS, GOLDS[0]), strict=True):
+        lines = (
+            ("optimum of any policy", panels[gold].optimum, "-"),
+            ("best in class", panels[gold].best_in_class, "--"),
+        )
         for name, height, style in (*lines, ("reference", REFERENCE_UTILITY, ":")):
             axis.axhline(height, color="#555555", linewidth=0.9, linestyle=style, label=name)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
-    axes[0].set(ylabel=f"win rate - {settings.kl_price:g} KL")
-    axes[0].legend(frameon=False, fontsize=8, loc=(0.03, 0.08))
-    handles = axes[2].get_lines()[: len(shown)]
-    axes[2].legend(handles=handles, frameon=False, fontsize=8, loc=(0.7, 0.1))
+    axes[0].set(ylabel=f"utility: win rate - {settings.kl_price:g} KL", ylim=(0.45, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
+
+
+def draw_sweep(axis: Any, settings: RepliesSettings, panel: Panel) -> None:
+    """Draws each method's utility against beta: the mean, and a band over all seeds."""
+    for colour, (method, runs) in zip(COLOURS, panel.runs.items(), strict=False):
+        mean, low, high = band(runs.utility)
+        axis.plot(settings.betas, mean, color=colour, marker="o", markersize=3, label=LABELS[method])
+        axis.fill_between(settings.betas, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.set_xscale("log")
+    axis.set_xticks(settings.betas, [f"{beta:g}" for beta in settings.betas])
+    axis.minorticks_off()
+
+
+def draw_labels(axis: Any, settings: RepliesSettings, panel: Panel) -> None:
+    """Draws each method's utility against labels, at the first, the middle and the last beta."""
+    chosen = list(dict.fromkeys((0, len(settings.betas) // 2, len(settings.betas) - 1)))
+    for colour, runs in zip(COLOURS, panel.runs.values(), strict=False):
+        labels = np.linspace(0, runs.labels, settings.steps + 1)
+        for style, row in zip(("-", "--", ":"), chosen, strict=False):
+            mean, low, high = band(runs.curve[row].T)
+            axis.plot(labels, mean, style, color=colour, label=f"beta {settings.betas[row]:g}")
+            axis.fill_between(labels, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.legend(handles=axis.get_lines()[: len(chosen)], frameon=False, fontsize=9, loc="center right")
 
 
 def samples_of(settings: RepliesSettings, panel: Panel) -> dict[str, list[tuple[str, str]]]:
@@ -227,7 +242,7 @@ def write(folder: RunFolder, settings: RepliesSettings, panels: dict[str, Panel]
     console.print(str(folder.path), soft_wrap=True)
 
 
-def main(settings: RepliesSettings, output) -> None:
+def main(settings: RepliesSettings, output: pathlib.Path) -> None:
     """Runs every method on both golds and reports."""
     console, began = Console(), time.monotonic()
     try:
