@@ -73,7 +73,7 @@ class Config:
 
 
 REPLIES = {
-    "methods": ("bilevel", "decoupled"), "betas": (0.1, 0.2, 0.5, 1.0, 2.0, 4.0), "seeds": 5, "kl_price": 0.03,
+    "methods": ("bilevel", "decoupled"), "betas": (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 4.0), "seeds": 5, "kl_price": 0.03,
     "steps": 400, "pairs": 32, "utility_weight": 40.0, "scale_learning_rate": 0.05, "reward_learning_rate": RATES,
 }  # fmt: skip
 NETWORKS = {

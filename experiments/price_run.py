@@ -172,7 +172,12 @@ def draw_sweep(axis: Any, settings: RepliesSettings, panel: Panel) -> None:
         axis.plot(settings.betas, mean, color=colour, marker="o", markersize=3, label=LABELS[method])
         axis.fill_between(settings.betas, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_xscale("log")
-    axis.set_xticks(settings.betas, [f"{beta:g}" for beta in settings.betas])
+    named = [
+        beta
+        for last, beta in zip((0.0, *sorted(settings.betas)), sorted(settings.betas), strict=False)
+        if beta > 1.4 * last
+    ]
+    axis.set_xticks(named, [f"{beta:g}" for beta in named])  # close neighbours would overlap
     axis.minorticks_off()
 
 

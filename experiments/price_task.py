@@ -114,7 +114,7 @@ def optimum(replies: Replies, kl_price: float) -> float:
 
 
 def best_in_class(
-    replies: Replies, kl_price: float, *, restarts: int = 16, steps: int = 1000, seed: int = 0
+    replies: Replies, kl_price: float, *, restarts: int = 16, steps: int = 2000, seed: int = 0
 ) -> tuple[float, np.ndarray]:
     """Returns the best utility of a policy that is optimal for some reward of the learner's class, and those weights.
 
@@ -122,7 +122,7 @@ def best_in_class(
     rescales the weights.
     """
     frozen = replies.frozen
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.2, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.5, steps))
 
     def loss(weights):
         log_policy = exact.soft_policy(reward(weights, frozen.features), frozen.reference, 1.0)
