@@ -107,12 +107,13 @@ def resolved(config: Config) -> RepliesSettings | Settings:
     for name in given:
         if name not in defaults and name not in COMMON:
             here = "with --policy" if task == "policy" else f"in the task {task}"
-            owners = "--task letters or --policy DIR" if task == "replies" else "the task replies, the default,"
+            owners = "--task letters or --policy DIR" if task == "replies" else "the default task, replies"
             raise ValueError(f"--{name.replace('_', '-')} has no meaning {here}: it needs {owners}, or leave it out.")
     values = defaults | given
     check(values, METHODS if task == "replies" else online_rlhf_networks.METHODS)
     if task == "replies":
         values.pop("output")
+        values["betas"] = tuple(sorted(values["betas"]))
         rate = values["reward_learning_rate"]
         rates = rate if isinstance(rate, dict) else dict.fromkeys(METHODS, rate)
         values["reward_learning_rate"] = {method: rates[method] for method in values["methods"]}

@@ -172,11 +172,7 @@ def draw_sweep(axis: Any, settings: RepliesSettings, panel: Panel) -> None:
         axis.plot(settings.betas, mean, color=colour, marker="o", markersize=3, label=LABELS[method])
         axis.fill_between(settings.betas, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_xscale("log")
-    named = [
-        beta
-        for last, beta in zip((0.0, *sorted(settings.betas)), sorted(settings.betas), strict=False)
-        if beta > 1.4 * last
-    ]
+    named = [beta for last, beta in zip((0.0, *settings.betas), settings.betas, strict=False) if beta > 1.4 * last]
     axis.set_xticks(named, [f"{beta:g}" for beta in named])  # close neighbours would overlap
     axis.minorticks_off()
 

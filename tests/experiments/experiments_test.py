@@ -148,7 +148,10 @@ LETTERS = {"task": "letters"}
         (LETTERS | {"beta": -1.0}, "must be positive"),
         (LETTERS | {"methods": ("bilevel", "ppo")}, "no method 'ppo' in this task; choose from bilevel, boltzmann"),
         (LETTERS | {"batch": 3}, "leave out --batch"),
-        (LETTERS | {"kl_price": 0.1}, "--kl-price has no meaning in the task letters: it needs the task replies"),
+        (
+            LETTERS | {"kl_price": 0.1},
+            "--kl-price has no meaning in the task letters: it needs the default task, replies",
+        ),
         (LETTERS | {"seeds": 3}, "--seeds has no meaning in the task letters"),
         (LETTERS | {"policy": pathlib.Path("absent")}, "--policy and --task letters exclude each other"),
         ({"policy": pathlib.Path("absent"), "betas": (1.0,)}, "--betas has no meaning with --policy"),
