@@ -1,307 +1,172 @@
-"""Online RLHF as one bilevel problem, against iterated RLHF, at equal labels and equal samples.
+"""State a price, get the optimum: online RLHF as one bilevel problem, against iterated RLHF, at equal labels.
 
-    python experiments/online_rlhf.py                    # an enumerable language: every figure exact
+    python experiments/online_rlhf.py                    # replies that can be read; every figure exact
+    python experiments/online_rlhf.py --task letters     # networks on a language of letters; every figure exact
     python experiments/online_rlhf.py --policy DIR       # a pretrained model in a Hugging Face directory
 
-Three methods differ in one line, the hypergradient rule: `bilevel` estimates the policy's response to the reward with a
-central stencil, `boltzmann` with the closed form of a KL-regularised policy, and `decoupled` ignores it (iterated RLHF).
+By default: 256 replies to each of four requests (`price_task.py`), labels drawn from a hidden gold reward, and a price,
+the win rate that a nat of KL is worth (`--kl-price`). Bilevel descent learns the reward together with its scale and is
+compared with iterated RLHF at betas over a factor of 40, and with the best that any policy and the reward's class can
+reach. The lower level is solved in closed form: the figure shows the upper level's method and nothing else. The control is
+a gold reward that the learner's reward can equal: there, iterated RLHF is as good at its best beta.
+
+With networks, three methods differ in the hypergradient rule (`online_rlhf_networks.py`).
 """
 
 import dataclasses
-import itertools
 import math
 import pathlib
 import sys
-import time
+from typing import Any, Literal
 
-import jax
-import numpy as np
-import optax
+import online_rlhf_networks
+import price_run
 import tyro
-from online_rlhf_tasks import Task, enumerable_task, pretrained_task
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from jaxrlhf import bilevel, objectives
-from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.loop import outer_steps
-from jaxrlhf.training.report import Samples, Table, rich_table, write_report
-from jaxrlhf.training.run_folder import RunFolder
-from jaxrlhf.training.step import check_batch, compile_algorithm, data_mesh, make_outer_step, replicate
-
-METHODS = ("bilevel", "boltzmann", "decoupled")
+from online_rlhf_networks import Settings
+from price_methods import METHODS, RATES
+from price_run import RepliesSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What to run. Values that are omitted take the task's default, recorded in `config.json` of the run's folder."""
 
+    task: Literal["replies", "letters"] | None = None
+    """Enumerable language: replies of a help desk, exact lower level; or words of letters, with networks."""
     policy: pathlib.Path | None = None
-    """Hugging Face directory of a Llama-layout model; without it, the enumerable language."""
-    methods: tuple[str, ...] = METHODS
-    """Methods to compare."""
+    """Hugging Face directory of a Llama-layout model, in place of a task."""
+    methods: tuple[str, ...] | None = None
+    """Methods to compare. replies: bilevel, decoupled, fixed_scale; otherwise bilevel, boltzmann, decoupled."""
     seed: int = 0
+    """Seed, the first of them with the replies."""
+    seeds: int | None = None
+    """Replies: runs per method and beta."""
+    kl_price: float | None = None
+    """Replies: win rate that a nat of KL is worth. With networks it is beta / 4."""
+    betas: tuple[float, ...] | None = None
+    """Replies: weights of the KL to start from."""
+    scale_learning_rate: float | None = None
+    """Replies: rate of the reward's log-scale."""
     steps: int | None = None
     """Outer steps per method."""
     batch: int | None = None
-    """Prompts per step (the enumerable language has 4, all used)."""
+    """Prompts per step (the letters have 4, all used)."""
     pairs: int | None = None
     """Pairs per prompt and step; each costs one label."""
     max_new_tokens: int | None = None
     beta: float | None = None
-    """Weight of the KL to the reference."""
-    relative_sigma: float = 0.2
+    """Networks: weight of the KL to the reference."""
+    relative_sigma: float | None = None
     """Perturbation of the stencil, sigma / beta."""
-    utility_weight: float = 1.0
+    utility_weight: float | None = None
     """Weight of the coupled utility beside the uncoupled likelihood."""
-    inner_steps: int = 1
+    inner_steps: int | None = None
     """Lower-level steps per outer step; 1 is the single-loop algorithm."""
     policy_learning_rate: float | None = None
     tangent_learning_rate: float | None = None
     reward_learning_rate: float | None = None
-    evaluations: int = 12
+    """With the replies, every method has a default of its own."""
+    evaluations: int | None = None
     """Evaluations per method, evenly spaced."""
     output: pathlib.Path = pathlib.Path("runs")
     """Directory in which the run's folder is created."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings(Config):
-    """A configuration with every default filled in."""
-
-    steps: int = 0
-    batch: int = 0
-    pairs: int = 0
-    max_new_tokens: int = 0
-    beta: float = 0.0
-    policy_learning_rate: float = 0.0
-    tangent_learning_rate: float = 0.0
-    reward_learning_rate: float = 0.0
-
-
-ENUMERABLE = {
-    "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "beta": 0.3,
-    "policy_learning_rate": 3e-3, "tangent_learning_rate": 1e-4, "reward_learning_rate": 1e-3,
+REPLIES = {
+    "methods": ("bilevel", "decoupled"), "betas": (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 4.0), "seeds": 5, "kl_price": 0.03,
+    "steps": 400, "pairs": 32, "utility_weight": 40.0, "scale_learning_rate": 0.05, "reward_learning_rate": RATES,
 }  # fmt: skip
-PRETRAINED = {
-    "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "beta": 0.3,
-    "policy_learning_rate": 2e-4, "tangent_learning_rate": 1e-5, "reward_learning_rate": 1e-3,
+NETWORKS = {
+    "methods": online_rlhf_networks.METHODS, "beta": 0.3, "relative_sigma": 0.2, "utility_weight": 1.0, "inner_steps": 1,
+    "reward_learning_rate": 1e-3, "evaluations": 12,
 }  # fmt: skip
+LETTERS = NETWORKS | {
+    "steps": 800, "batch": 4, "pairs": 16, "max_new_tokens": 4, "policy_learning_rate": 3e-3,
+    "tangent_learning_rate": 1e-4,
+}  # fmt: skip
+PRETRAINED = NETWORKS | {
+    "steps": 115, "batch": 16, "pairs": 4, "max_new_tokens": 48, "policy_learning_rate": 2e-4,
+    "tangent_learning_rate": 1e-5,
+}  # fmt: skip
+COMMON = ("seed", "output")
 
 
-def resolved(config: Config) -> Settings:
-    """Returns the configuration with the task's defaults for values that were omitted."""
-    defaults = ENUMERABLE if config.policy is None else PRETRAINED
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings = Settings(**(defaults | {name: value for name, value in values.items() if value is not None}))
-    check(settings)
-    return settings
+def resolved(config: Config) -> RepliesSettings | Settings:
+    """Returns the settings of the task, with its defaults for values that were omitted.
+
+    Raises:
+        ValueError: an option does not belong to the task, or a value is out of range.
+    """
+    if config.policy is not None and config.task is not None:
+        raise ValueError(f"--policy and --task {config.task} exclude each other: leave one out.")
+    task = config.task or "replies" if config.policy is None else "policy"
+    defaults: dict[str, Any] = {"replies": REPLIES, "letters": LETTERS, "policy": PRETRAINED}[task]
+    given = {
+        name: value for name, value in vars(config).items() if value is not None and name not in ("task", "policy")
+    }
+    for name in given:
+        if name not in defaults and name not in COMMON:
+            here = "with --policy" if task == "policy" else f"in the task {task}"
+            owners = "--task letters or --policy DIR" if task == "replies" else "the default task, replies"
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning {here}: it needs {owners}, or leave it out.")
+    values = defaults | given
+    check(values, METHODS if task == "replies" else online_rlhf_networks.METHODS)
+    if task == "replies":
+        values.pop("output")
+        values["betas"] = tuple(sorted(values["betas"]))
+        rate = values["reward_learning_rate"]
+        rates = rate if isinstance(rate, dict) else dict.fromkeys(METHODS, rate)
+        values["reward_learning_rate"] = {method: rates[method] for method in values["methods"]}
+        return RepliesSettings(**values)
+    if task == "letters" and (values["batch"], values["max_new_tokens"]) != (4, 4):
+        raise ValueError("The letters have 4 prompts and 4 tokens; leave out --batch and --max-new-tokens.")
+    return Settings(policy=config.policy, **values)
 
 
-def check(config: Settings) -> None:
+def check(values: dict[str, Any], methods: tuple[str, ...]) -> None:
     """Raises ValueError for values that no task can use."""
-    for method in config.methods:
-        if method not in METHODS:
-            raise ValueError(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
-    if not config.methods:
-        raise ValueError(f"--methods needs at least one method of {', '.join(METHODS)}.")
-    for name in ("steps", "batch", "max_new_tokens", "inner_steps", "evaluations"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
-    if config.pairs < 2:
-        raise ValueError(f"--pairs {config.pairs}: every prompt needs at least 2 pairs, to compare one with the other.")
-    for name in ("policy_learning_rate", "tangent_learning_rate", "reward_learning_rate"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(config, name)}.")
-    if not 0 <= config.utility_weight < float("inf"):
-        raise ValueError(f"--utility-weight must be a number of at least 0, got {config.utility_weight}.")
-    if not config.beta > 0:
-        raise ValueError(f"--beta must be positive, got {config.beta:g}: it keeps the policy near the reference.")
-    if config.policy is None and (config.batch, config.max_new_tokens) != (4, 4):
-        raise ValueError("The enumerable language has 4 prompts and 4 tokens; leave out --batch and --max-new-tokens.")
-
-
-def objective_of(config: Settings) -> objectives.Objective:
-    """Returns the default upper objective: the uncoupled likelihood of the labels, plus the coupled win rate."""
-    return objectives.add(
-        objectives.likelihood(coupled=False),
-        objectives.utility(kl_price=config.beta / 4, weight=config.utility_weight),
-    )
-
-
-def algorithm_of(method: str, config: Settings, task: Task) -> bilevel.Algorithm:
-    """Returns one method; only the hypergradient rule differs."""
-    rule = {
-        "bilevel": lambda: bilevel.central(config.relative_sigma),
-        "boltzmann": bilevel.boltzmann,
-        "decoupled": bilevel.decoupled,
-    }[method]()
-
-    def adam(rate):
-        # Adam's first steps have unit size whatever the gradient: without a warm-up one of them can move the policy so far
-        # from its sample that the importance weights degenerate.
-        warm_up = max(1, config.steps // 10)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, max(warm_up + 1, config.steps))
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-    solver = bilevel.tangent(
-        adam(config.policy_learning_rate), adam(config.tangent_learning_rate), steps=config.inner_steps
-    )
-    return bilevel.bilevel_descent(
-        task.problem(objective_of(config)),
-        rule,
-        solver,
-        adam(config.reward_learning_rate),
-        beta=config.beta,
-        annotate=task.traced_annotator,
-        sequential=config.policy is not None,
-    )
-
-
-def run(method: str, algorithm, config: Settings, task: Task, mesh, folder: RunFolder, progress: Progress):
-    """Trains one method; returns its evaluations and the final policy."""
-    key = jax.random.key(config.seed)
-    step = make_outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
-    state = algorithm.init(key, task.upper, task.frozen.reference)
-    state, frozen = replicate((state, task.frozen), mesh)
-    every = -(-config.steps // config.evaluations)
-    history, labels, losses = [], 0, []
-    bar = progress.add_task(method, total=config.steps, gold=float("nan"), kl=float("nan"))
-
-    def measure(number, state, labels):
-        row = {"step": number, "labels": labels} | task.evaluate(state)
-        row.setdefault("upper_loss", float(np.mean(losses[-every:])) if losses else None)
-        history.append(row)
-        folder.append_metrics(method=method, kind="evaluation", **row)
-        progress.update(bar, gold=row["true_return"], kl=row["kl"])
-
-    measure(0, state, 0)
-    batches = itertools.islice(task.batches(), config.steps)
-    for outer in outer_steps(step, state, batches, frozen, key=key):
-        if outer.info is not None:
-            labels += int(outer.info.labels)
-            losses.append(float(outer.info.upper_loss))
-            folder.append_metrics(method=method, kind="step", step=len(losses), **outer.info._asdict())
-        progress.update(bar, completed=outer.step)
-        if outer.latest_info is not None and outer.step % every == 0 and outer.step < config.steps:
-            measure(outer.step, outer.state, labels + int(outer.latest_info.labels))
-    measure(config.steps, outer.state, labels)
-    return history, outer.state.policy
-
-
-NAMES = ("true_return", "win_rate", "kl", "upper_loss", "gap", "labels")
-PANELS = {
-    "return": ("labels", "labels", "true_return", "true return"),
-    "KL": ("labels", "labels", "kl", "KL to the reference (nats)"),
-    "gap": ("labels", "labels", "gap", "gap to the optimum"),
-    "gold reward against KL": ("kl", "KL to the reference (nats)", "true_return", "true return"),
-}
-
-
-def draw(folder: RunFolder, histories: dict[str, list[dict]]) -> None:
-    """Draws each panel into its own file, and all of them into curves.png."""
-    panels = {}
-    for title, (x, x_label, y, y_label) in PANELS.items():
-        lines = {method: ([row[x] for row in rows], [row[y] for row in rows]) for method, rows in histories.items()}
-        panels[title] = (x_label, y_label, lines)
-        draw_curves(folder.path / f"{title.lower().replace(' ', '_')}.png", {title: panels[title]}, columns=1)
-    draw_curves(folder.path / "curves.png", panels)
-
-
-def tabulate(config: Settings, histories: dict[str, list[dict]]) -> Table:
-    """Returns the table of the reference and of each method's last evaluation."""
-    first = next(iter(histories.values()))[0] | {"labels": 0}
-    rows = []
-    for method, row in {"reference": first, **{method: rows[-1] for method, rows in histories.items()}}.items():
-        cells = (row[name] for name in NAMES)
-        rows.append((method, *(f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells)))
-    title = "exact" if config.policy is None else "estimated from samples"
-    return Table(title, ("method", *(name.replace("_", " ") for name in NAMES)), rows)
-
-
-def report(folder: RunFolder, config: Settings, task: Task, histories, samples, seconds, console: Console):
-    """Writes results, samples and figures, and prints the table."""
-    # Where the optimum is only a lower bound, the best measured value may be a tighter one.
-    optimum = max([task.optimum, *(row["value"] for rows in histories.values() for row in rows)])
-    for rows in histories.values():
-        for row in rows:
-            row["gap"] = optimum - row["value"]
-    first = next(iter(histories.values()))[0]
-    folder.write_json(
-        "results.json",
-        {
-            "methods": {method: rows[-1] for method, rows in histories.items()},
-            "reference": {**first, "gold_standard_deviation": task.spread, "optimum": optimum},
-            "seconds": seconds,
-            "seed": config.seed,
-            "config": config,
-        },
-    )
-    lines = []
-    for method, rows in samples.items():
-        lines += [f"## {method}", *(f"[{prompt}] {text}" for prompt, text in rows), ""]
-    folder.write_text("samples.txt", "\n".join(lines))
-    draw(folder, histories)
-    table = tabulate(config, histories)
-    reference = f"{first['true_return']:.3f}, standard deviation {task.spread:.3f}"
-    summary = f"Gold reward of the reference: {reference}. {seconds:.0f} s."
-    texts = zip(*([text for _, text in rows] for rows in samples.values()), strict=True)
-    prompts = (prompt for prompt, _ in next(iter(samples.values())))
-    write_report(
-        folder.path,
-        title="Online RLHF as one bilevel problem",
-        summary=summary,
-        tables=[table],
-        figures=["curves.png"],
-        config=config,
-        samples=[Samples("Completions", tuple(samples), list(zip(prompts, texts, strict=True)))],
-    )
-    console.print(rich_table(table))
-    console.print(f"{summary} Report, config, metrics, results, samples and figures are in:")
-    console.print(str(folder.path), soft_wrap=True)
+    for method in values["methods"]:
+        if method not in methods:
+            raise ValueError(f"There is no method {method!r} in this task; choose from {', '.join(methods)}.")
+    for name in ("methods", "betas"):
+        chosen = values.get(name, (None,))
+        if not chosen:
+            raise ValueError(f"--{name} needs at least one; leave it out for the defaults.")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"--{name} names one of them twice.")
+    for name in ("steps", "batch", "max_new_tokens", "inner_steps", "evaluations", "seeds"):
+        if values.get(name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {values[name]}.")
+    if values["pairs"] < 2:
+        raise ValueError(
+            f"--pairs {values['pairs']}: every prompt needs at least 2 pairs, to compare one with the other."
+        )
+    rates = ("policy_learning_rate", "tangent_learning_rate", "reward_learning_rate", "scale_learning_rate")
+    for name in (*rates, "utility_weight"):
+        value = values.get(name, 0.0)
+        if not isinstance(value, dict) and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}.")
+    for beta in values.get("betas", (values.get("beta"),)):
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta must be positive, got {beta:g}: it keeps the policy near the reference.")
+    price = values.get("kl_price", 0.03)
+    if not 0 < price < math.inf:
+        raise ValueError(
+            f"--kl-price must be positive, got {price:g}: at no price, every policy that always wins is best."
+        )
 
 
 def main(requested: Config) -> None:
-    """Runs every method in turn and reports."""
-    console, began = Console(), time.monotonic()
+    """Runs every method of the task and reports."""
     try:
-        config = resolved(requested)
-        # The enumerable language has four prompts, so it uses as many devices as divide them.
-        devices = jax.devices()[: math.gcd(config.batch, jax.device_count())] if config.policy is None else None
-        mesh = data_mesh(devices)
-        check_batch(config.batch, mesh)
-        objective = objective_of(config)
-        if config.policy is None:
-            task = enumerable_task(config.seed, objective, beta=config.beta, pairs=config.pairs)
-        else:
-            task = pretrained_task(
-                config.policy,
-                config.seed,
-                objective,
-                beta=config.beta,
-                batch=config.batch,
-                pairs=config.pairs,
-                max_new_tokens=config.max_new_tokens,
-            )
-        algorithms = {method: algorithm_of(method, config, task) for method in config.methods}
-        folder = RunFolder(config.output, "online_rlhf")
+        settings = resolved(requested)
     except ValueError as error:
         print(f"online_rlhf: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    folder.write_json("config.json", config)
-    histories, samples = {}, {"before": task.complete(task.frozen.reference)}
-    columns = (
-        TextColumn("{task.description:10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("gold {task.fields[gold]:6.3f}  KL {task.fields[kl]:5.2f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        for method, algorithm in algorithms.items():
-            histories[method], policy = run(method, algorithm, config, task, mesh, folder, progress)
-            samples[method] = task.complete(policy)
-    report(folder, config, task, histories, samples, time.monotonic() - began, console)
+    if isinstance(settings, RepliesSettings):
+        price_run.main(settings, requested.output)
+    else:
+        online_rlhf_networks.main(settings)
 
 
 if __name__ == "__main__":

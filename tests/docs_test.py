@@ -1,4 +1,4 @@
-"""Two pages of the documentation, executed block by block as a reader pastes them; TRL's blocks if it is installed."""
+"""Three pages of the documentation, executed block by block as a reader pastes them; TRL's blocks if it is installed."""
 
 import contextlib
 import io
@@ -187,6 +187,23 @@ def test_a_policy_a_model_and_an_annotator_of_ones_own():
     assert after < 0.5 * before
     first, last = numbers(names["printed"], "win rate")[0]
     assert last > first + 0.2
+
+
+def test_the_page_on_prices():
+    with jax.numpy_rank_promotion("allow"):
+        names = execute("price.md", "ours", {"__name__": "price"})
+    printed = names["printed"]
+    wins, nats = np.array(numbers(printed[:1], "price")).T[1:]
+    assert np.all(np.diff(wins) < 0) and np.all(np.diff(nats) < 0)  # a higher price buys less
+    runs = np.array(numbers(printed[1:2], "price"))  # price, beta, win rate, KL, marginal price
+    np.testing.assert_allclose(runs[[0, 2], 2], runs[[1, 3], 2], atol=0.03)
+    np.testing.assert_allclose(runs[:, 4], runs[:, 0], rtol=0.35)
+    ratios = np.array(numbers(printed, "spread"))[:, 1::2]
+    np.testing.assert_allclose(ratios[0], 4.0, atol=0.1)
+    assert np.all(np.diff(ratios, axis=0) > 0)
+    targets = np.array(numbers(printed, "target"))
+    np.testing.assert_allclose(targets[:, 2], targets[:, 0], rtol=0.25)
+    assert targets[0, 3] > targets[1, 3]  # the first nats buy the most
 
 
 def numbers(printed, prefix):

@@ -67,6 +67,16 @@ assert 0.29 < value(nothing) < 0.31 and 1.28 < value(designed) < 1.48  # better 
 assert passing[1] > 3 * passing[0] and rooms.charges(designed).sum() < 0.2
 """
 
+STATE_A_PRICE = """
+assert abs(reference - 0.5) < 1e-6 and 0.80 < best < optimum < 0.90
+assert ticked.sum() > 0 and all(len(set(row)) == 256 for row in texts)
+assert share["bilevel"].min() > 0.95, share
+assert share["iterated RLHF"].max() < 0.96 and share["iterated RLHF"][-1].max() < 0.05, share
+assert np.all(np.diff(kl.mean(axis=1)) < 0) and np.all(np.abs(marginal / prices - 1) < 0.3), (kl, marginal)
+gains = [(float(row.min()) - 0.5) / (limit[0] - 0.5) for row, limit in zip(utility, others)]
+assert min(gains) > 0.9, gains
+"""
+
 # These hold for any model, however little it learns.
 ALIGN_A_MODEL = """
 assert len(steps) == STEPS and {row["labels"] for row in steps} == {len(TRAINING) // 2 * PAIRS}
@@ -104,9 +114,10 @@ VALUES = {
     "align_a_model": ALIGN_A_MODEL,
     "first_steps": FIRST_STEPS,
     "four_rooms": FOUR_ROOMS,
+    "state_a_price": STATE_A_PRICE,
     "the_method": THE_METHOD,
 }
-PICTURES = {"align_a_model": 5, "first_steps": 2, "four_rooms": 3, "the_method": 6}
+PICTURES = {"align_a_model": 5, "first_steps": 2, "four_rooms": 3, "state_a_price": 1, "the_method": 6}
 # Appended to the cell `settings` of a notebook whose full run takes minutes.
 SHORT = {"align_a_model": "STEPS, EVALUATE_EVERY, PAIRS, MAX_NEW_TOKENS, STORIES, POOLS = 12, 4, 2, 12, 4, 2"}
 each_notebook = pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))

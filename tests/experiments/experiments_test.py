@@ -89,10 +89,10 @@ def make_small(patch):
 def short_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        return run(tmp_path_factory.mktemp("runs"), steps=3, pairs=2, evaluations=1)
+        return run(tmp_path_factory.mktemp("runs"), task="letters", steps=3, pairs=2, evaluations=1)
 
 
-def test_the_default_run_writes_its_folder(short_run, capsys):
+def test_a_run_on_letters_writes_its_folder(short_run, capsys):
     folder, results = short_run
     check_folder(folder, results, ("bilevel", "boltzmann", "decoupled"), 3)
     assert {measured["labels"] for measured in results["methods"].values()} == {3 * 4 * 2}
@@ -104,9 +104,10 @@ def test_the_same_seed_gives_the_same_bits(short_run, tmp_path, monkeypatch):
     _, results = short_run
     make_small(monkeypatch)
     # Evaluations do not affect training: with more of them the run is the same.
-    _, again = run(tmp_path, steps=3, pairs=2, evaluations=2, methods=("bilevel",))
+    _, again = run(tmp_path, task="letters", steps=3, pairs=2, evaluations=2, methods=("bilevel",))
     assert again["methods"]["bilevel"] == results["methods"]["bilevel"] | {"gap": again["methods"]["bilevel"]["gap"]}
-    _, other = run(tmp_path / "other", steps=3, pairs=2, evaluations=1, methods=("bilevel",), seed=1)
+    options = {"task": "letters", "steps": 3, "pairs": 2, "evaluations": 1, "methods": ("bilevel",)}
+    _, other = run(tmp_path / "other", seed=1, **options)
     assert other["methods"]["bilevel"] != again["methods"]["bilevel"]
 
 
@@ -134,22 +135,48 @@ def refuse(capsys, **options):
     return message
 
 
+LETTERS = {"task": "letters"}
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"relative_sigma": 0.0}, "relative_sigma must be positive"),
-        ({"relative_sigma": -0.1}, "relative_sigma must be positive"),
-        ({"relative_sigma": 50.0}, "relative_sigma 50 is too large"),
-        ({"beta": 0.0}, "beta must be positive"),
-        ({"beta": -1.0}, "must be positive"),
-        ({"methods": ("bilevel", "ppo")}, "no method 'ppo'; choose from"),
-        ({"methods": ()}, "at least one method"),
+        (LETTERS | {"relative_sigma": 0.0}, "relative_sigma must be positive"),
+        (LETTERS | {"relative_sigma": -0.1}, "relative_sigma must be positive"),
+        (LETTERS | {"relative_sigma": 50.0}, "relative_sigma 50 is too large"),
+        (LETTERS | {"beta": 0.0}, "beta must be positive"),
+        (LETTERS | {"beta": -1.0}, "must be positive"),
+        (LETTERS | {"methods": ("bilevel", "ppo")}, "no method 'ppo' in this task; choose from bilevel, boltzmann"),
+        (LETTERS | {"batch": 3}, "leave out --batch"),
+        (
+            LETTERS | {"kl_price": 0.1},
+            "--kl-price has no meaning in the task letters: it needs the default task, replies",
+        ),
+        (LETTERS | {"seeds": 3}, "--seeds has no meaning in the task letters"),
+        (LETTERS | {"policy": pathlib.Path("absent")}, "--policy and --task letters exclude each other"),
+        ({"policy": pathlib.Path("absent"), "betas": (1.0,)}, "--betas has no meaning with --policy"),
+        ({"beta": 0.3}, "--beta has no meaning in the task replies: it needs --task letters or --policy DIR"),
+        ({"relative_sigma": 0.2}, "--relative-sigma has no meaning in the task replies"),
+        ({"batch": 4}, "--batch has no meaning in the task replies"),
+        (
+            {"methods": ("boltzmann",)},
+            "no method 'boltzmann' in this task; choose from bilevel, decoupled, fixed_scale",
+        ),
+        ({"methods": ()}, "--methods needs at least one"),
+        ({"methods": ("bilevel", "bilevel")}, "--methods names one of them twice"),
+        ({"betas": ()}, "--betas needs at least one"),
+        ({"betas": (0.5, 0.5)}, "--betas names one of them twice"),
+        ({"betas": (0.5, -1.0)}, "beta must be positive, got -1"),
+        ({"betas": (float("nan"),)}, "beta must be positive"),
+        ({"kl_price": 0.0}, "--kl-price must be positive"),
+        ({"kl_price": float("inf")}, "--kl-price must be positive"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"pairs": 1}, "at least 2 pairs"),
-        ({"batch": 3}, "leave out --batch"),
         ({"utility_weight": -1.0}, "--utility-weight must be"),
         ({"utility_weight": float("nan")}, "--utility-weight must be"),
         ({"reward_learning_rate": -1.0}, "--reward-learning-rate must be"),
+        ({"scale_learning_rate": float("inf")}, "--scale-learning-rate must be"),
     ],
 )
 def test_bad_values_get_one_sentence_and_write_nothing(options, words, capsys, tmp_path):
@@ -178,7 +205,8 @@ def test_bad_directories_get_one_sentence(model_directory, capsys, tmp_path):
     tokenizer.save(str(larger / "tokenizer.json"))
     assert "tokenizer" in refuse(capsys, policy=larger, **options)
     (tmp_path / "file").write_text("")
-    assert "give --output" in refuse(capsys, output=tmp_path / "file", steps=1)
+    for task in ("replies", "letters"):
+        assert "give --output" in refuse(capsys, output=tmp_path / "file", steps=1, task=task)
     assert "context" in refuse(capsys, policy=model_directory, max_new_tokens=100, **options)
     assert not (tmp_path / "runs").exists()
 
@@ -187,15 +215,17 @@ def test_a_batch_that_does_not_divide_over_the_devices(model_directory, capsys, 
     class FourDevices:
         shape = {"data": 4, "fsdp": 1}  # noqa: RUF012
 
-    monkeypatch.setattr(online_rlhf, "data_mesh", lambda devices=None: FourDevices)
+    monkeypatch.setattr(sys.modules["online_rlhf_networks"], "data_mesh", lambda devices=None: FourDevices)
     message = refuse(capsys, policy=model_directory, batch=6, output=tmp_path / "runs")
     assert "does not divide over 4 devices" in message
 
 
-def test_every_option_is_documented_in_the_resolved_configuration():
-    fields = {field.name for field in dataclasses.fields(online_rlhf.Config)}
-    resolved = online_rlhf.resolved(online_rlhf.Config())
-    assert all(getattr(resolved, name) is not None for name in fields - {"policy"})
+def test_every_option_belongs_to_a_task_and_is_in_its_resolved_configuration():
+    options = {field.name for field in dataclasses.fields(online_rlhf.Config)} - {"task", "policy", "output"}
+    tasks = ({}, {"task": "letters"}, {"policy": pathlib.Path("model")})
+    resolved = [vars(online_rlhf.resolved(online_rlhf.Config(**task))) for task in tasks]
+    assert options == {name for values in resolved for name in values} - {"policy", "output"}
+    assert all(value is not None for values in resolved for name, value in values.items() if name != "policy")
 
 
 @pytest.mark.slow
