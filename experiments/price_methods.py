@@ -76,7 +76,7 @@ def algorithm_of(
     optimizer = optax.adam(optax.cosine_decay_schedule(training.reward_learning_rate, training.steps))
     rewards, upper = reward, jnp.full(4, 0.01)
     if method == "bilevel":
-        problem, rewards, upper = learn_scale(problem), scaled(reward), with_scale(upper)
+        problem, rewards, upper = learn_scale(problem, beta=beta), scaled(reward), with_scale(upper)
         rate = optax.cosine_decay_schedule(training.scale_learning_rate, training.steps)
         optimizer = scale_optimizer(optimizer, optax.adam(rate))
     algorithm = bilevel.bilevel_descent(
