@@ -54,6 +54,8 @@ class Config:
     golds: tuple[Literal["words", "model"], ...] = ("words", "model")
     """Gold rewards of the stories: a checklist of the text, a reward model larger than the learner's."""
     seeds: int = 5
+    first_seed: int = 0
+    """First seed of the stories."""
     steps: int = 64
     """Outer steps of a run on the stories, of 8 prompts with 4 pairs; each pair costs one label."""
     story_weight: float = 10.0
@@ -141,7 +143,8 @@ def story_results(config: Config) -> Iterator[Result]:
     stories = load_stories(config.policy, max_new_tokens=24)
     settings = FrontierConfig(policy=config.policy, steps=config.steps)
     setup, first_reward = setup_of(settings, stories, "whole")
-    budget = one_run_stories.Budget(tuple(range(config.seeds)), config.steps, settings.batch, repeats=8)
+    seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
+    budget = one_run_stories.Budget(seeds, config.steps, settings.batch, repeats=8)
     pool = reference_pool(stories, 64, seed=1_000)
     golds: dict[str, Gold] = {"words": stories.score}
     if "model" in config.golds:
