@@ -122,6 +122,23 @@ def test_a_refitted_reward_uses_its_labels_better():
     assert again.mean() < 0.7 * once.mean()
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_update_sees_a_reward_that_was_fitted_to_its_labels_or_not(held_out):
+    frozen, problem = make(), problem_of(4)
+    settings = {"capacity": 30, "size": 3, "updates": 5, "held_out": held_out}
+    plain = descent(problem)
+    algorithm = refitted(plain, reward_learning(problem, optax.sgd(1.0)), shapes(problem, frozen), **settings)
+    state = algorithm.init(jax.random.key(0), jnp.zeros((3, 4)), frozen.reference)
+    sample = problem.sample(jax.random.key(1), frozen.reference, None, frozen)
+    labelled = Labelled(sample, annotate(jax.random.key(2), sample, frozen))
+    after, info = algorithm.update(jax.random.key(3), state, labelled, frozen)
+    alone, alone_info = plain.update(jax.random.key(9), state.inner, labelled, frozen)
+    # The policy moves with the reward that the update saw: at a reward of 0 not at all along it.
+    assert bool(jnp.allclose(after.policy, alone.policy, atol=1e-6)) == held_out
+    assert bool(jnp.allclose(info.fresh.upper_loss, alone_info.upper_loss, atol=1e-6)) == held_out
+    assert not jnp.allclose(after.upper, alone.upper, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_it_starts_from_labels_that_exist():
     frozen, problem = make(), problem_of(4)
