@@ -193,7 +193,8 @@ def tempering_slopes(log_prob: jax.Array, cost: PairCost, sample: Sample, *, lar
         Cov_pi(dE[cost]/dpi, l)      and      Cov_pi(l_pi, l),      l = log(mu / reference),    at alpha = 0
 
     within each prompt, with mu the policy that drew the sample; 0 where a prompt has a single pair. At a best response
-    mu = pi, l is the reward over beta up to a constant, and this is the derivative in the log of the reward's scale.
+    mu = pi, l is the reward over beta up to a constant, and this is the derivative in the log of the reward's scale, where
+    transitions are deterministic (one step, tokens); where they are random it is close to it.
 
     Args:
         log_prob: `[B, M, 2, T]`, of the policy.

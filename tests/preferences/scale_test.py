@@ -9,7 +9,8 @@ import optax
 import pytest
 import scipy.optimize
 
-from jaxrlhf import bandit, bilevel, exact, known, objectives
+from jaxrlhf import bandit, bilevel, exact, known, mdp, objectives
+from jaxrlhf.algorithms.replay import replayed
 from jaxrlhf.base.problem import Labelled
 from jaxrlhf.known.language import small_language_setting
 from jaxrlhf.known.problem import annotator, descend
@@ -224,6 +225,58 @@ def test_on_an_enumerable_language_the_scale_ends_at_the_best_price(x64):
         start = with_scale(upper, scale * float(jnp.exp(best)))
         state = descend_from(method.init(jax.random.key(0), start, setting.reference))
         np.testing.assert_allclose(state.upper.log_scale, best, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["central", "implicit"])
+def test_on_a_decision_process_the_gradient_is_that_of_phi(rule, x64):
+    """Several steps, random transitions, all trajectories listed; a linear reward's scale is that of its weights."""
+    objective = objectives.utility(kl_price=KAPPA)
+    instance = known.random_mdp(objective=objective, beta=BETA)
+    upper, lower = instance.start(jax.random.key(1), 0.7)
+
+    def linear(upper, features):
+        return features @ upper
+
+    problem = learn_scale(mdp.episode_problem(linear, objective), beta=BETA)
+    method = bilevel.bilevel_descent(
+        problem, RULES[rule](), mdp.best_response(scaled(linear), objective, beta=BETA), optax.sgd(1.0), beta=BETA,
+        annotate=annotator(mdp.gold_score, labels=1, pairs=None),
+    )  # fmt: skip
+    start = with_scale(upper, 1.5)
+    state, step = method.init(jax.random.key(0), start, lower), jax.jit(method.step)
+    state = state._replace(lowers=step(jax.random.key(0), state, None, instance.frozen)[0].lowers)
+    after, _ = step(jax.random.key(0), state, None, instance.frozen)
+    truth = jax.grad(lambda log_scale: instance.phi(jnp.exp(log_scale) * upper))(start.log_scale)
+    np.testing.assert_allclose(start.log_scale - after.upper.log_scale, truth, rtol=2e-3)
+
+
+@pytest.mark.parametrize("sampling", ["independent", "common"])
+def test_a_sample_for_each_tilt_learns_the_scale_too(sampling, x64):
+    frozen, reward = setting()
+    start = with_scale(reward, 2.0)
+    truth, _ = gradient_of(functools.partial(scaled_bandit, bilevel.boltzmann()), frozen, start)
+    rule = bilevel.central(0.3, sampling=sampling)
+    gradient, _ = gradient_of(functools.partial(scaled_bandit, rule), frozen, start)
+    np.testing.assert_allclose(gradient.log_scale, truth.log_scale, rtol=0.05)
+
+
+def test_old_pairs_learn_the_scale_too():
+    """From a buffer: every update is finite and moves the scale, and the state keeps its structure."""
+    frozen, reward = setting()
+    problem = learn_scale(bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=4), beta=BETA)
+    solver = bilevel.tangent(optax.adam(0.05), optax.set_to_zero())
+    descent = bilevel.bilevel_descent(
+        problem, bilevel.boltzmann(), solver, scale_optimizer(optax.adam(0.02), optax.adam(0.05)), beta=BETA
+    )
+    annotate = annotator(bandit.gold_score, labels=1, pairs=4)
+    shapes = jax.eval_shape(lambda: problem.sample(jax.random.key(0), frozen.reference, None, frozen))
+    method = replayed(descent, shapes, capacity=30, size=3, updates=2, annotate=annotate)
+    state = method.init(jax.random.key(0), with_scale(reward), frozen.reference)
+    step = jax.jit(method.step)
+    for key in jax.random.split(jax.random.key(1), 5):
+        state, info = step(key, state, None, frozen)
+    assert np.isfinite(state.upper.log_scale) and abs(float(state.upper.log_scale)) > 0.01
+    assert np.isfinite(info.fresh.kl_slope)
 
 
 def test_mixtures_need_their_scores():
