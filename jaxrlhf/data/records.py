@@ -6,6 +6,7 @@ records from JSON objects, `jaxrlhf.data.reading` from files.
 
 import itertools
 import json
+import unicodedata
 from typing import Any, NamedTuple
 
 
@@ -132,5 +133,22 @@ def _speaks(text: Text, index: int) -> bool:
     return isinstance(text, tuple) and index < len(text) and text[index].role == "assistant"
 
 
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""First words of the Unicode names of letters that are written without spaces between words."""
+JOINER = "\u200d"
+
+
 def _inside_word(text: str, index: int) -> bool:
-    return index < len(text) and text[index - 1].isalnum() and text[index].isalnum()
+    """Returns whether a cut before `text[index]` would split a word, or in scripts without spaces a character."""
+    if index >= len(text):
+        return False
+    before, after = text[index - 1], text[index]
+    if JOINER in (before, after) or unicodedata.category(after) in ("Mn", "Mc", "Me", "Sk"):
+        return True
+    return all(_in_words(character) for character in (before, after))
+
+
+def _in_words(character: str) -> bool:
+    if not character.isalnum():
+        return unicodedata.category(character).startswith("M")
+    return not unicodedata.name(character, "").startswith(WITHOUT_SPACES)

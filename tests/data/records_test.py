@@ -103,6 +103,24 @@ def test_malformed_lines_are_refused_with_a_reason(line, reason):
         ("one", "one two", ("one", "", " two")),
         ("so-and", "so-or", ("so-", "and", "or")),
         ("Q: x\nA: 1", "Q: x\nA: 2", ("Q: x\nA:", " 1", " 2")),
+        # Chinese, Japanese, Thai: cut between characters; Korean, Hindi: between words.
+        ("天空是蓝色的", "天空是绿色的", ("天空是", "蓝色的", "绿色的")),
+        ("そらはあおい", "そらはしろい", ("そらは", "あおい", "しろい")),
+        ("ฟ้าขาว", "ฟ้าดำ", ("ฟ้า", "ขาว", "ดำ")),
+        ("하늘은 파랗다", "하늘은 파래요", ("하늘은", " 파랗다", " 파래요")),
+        ("रंग नीला", "रंग नीली", ("रंग", " नीला", " नीली")),
+        # An accent belongs to its letter, and a joined emoji is one character.
+        ("un cafe\u0301", "un cafe\u0300", ("un", " cafe\u0301", " cafe\u0300")),
+        (
+            "ok \U0001f469\u200d\U0001f467",
+            "ok \U0001f469\u200d\U0001f466",
+            ("ok", " \U0001f469\u200d\U0001f467", " \U0001f469\u200d\U0001f466"),
+        ),
+        (
+            "ok \U0001f44d\U0001f3fb",
+            "ok \U0001f44d\U0001f3ff",
+            ("ok", " \U0001f44d\U0001f3fb", " \U0001f44d\U0001f3ff"),
+        ),
     ],
 )
 def test_a_prompt_ends_with_a_word(chosen, rejected, parts):
