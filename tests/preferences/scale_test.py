@@ -260,7 +260,7 @@ def test_a_sample_for_each_tilt_learns_the_scale_too(sampling, x64):
     np.testing.assert_allclose(gradient.log_scale, truth.log_scale, rtol=0.05)
 
 
-def test_old_pairs_learn_the_scale_too():
+def test_old_pairs_learn_the_scale_too(x64):
     """From a buffer: every update is finite and moves the scale, and the state keeps its structure."""
     frozen, reward = setting()
     problem = learn_scale(bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=4), beta=BETA)
@@ -279,7 +279,7 @@ def test_old_pairs_learn_the_scale_too():
     assert np.isfinite(info.fresh.kl_slope)
 
 
-def test_mixtures_need_their_scores():
+def test_mixtures_need_their_scores(x64):
     problem = mixture_problem(bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=2))
     frozen, _ = setting()
     sample = problem.sample(jax.random.key(0), frozen.reference, None, frozen)
