@@ -143,7 +143,8 @@ def _locked(path: pathlib.Path) -> Any:
 def _metrics_row(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        int(row["step"])
+        if type(row["step"]) is not int:
+            raise ValueError(f"step is {row['step']!r}, no whole number")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{place} is damaged ({reason}); mend it, or move the run's folder away.") from None

@@ -126,3 +126,11 @@ def test_damaged_metrics_are_named(tmp_path):
         stream.write('{"step": 2, "lo')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
         folder.metrics()
+
+
+@pytest.mark.parametrize("step", ["1.5", '"2"', "true", "null", "Infinity", "[2]"])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    folder = RunFolder(tmp_path, "run")
+    (folder.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": {step}}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged \(step is .*, no whole number\)"):
+        folder.metrics()
