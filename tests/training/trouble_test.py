@@ -1,5 +1,6 @@
 """Failures of a run, through the command: one sentence names the cause, and the run resumes with the same result."""
 
+import logging
 import resource
 import shutil
 import sys
@@ -111,7 +112,9 @@ def test_a_folder_of_another_run_is_refused_before_any_label_is_asked_for(world,
     assert judge.calls == 0 and (whole / "labels.jsonl").read_bytes() == labels
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_intact(world, judge, whole, capsys):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(world, judge, whole, capsys, monkeypatch):
+    # The captured standard error may be a file, which then has no room for other libraries' logs either.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     judge.arm(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1])))
     try:
