@@ -5,6 +5,7 @@ Seeds run side by side in one program (`vmap`). Labels are drawn on the host fro
 is counted from the samples it proposes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -169,15 +170,7 @@ def kl_probe(setup: Setup) -> Callable:
 
 def evaluation_functions(stories: StoryModel, setup: Setup, method: Method, repeats: int) -> tuple[Callable, Callable]:
     """Returns `generate` and `score` of a `Runner`, for a single run."""
-
-    def generate(state, key, frozen):
-        prompts = Prompts(*(jnp.repeat(leaf, repeats, axis=0) for leaf in stories.openings))
-        generated = stories.generate(state.policy, key, prompts)
-        reference = completion_log_probs(stories.policy, frozen.reference, *prompts, generated.tokens, generated.mask)
-        ratio = jnp.sum(generated.log_prob - reference, axis=-1)
-        shape = (len(stories.openings.tokens), repeats)
-        tokens, mask = (leaf.reshape(*shape, 1, -1) for leaf in (generated.tokens, generated.mask))
-        return Responses(tokens, mask), ratio.reshape(shape)
+    generate = functools.partial(respond_to_openings, stories, repeats)
 
     def score(state, responses, frozen):
         if method.has_reward:
@@ -190,6 +183,19 @@ def evaluation_functions(stories: StoryModel, setup: Setup, method: Method, repe
         return (jnp.exp(state.log_beta) * (policy - reference)).reshape(responses.tokens.shape[:2])
 
     return generate, score
+
+
+def respond_to_openings(
+    stories: StoryModel, repeats: int, state: Any, key: jax.Array, frozen: LanguageFrozen
+) -> tuple[Responses, jax.Array]:
+    """Returns responses `[O, N, 1, L]` of a state's policy to the openings, and their log-ratios `[O, N]`."""
+    prompts = Prompts(*(jnp.repeat(leaf, repeats, axis=0) for leaf in stories.openings))
+    generated = stories.generate(state.policy, key, prompts)
+    reference = completion_log_probs(stories.policy, frozen.reference, *prompts, generated.tokens, generated.mask)
+    ratio = jnp.sum(generated.log_prob - reference, axis=-1)
+    shape = (len(stories.openings.tokens), repeats)
+    tokens, mask = (leaf.reshape(*shape, 1, -1) for leaf in (generated.tokens, generated.mask))
+    return Responses(tokens, mask), ratio.reshape(shape)
 
 
 def prompt_order(count: int, budget: Budget, seed: int) -> np.ndarray:
@@ -217,7 +223,7 @@ def run(
         )
         prompts = Prompts(*(leaf[orders[step]] for leaf in stories.openings))
         sample = runner.propose(propose_key, state, prompts, frozen)
-        scores = _gold_of_runs(gold, sample.prompts, sample.responses)
+        scores = gold_of_runs(gold, sample.prompts, sample.responses)
         labels = jax.vmap(preferences.draw_labels)(label_key, jnp.asarray(scores))
         state, _ = runner.update(update_key, state, Labelled(sample, labels), frozen)
         control_tokens = 2 * budget.batch * stories.max_new_tokens if runner.method.offline else 0
@@ -233,7 +239,7 @@ def run(
     return history, spent, state
 
 
-def _gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndarray:
+def gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndarray:
     """Returns gold rewards `[R, B, M, K]` of responses `[R, B, M, K, L]`."""
     flat_prompts = Prompts(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in prompts))
     flat_responses = Responses(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in responses))

@@ -1,11 +1,11 @@
 """One run in place of a sweep: the utility at a stated price of KL, against the setting that each method was started at.
 
-    python experiments/one_run.py --quick                 # exact problems, 3 minutes
+    python experiments/one_run.py --quick                 # two exact problems, half a minute
     python experiments/one_run.py                         # all exact problems
     python experiments/one_run.py --policy DIR            # and a pretrained model of stories, two hours
 
-The price says what a nat of KL is worth in win rate. Bilevel descent with a learned scale is told the price; every other
-method is told beta (or the controller a target in nats), and has to be swept. Every run spends the same labels. Tables
+The price says what a nat of KL is worth in win rate. Bilevel descent with a learned scale is given the price; every other
+method is given beta (or the controller a target in nats), and has to be swept. Every run spends the same labels. Tables
 give the utility as a share of what the best policy gains over the reference: 1 is the optimum, 0 the reference.
 """
 
@@ -62,6 +62,8 @@ class Config:
     """Weight of the utility beside the likelihood, on the stories."""
     scale_learning_rate: float = 0.1
     """Adam's learning rate of the log scale, on the stories."""
+    exact_steps: int = 200
+    """Outer steps of a run on the exact problems, of 8 contexts with 16 pairs."""
     instance: int = 0
     """Of the exact problems; the learning rates were tuned on instances from 100 on."""
     quick: bool = False
@@ -118,14 +120,14 @@ def check(config: Config) -> None:
                 raise ValueError(f"--{field} knows {', '.join(sorted(names))}, got {name!r}.")
     if not config.kl_price > 0:
         raise ValueError(f"--kl-price must be positive, got {config.kl_price:g}.")
-    for name in ("seeds", "steps"):
+    for name in ("seeds", "steps", "exact_steps"):
         if getattr(config, name) < 2:
-            raise ValueError(f"--{name} must be at least 2, got {getattr(config, name)}.")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 2, got {getattr(config, name)}.")
 
 
 def exact_results(config: Config) -> Iterator[Result]:
     """Yields every method on every exact problem."""
-    budget, rates = one_run_exact.Budget(config.seeds), one_run_exact.Rates()
+    budget, rates = one_run_exact.Budget(config.seeds, config.exact_steps), one_run_exact.Rates()
     for kind in config.kinds:
         for family in config.families:
             frozen = one_run_exact.problem_of(family, kind, config.instance)
@@ -257,13 +259,13 @@ def main(config: Config) -> pathlib.Path:
             advance()
     if config.policy is not None:
         story_methods = [name for name in one_run_stories.METHODS if not config.methods or name in config.methods]
-        told = []
+        on_stories = []
         with progress("stories", len(story_methods) * len(config.golds), "runs", console=console) as advance:
             for result in story_results(config):
-                told.append(result)
+                on_stories.append(result)
                 folder.append_metrics(**result._asdict())
                 advance()
-        results += with_best_as_optimum(told)
+        results += with_best_as_optimum(on_stories)
     report(folder, config, results, time.monotonic() - began, console)
     return folder.path
 

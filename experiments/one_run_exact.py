@@ -74,7 +74,8 @@ def features_of(kind: str, key: jax.Array) -> jax.Array:
     replies = jnp.sum(words[jnp.arange(3), slots], axis=1)
     shifts = 0.5 * jax.random.normal(context_key, (CONTEXTS, 1, FEATURES))
     replies = jnp.broadcast_to(replies, (CONTEXTS, RESPONSES, FEATURES)) + shifts
-    return (replies - jnp.mean(replies, axis=(0, 1))) / jnp.std(replies, axis=(0, 1))
+    mean, spread = (function(replies, axis=(0, 1), keepdims=True) for function in (jnp.mean, jnp.std))
+    return (replies - mean) / spread
 
 
 def problem_of(family: str, kind: str, instance: int) -> bandit.Bandit:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from frontier_harness import Budget as HarnessBudget
-from frontier_harness import prompt_order
+from frontier_harness import gold_of_runs, prompt_order, respond_to_openings
 from frontier_methods import RATES, Method, Rates, Setup, adam, build, problem_of
 from frontier_tasks import Gold
 from stories import StoryModel
@@ -24,8 +24,7 @@ from jaxrlhf.algorithms.replay import refitted
 from jaxrlhf.algorithms.reward_learning import reward_learning
 from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.bilevel import Labelled
-from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
 
@@ -74,7 +73,7 @@ class Outcome(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What the bilevel methods are told, and how they follow it.
+    """The price that the bilevel methods are given, and how they follow it.
 
     Attributes:
         kl_price: kappa, in win rate a nat.
@@ -172,23 +171,13 @@ def compile_runs(
     def update(key, state, start, labelled, frozen):
         return algorithm(start).update(key, state, labelled, frozen)[0]
 
+    respond = functools.partial(respond_to_openings, stories, budget.repeats)
     return Runner(
         init=jax.jit(jax.vmap(init, in_axes=(0, 0, None))),
         propose=jax.jit(jax.vmap(propose, in_axes=(0, 0, 0, 0, None))),
         update=jax.jit(jax.vmap(update, in_axes=(0, 0, 0, 0, None)), donate_argnums=1),
-        generate=jax.jit(jax.vmap(functools.partial(_generate, stories, budget.repeats), in_axes=(0, None, None))),
+        generate=jax.jit(jax.vmap(respond, in_axes=(0, None, None))),
     )
-
-
-def _generate(stories: StoryModel, repeats: int, state: Any, key: jax.Array, frozen: LanguageFrozen):
-    """Returns responses `[O, N, 1, L]` to the openings and their log-ratios `[O, N]`."""
-    prompts = Prompts(*(jnp.repeat(leaf, repeats, axis=0) for leaf in stories.openings))
-    generated = stories.generate(state.policy, key, prompts)
-    reference = completion_log_probs(stories.policy, frozen.reference, *prompts, generated.tokens, generated.mask)
-    ratio = jnp.sum(generated.log_prob - reference, axis=-1)
-    shape = (len(stories.openings.tokens), repeats)
-    tokens, mask = (leaf.reshape(*shape, 1, -1) for leaf in (generated.tokens, generated.mask))
-    return Responses(tokens, mask), ratio.reshape(shape)
 
 
 def run_method(
@@ -240,13 +229,6 @@ def _train(runner: Runner, stories: StoryModel, gold: Gold, budget: Budget, star
         labels += int(np.prod(drawn.shape[1:]))
         responses += int(np.prod(sample.responses.tokens.shape[1:4]))
     return states, labels, responses
-
-
-def gold_of_runs(gold: Gold, prompts: Prompts, responses: Responses) -> np.ndarray:
-    """Returns gold rewards `[R, B, M, K]` of responses `[R, B, M, K, L]`."""
-    flat_prompts = Prompts(*(jnp.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in prompts))
-    flat_responses = Responses(*(jnp.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in responses))
-    return gold(flat_prompts, flat_responses).reshape(responses.tokens.shape[:4])
 
 
 def _evaluate(

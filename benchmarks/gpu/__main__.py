@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                                        # one H100 or H200, 8 minutes
     python -m benchmarks.gpu --libraries ours --workloads decode
+    python -m benchmarks.gpu --attention cudnn --libraries ours     # our attention by cuDNN's kernel
     python -m benchmarks.gpu --tiny                                 # the same code on any machine
 
 The models are Llamas with random weights; matrix products are in bfloat16. Where all weights are trained they are float32;

@@ -89,8 +89,8 @@ def scale_notes(config: Align, state: Any) -> list[str]:
     """Returns a sentence on the learned scale, if there is one."""
     if not config.learn_scale:
         return []
-    scale = float(np.exp(np.asarray(state.upper.log_scale)))
-    return [f"The reward's learned scale is {scale:.3g} at the end: an effective beta of {config.beta / scale:.3g}."]
+    scale, beta = float(np.exp(np.asarray(state.upper.log_scale))), float(state.upper.effective_beta(config.beta))
+    return [f"The reward's learned scale is {scale:.3g} at the end: an effective beta of {beta:.3g}."]
 
 
 def _adapters(

@@ -36,6 +36,7 @@ NOT_NEGATIVE = (
     "learning_rate",
     "policy_learning_rate",
     "reward_learning_rate",
+    "scale_learning_rate",
     "tangent_learning_rate",
     "temperature",
     "ties",

@@ -16,7 +16,7 @@ from jaxrlhf.data.encode import ChatTokenizer, chat_tokenizer, encode_prompt
 from jaxrlhf.data.records import Message
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.hugging_face.files import read_json, vocabulary_size
-from jaxrlhf.lm.hugging_face.generation import generation_settings, told_settings
+from jaxrlhf.lm.hugging_face.generation import generation_settings, printed_settings
 from jaxrlhf.lm.hugging_face.settings import kept_settings
 from jaxrlhf.lm.hugging_face.special import SpecialIds, SpecialTokens, read_special_tokens
 from jaxrlhf.lm.hugging_face.tokenizer_files import (
@@ -115,10 +115,10 @@ class TokenizerBundle(NamedTuple):
             "texts begin": begins,
             "padding": pad or "none named: masks mark the real tokens",
         }
-        settings = told_settings(self.directory) if self.inherits else {}
+        settings = printed_settings(self.directory) if self.inherits else {}
         if settings:
-            told = ", ".join(f"{name} {value}" for name, value in settings.items())
-            rows["generation_config.json"] = f"{told} (kept for exports, not used here)"
+            listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+            rows["generation_config.json"] = f"{listed} (kept for exports, not used here)"
         return rows | ({"special tokens": "\n".join(self.found.notes)} if self.found.notes else {})
 
     def _told(self, token: int, source: str) -> str:

@@ -18,8 +18,9 @@ up to a constant of each prompt: one number, averaged over the whole sample. It 
 A network is never quite at its best response: it lags, and spends KL on the noise of its training. Along the reward, which
 such a policy has not yet followed, the next nat looks cheap; along the policy's own way it costs what it costs. So the
 derivative is taken along l = log(mu / reference) of the policy mu that drew the sample, in every rule: `reward` has the
-derivative beta l in alpha. Where l has little to do with the reward yet (`FOLLOWED`), as at first, the reward itself takes
-its place. At a best response both are the same.
+derivative beta l in alpha. Where l has little to do with the reward yet (`FOLLOWED`), as at first, it is mostly noise, and
+the reward takes its place at half its size: a policy that stands still is credited with half of the response. At a best
+response l is the reward, and nothing changes.
 """
 
 from collections.abc import Callable

@@ -29,8 +29,26 @@ def test_the_scale_is_learned_reported_and_left_out_of_the_saved_reward(here, tr
     assert json.loads((folder / "config.json").read_text())["learn_scale"] is True
 
 
+def test_a_resumed_run_learns_the_same_scale(here, trained):
+    options = {"lora_rank": 2, "warmup": 0, "estimator": "boltzmann", "resume": True}
+    whole = align.main(settings(here, run="whole", **options))
+    align.main(settings(here, run="parted", **options | {"steps": 1}))
+    parted = align.main(settings(here, run="parted", **options))
+    notes = [
+        line
+        for folder in (whole, parted)
+        for line in (folder / "report.html").read_text().split("<")
+        if "learned scale is" in line
+    ]
+    assert len(notes) == 2 and notes[0] == notes[1]
+    rows = [[row for row in RunFolder.followed(folder).metrics() if "kl_slope" in row] for folder in (whole, parted)]
+    assert [row["kl_slope"] for row in rows[0]] == [row["kl_slope"] for row in rows[1]] and len(rows[0]) == 2
+
+
 def test_flags_that_do_not_go_together_are_refused(here):
     with pytest.raises(ValueError, match="--estimator decoupled ignores"):
         align.main(settings(here, estimator="decoupled"))
     with pytest.raises(ValueError, match=r"--scale-learning-rate.*without --learn-scale"):
         align.main(settings(here, learn_scale=False, scale_learning_rate=0.1))
+    with pytest.raises(ValueError, match=r"--scale-learning-rate must not be negative"):
+        align.main(settings(here, scale_learning_rate=-0.1))

@@ -1,4 +1,4 @@
-"""Settings of `generation_config.json` that are no token ids: they are kept for exports, and told, but not used here."""
+"""Settings of `generation_config.json` that are no token ids: kept for exports and printed in plans, but not used here."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def generation_settings(directory: str | Path) -> dict[str, Any]:
     return {name: settings[name] for name in LEGACY if settings.get(name) is not None}
 
 
-def told_settings(directory: str | Path) -> dict[str, Any]:
+def printed_settings(directory: str | Path) -> dict[str, Any]:
     """Returns those that change what a model writes, for a plan.
 
     Raises:

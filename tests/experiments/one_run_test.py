@@ -1,0 +1,86 @@
+"""`one_run.py` as a command: what it writes, on exact problems and on stories, and what it refuses."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+
+
+def load(name):
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.pop(0)
+
+
+one_run = load("one_run")
+exact, stories = sys.modules["one_run_exact"], sys.modules["one_run_stories"]
+
+
+def results_of(folder):
+    stored = json.loads((folder / "results.json").read_text())["results"]
+    assert (folder / "one_run.png").stat().st_size > 0 and "worst / best" in (folder / "report.html").read_text()
+    return {(each["problem"], each["method"]): each for each in stored}
+
+
+def test_every_method_runs_on_an_exact_problem(tmp_path):
+    config = one_run.Config(families=("gated",), kinds=("language",), seeds=2, exact_steps=3, output=tmp_path)
+    results = results_of(one_run.main(config))
+    assert {method for _, method in results} == set(exact.METHODS)
+    for (problem, method), result in results.items():
+        assert problem == "language, gated" and result["labels"] == 3 * 8 * 16
+        assert np.shape(result["utility"]) == (2, 5), method
+        utility = np.array(result["win_rate"]) - 0.03 * np.array(result["kl"])
+        np.testing.assert_allclose(result["utility"], utility, atol=1e-6)
+        assert np.all(utility < result["optimum"]) and result["best_in_class"] < result["optimum"]
+        assert (np.array(result["scale"]) != 1.0).all() == (method == exact.SCALED)
+
+
+def test_the_best_of_a_class_is_the_optimum_where_it_holds_the_win_rates():
+    """A gold reward of 0 wins half of all pairs: no policy gains anything, and no reward of the class does."""
+    frozen = exact.problem_of("linear", "bandit", 0)
+    bounds = exact.bounds_of(frozen._replace(gold=0.0 * frozen.gold), 0.03, restarts=2, steps=300)
+    np.testing.assert_allclose(bounds, 0.5, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"methods": ("PPO2",)}, "--methods knows"),
+        ({"families": ("square",)}, "--families knows"),
+        ({"kl_price": 0.0}, "--kl-price must be positive"),
+        ({"exact_steps": 1}, "--exact-steps must be at least 2"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        one_run.main(one_run.Config(output=tmp_path, **options))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"the pretrained model is missing: {STORIES}")
+@pytest.mark.parametrize("methods", [(stories.SCALED, "online DPO"), (stories.CONTROLLER,)])
+def test_stories_run_from_every_start(tmp_path, methods):
+    config = one_run.Config(
+        policy=STORIES, methods=methods, golds=("words",), families=("linear",), kinds=("bandit",), seeds=2, steps=2,
+        exact_steps=2, output=tmp_path,
+    )  # fmt: skip
+    results = results_of(one_run.main(config))
+    for method in methods:
+        result = results["stories, words", method]
+        assert np.shape(result["utility"]) == (2, 5) and result["labels"] == 2 * 8 * 4
+        assert result["starts"] == list(stories.TARGETS if method == stories.CONTROLLER else stories.BETAS)
+        assert np.all(np.isfinite(result["utility"])) and np.all(np.array(result["utility"]) < 1)
