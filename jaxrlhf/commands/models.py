@@ -103,10 +103,10 @@ class TokenizerBundle(NamedTuple):
 
     def plan_rows(self) -> dict[str, str]:
         """Returns the rows of a plan that say what begins, ends and pads a text, and where each came from."""
-        ends = [self._told(*found) for found in self.found.sources["eos"]]
-        bos, pad = (", ".join(self._told(*found) for found in self.found.sources[kind]) for kind in ("bos", "pad"))
+        ends = [self._described(*found) for found in self.found.sources["eos"]]
+        bos, pad = (", ".join(self._described(*found) for found in self.found.sources[kind]) for kind in ("bos", "pad"))
         if self.special.bos is not None and self.special.bos not in self.special.eos:
-            ends.append(self._told(self.special.bos, "BOS of the next text"))
+            ends.append(self._described(self.special.bos, "BOS of the next text"))
         begins = bos or "nothing" if self.prepends_bos else "nothing, as the tokenizer's settings say"
         if self.template is not None:
             begins += "; a conversation as its template writes it"
@@ -121,7 +121,7 @@ class TokenizerBundle(NamedTuple):
             rows["generation_config.json"] = f"{listed} (kept for exports, not used here)"
         return rows | ({"special tokens": "\n".join(self.found.notes)} if self.found.notes else {})
 
-    def _told(self, token: int, source: str) -> str:
+    def _described(self, token: int, source: str) -> str:
         text = self.tokenizer.id_to_token(token)
         return f"{'unnamed' if text is None else repr(text)} ({token}; {source})"
 
