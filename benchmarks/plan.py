@@ -183,7 +183,7 @@ def make_update(config: Config, mesh: Any) -> Update:
     from jaxrlhf.bilevel import Labelled
     from jaxrlhf.commands.align_config import Align
     from jaxrlhf.commands.align_setup import build_setup
-    from jaxrlhf.commands.comparison import ComparisonAnnotator
+    from jaxrlhf.commands.annotators import ComparisonAnnotator
     from jaxrlhf.lm.pairing import Prompts
     from jaxrlhf.lm.transformer.axes import decoder_names
     from jaxrlhf.training.sharding import shardings

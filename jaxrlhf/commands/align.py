@@ -25,7 +25,7 @@ from jaxrlhf.commands.annotators import (
 )
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.data import open_records, skipped_lines
-from jaxrlhf.commands.models import Model, open_model, reward_on, save_model
+from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on, save_model
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
 from jaxrlhf.data.pipelines import prompt_batches
@@ -265,7 +265,9 @@ def _open_reward(config: Align, policy: Model) -> Model:
         return policy
     if config.reward is None:
         return reward_on(policy)
-    return open_model(config.reward, "reward")
+    reward = open_model(config.reward, "reward")
+    check_tokens(policy.bundle, reward.bundle, "--reward")
+    return reward
 
 
 def _read_prompts(config: Align, policy: Model) -> PromptSplits:

@@ -13,7 +13,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import ComparisonAnnotator
-from jaxrlhf.commands.models import Model, check_tokens
+from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
@@ -62,7 +62,6 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
             f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
-    check_tokens(policy.bundle, reward.bundle, "--reward" if config.reward else "The reward model")
     frozen = LanguageFrozen(policy.params, annotator.params)
     if config.lora_rank:
         return _adapters(config, policy, reward, annotator, frozen)

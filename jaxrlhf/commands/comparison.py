@@ -12,8 +12,7 @@ import tokenizers
 from jaxrlhf.annotation.functions import texts_of
 from jaxrlhf.base.problem import Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.commands.annotators import ComparisonAnnotator as ComparisonAnnotator
-from jaxrlhf.commands.annotators import open_annotator as open_annotator
+from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.models import Model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.evaluation.statistics import NORMAL_95

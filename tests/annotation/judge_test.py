@@ -31,7 +31,7 @@ from jaxrlhf.annotation import (
 )
 from jaxrlhf.annotation.judge import fill_template
 from jaxrlhf.base.problem import Sample
-from jaxrlhf.commands.comparison import open_annotator
+from jaxrlhf.commands.annotators import open_annotator
 from jaxrlhf.lm.pairing import Prompts, Responses
 
 KEY = "sk-most-secret-1234567890"
