@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxrlhf.training.sharding import make_mesh
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 programs = importlib.import_module("benchmarks.programs")
 plan = importlib.import_module("benchmarks.plan")
@@ -98,6 +100,18 @@ def test_a_loop_that_counts_to_a_constant_runs_as_often():
 def test_a_topology_that_nobody_knows_is_named(topology):
     with pytest.raises(ValueError, match="A topology is written as v5e:2x4 or h100:8"):
         plan.devices_of(plan.Config(topology=topology))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_plan_is_made_of_the_update_that_align_runs(rank):
+    """On abstract arrays: nothing is allocated or compiled."""
+    config = plan.Config(
+        model="llama-1b", layers=2, topology="h100:1", max_prompt=8, max_new_tokens=8, lora_rank=rank, batch_size=1
+    )
+    update = plan.make_update(config, make_mesh({"data": 1}, devices=jax.devices()[:1]))
+    state, info = jax.eval_shape(update.function, *update.arguments)
+    assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, update.arguments[1])
+    assert info.kl_slope.shape == ()
 
 
 @pytest.mark.slow
