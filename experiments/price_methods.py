@@ -18,7 +18,7 @@ from jaxrlhf.preferences.scale import ScaledReward, learn_scale, scale_optimizer
 
 METHODS = ("bilevel", "decoupled", "fixed_scale")
 RATES = {"bilevel": 0.005, "decoupled": 0.1, "fixed_scale": 0.03}
-"""Initial rates of Adam for the reward's weights: each method's best of 0.005, 0.01, 0.03 and 0.1."""
+"""Initial rates of Adam for the reward: the best of 0.005, 0.01, 0.03 and 0.1; of `fixed_scale`, of 0.01 and 0.03."""
 
 
 class Training(NamedTuple):

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxrlhf.commands import align, align_report, comparison, evaluate, export, models, reward, sample, supervised
+from jaxrlhf.commands import (
+    align,
+    align_report,
+    annotators,
+    comparison,
+    evaluate,
+    export,
+    models,
+    reward,
+    sample,
+    supervised,
+)
 from jaxrlhf.data import Message, Preference
 from jaxrlhf.data.batches import padded_pairs, padded_prompts, rectangle
 from jaxrlhf.data.encode import encode_prompt
@@ -110,7 +121,7 @@ def test_a_pair_scores_the_same_everywhere(policy, tmp_path, template):
     strong = with_head(start)
     strong = strong._replace(params=strong.params | {"head": 1000 * strong.params["head"]})
     strong_directory = models.save_model(tmp_path / "strong", strong, "reward")
-    annotator = comparison.open_annotator(str(strong_directory), None, models.open_model(start, "policy"))
+    annotator = annotators.open_annotator(str(strong_directory), None, models.open_model(start, "policy"))
     labels = comparison._label_function(annotator)(jax.random.key(0), comparison._sample(prompts, *_slots(responses)))
     np.testing.assert_array_equal(labels, sampled[:, 0] > sampled[:, 1])
 
@@ -266,13 +277,13 @@ def test_a_reward_of_another_tokenizer_is_refused(policy, tmp_path):
     directory = policy("eos")
     model = with_head(directory)
     saved = models.save_model(tmp_path / "reward", model, "reward")
-    comparison.open_annotator(str(saved), None, models.open_model(directory, "policy"))
+    annotators.open_annotator(str(saved), None, models.open_model(directory, "policy"))
     content = json.loads((saved / "tokenizer.json").read_text())
     words = content["model"]["vocab"]
     words["!"], words['"'] = words['"'], words["!"]
     (saved / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r'another tokenizer than the policy \(the same id is "!" and "\\""\)'):
-        comparison.open_annotator(str(saved), None, models.open_model(directory, "policy"))
+        annotators.open_annotator(str(saved), None, models.open_model(directory, "policy"))
 
 
 def test_a_new_model_has_no_end_outside_of_its_vocabulary(policy):

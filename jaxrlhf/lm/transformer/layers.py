@@ -207,13 +207,13 @@ def attend_fused(
     rows, length = query.shape[:2]
     odd = length % 2  # the kernel takes even lengths only
 
-    def columns_first(x: jax.Array) -> jax.Array:
+    def with_even_length(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0)))
 
     out = jax.nn.dot_product_attention(
-        columns_first(query.reshape(rows, length, -1, query.shape[-1])),
-        columns_first(jnp.transpose(keys, (0, 3, 1, 2))),
-        columns_first(jnp.transpose(values, (0, 2, 1, 3))),
+        with_even_length(query.reshape(rows, length, -1, query.shape[-1])),
+        with_even_length(jnp.transpose(keys, (0, 3, 1, 2))),
+        with_even_length(jnp.transpose(values, (0, 2, 1, 3))),
         mask=jnp.pad(jnp.broadcast_to(allowed, (rows, length, length)), ((0, 0), (0, odd), (0, odd)))[:, None],
         scale=scale,
         implementation=implementation,
