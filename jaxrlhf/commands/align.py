@@ -1,4 +1,4 @@
-"""Online RLHF as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
+"""Online RLHF, by default as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
 
 import itertools
 import pathlib
@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.annotation.label_cache import cached_annotator
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, check_config
-from jaxrlhf.commands.align_report import Recorder, print_plan, write_align_report
+from jaxrlhf.commands.align_report import Recorder, method_notes, print_plan, write_align_report
 from jaxrlhf.commands.align_setup import AlignSetup, build_setup, scale_notes
 from jaxrlhf.commands.annotators import (
     JUDGE_SETTINGS,
@@ -25,6 +26,7 @@ from jaxrlhf.commands.annotators import (
 )
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.data import open_records, skipped_lines
+from jaxrlhf.commands.methods import ask_about_some
 from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on, save_model
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
@@ -58,7 +60,7 @@ class Run(NamedTuple):
     Attributes:
         folder, tracker: where measurements go.
         policy: the model to align, which is also the reference.
-        reward: configuration and tokenizer of the reward model; its parameters are in the state.
+        reward: configuration and tokenizer of the reward model; its parameters are in the state, if the method learns one.
         setup: the algorithm; its initial parameters are in `InitialParams`.
         annotator: labels the pairs.
         prompts: the data.
@@ -93,14 +95,16 @@ class InitialParams(NamedTuple):
 
 
 def main(config: Align) -> pathlib.Path:
-    """Trains, evaluates and reports; returns the run's folder, with the models in `policy` and `reward`.
+    """Trains, evaluates and reports; returns the run's folder, with the models in `policy` and, if there is one, `reward`.
 
     Raises:
         ValueError, DataError: a setting, a model or the data cannot be used; the message says what to change.
     """
     began = time.monotonic()
     run, initial = prepare(config)
-    free = ("steps", "evaluations", "annotator_timeout", *JUDGE_SETTINGS)
+    free = ["evaluations", "annotator_timeout", *JUDGE_SETTINGS]
+    # How the KL rises to its target depends on the number of steps.
+    free += ["steps"] if config.target_kl is None else []
     with open_checkpointer(config, run.folder, initial.models, free=free) as checkpointer:
         state, restored = checkpointer.restore_or_init(run.setup.algorithm.init, initial.arguments, run.state_where)
         del initial
@@ -112,7 +116,7 @@ def main(config: Align) -> pathlib.Path:
     comparisons = recorder.comparisons(result.state)
     save(run, result, save_model)
     if is_first_process():
-        last = [*scale_notes(config, result.state), *run.annotator.notes()]
+        last = [*scale_notes(config, result.state), *method_notes(recorder.rows), *run.annotator.notes()]
         for note in last:
             Console().print(note, markup=False, highlight=False)
         notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *last, *result.notes]
@@ -125,8 +129,8 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
     check_config(config)
     policy = open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
     reward, annotator = _open_reward(config, policy), _open_annotator(config, policy)
-    setup = build_setup(config, policy, reward, annotator)
     prompts = _read_prompts(config, policy)
+    setup = build_setup(config, policy, reward, annotator, prompt_length=_prompt_columns(config, prompts))
     mesh = make_mesh(parse_mesh(config.mesh))
     check_batch(config.batch_size, mesh)
     arguments = jax.random.key(config.seed), setup.upper, setup.lower
@@ -170,18 +174,22 @@ def train(
     algorithm = run.setup.algorithm
     safe = algorithm._replace(**{name: guarded(getattr(algorithm, name), state=1) for name in ("step", "update")})
     compiled = compile_algorithm(safe, run.mesh, state=run.state_where, frozen=run.frozen_where)
-    multiple = min(32, config.max_prompt)
+    # Kept pairs are arrays of one shape.
+    multiple = _prompt_columns(config, run.prompts) if config.reuse else _multiple(config)
     batches = prompt_batches(run.prompts.training, batch_size=config.batch_size, seed=config.seed, multiple=multiple)
+    annotate = run.annotator.host
+    if annotate is not None and config.labels_per_step is not None:
+        annotate = ask_about_some(annotate, config.labels_per_step)
     loop = LoopSettings(
         name="align",
         unit="completions",
         steps=config.steps,
-        step=make_outer_step(compiled, run.annotator.host),
+        step=make_outer_step(compiled, annotate),
         batches=iter(batches),
         place_batch=lambda batch: Prompts(*put_on_devices(tuple(batch), batch_sharding(run.mesh))),
         frozen=run.frozen,
         key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        # One completion by the policy and one by the reference for each pair.
+        # Two completions for each pair.
         count=lambda batch: 2 * config.batch_size * config.pairs,
         log_step=recorder.log_step,
         evaluate=recorder.evaluate,
@@ -191,14 +199,15 @@ def train(
 
 
 def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kind], Any]) -> None:
-    """Saves policy and reward of the last state with `write`, and those of the best evaluated one in `best` where kept."""
+    """Saves the models of the last state with `write`, and those of the best evaluated one in `best` where kept."""
     for name, state in {"": result.state, "best": result.best}.items():
         on_host = gathered(state)
         if is_first_process() and state is not None:
             policy = run.policy._replace(params=run.setup.policy_of(on_host))
             write(run.folder.path / name / "policy", policy, "policy")
-            reward = run.reward._replace(params=run.setup.reward_of(on_host))
-            write(run.folder.path / name / "reward", reward, "reward")
+            if run.setup.reward_of is not None:
+                reward = run.reward._replace(params=run.setup.reward_of(on_host))
+                write(run.folder.path / name / "reward", reward, "reward")
 
 
 def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:
@@ -233,6 +242,17 @@ def _recorder(config: Align, run: Run) -> Recorder:
     )
 
 
+def _multiple(config: Align) -> int:
+    """Returns the number that columns of prompts are a multiple of."""
+    return min(32, config.max_prompt)
+
+
+def _prompt_columns(config: Align, prompts: PromptSplits) -> int:
+    """Returns the columns of the longest prompt."""
+    multiple = _multiple(config)
+    return -(-max(map(len, prompts.training)) // multiple) * multiple
+
+
 def _everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -260,8 +280,8 @@ def _with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> Comp
 
 
 def _open_reward(config: Align, policy: Model) -> Model:
-    if config.lora_rank:
-        # The reward is an adapter on the policy's own weights, which are not copied.
+    if config.lora_rank or METHODS[config.method].learns != "reward":
+        # The reward is an adapter on the policy's own weights, which are not copied; or there is none.
         return policy
     if config.reward is None:
         return reward_on(policy)

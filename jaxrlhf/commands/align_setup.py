@@ -1,5 +1,6 @@
-"""The bilevel algorithm of `jaxrlhf align`, and the parameters that it starts from."""
+"""What `jaxrlhf align` trains: the problem of its models, the algorithm, and the parameters that it starts from."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,32 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import bilevel
+from jaxrlhf.algorithms.methods import METHODS, Critic
 from jaxrlhf.base.types import Params
-from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
+from jaxrlhf.bilevel import Algorithm, BilevelProblem
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import ComparisonAnnotator
+from jaxrlhf.commands.methods import build_algorithm
 from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
+from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives
-from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
-from jaxrlhf.training.sharding import parse_mesh
+from jaxrlhf.preferences.scale import with_scale
 
 
 class AlignSetup(NamedTuple):
     """What a run trains.
 
     Attributes:
-        algorithm: the bilevel algorithm.
-        upper: initial parameters of the reward.
+        algorithm: of the method.
+        upper: initial upper parameters: of the reward, of a policy whose log-ratio is the reward, or `()`.
         lower: initial parameters of the policy.
         frozen: the reference, and the parameters of a traced annotator.
         policy_of: `(state) -> ` plain parameters of the deployed policy.
-        reward_of: `(state) -> ` plain parameters of the reward model.
+        reward_of: `(state) -> ` plain parameters of the reward model; None where the method learns none.
     """
 
     algorithm: Algorithm
@@ -41,17 +43,38 @@ class AlignSetup(NamedTuple):
     lower: Params
     frozen: LanguageFrozen
     policy_of: Callable[[Any], Params]
+    reward_of: Callable[[Any], Params] | None
+
+
+class _Trained(NamedTuple):
+    """What is trained: all weights or adapters.
+
+    Attributes:
+        lower, reward: initial parameters of the policy and of the reward.
+        policy_of, reward_of: of `AlignSetup`.
+        critic: `(policy) -> ` initial parameters of a critic.
+        params: keywords of `language_problem`, from trained parameters to the models'.
+    """
+
+    lower: Params
+    reward: Params
+    policy_of: Callable[[Any], Params]
     reward_of: Callable[[Any], Params]
+    critic: Callable[[Params], Params]
+    params: dict[str, Any]
 
 
-def build_setup(config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator) -> AlignSetup:
+def build_setup(
+    config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator, *, prompt_length: int | None = None
+) -> AlignSetup:
     """Returns the algorithm and initial parameters, for full training or for adapters.
 
     Args:
         config: of the run.
         policy: the policy, which is also the reference.
-        reward: the reward model to start from; with adapters only its configuration is used.
+        reward: the reward model to start from; with adapters, and for methods without one, only its configuration is used.
         annotator: labels the pairs.
+        prompt_length: columns of every step's prompts, where labels are kept; --max-prompt by default.
 
     Raises:
         ValueError: the reward does not read the policy's tokens, or a setting is out of range.
@@ -63,17 +86,19 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
     frozen = LanguageFrozen(policy.params, annotator.params)
-    if config.lora_rank:
-        return _adapters(config, policy, reward, annotator, frozen)
-    algorithm = _algorithm(config, _problem(config, policy, reward), annotator)
-    return AlignSetup(
-        algorithm,
-        _upper(config, reward.params),
-        policy.params,
-        frozen,
-        lambda state: state.policy,
-        lambda state: _reward_part(config, state.upper),
+    trained = (_adapters if config.lora_rank else _all_weights)(config, policy, reward)
+    learns = METHODS[config.method].learns
+    upper = {"reward": trained.reward, "log-ratio": trained.lower, "policy": ()}[learns]
+    algorithm = build_algorithm(
+        config,
+        functools.partial(_problem, config, policy, reward, **trained.params),
+        functools.partial(_critic, config, policy, trained),
+        annotator.traced,
+        (upper, trained.lower, frozen),
+        prompt_length=prompt_length or config.max_prompt,
     )
+    reward_of = trained.reward_of if learns == "reward" else None
+    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of)
 
 
 def _upper(config: Align, reward: Params) -> Params:
@@ -92,18 +117,26 @@ def scale_notes(config: Align, state: Any) -> list[str]:
     return [f"The reward's learned scale is {scale:.3g} at the end: an effective beta of {beta:.3g}."]
 
 
-def _adapters(
-    config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator, frozen: LanguageFrozen
-) -> AlignSetup:
+def _all_weights(config: Align, policy: Model, reward: Model) -> _Trained:
+    def critic(params):
+        trunk = {name: leaf for name, leaf in params.items() if name not in NOT_IN_TRUNK}
+        return {"trunk": trunk, "head": jnp.zeros(policy.config.width, jnp.float32)}
+
+    return _Trained(
+        policy.params,
+        _upper(config, reward.params),
+        lambda state: state.policy,
+        lambda state: _reward_part(config, state.upper),
+        critic,
+        {},
+    )
+
+
+def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
+    del reward
     base, keys = policy.params, jax.random.split(jax.random.key(config.seed))
     lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
-    problem = _problem(
-        config,
-        policy,
-        reward,
-        policy_params=lora.policy_on_reference,
-        reward_params=lora.reward_on_reference,
-    )
+    head = jnp.zeros(policy.config.width, jnp.float32)
 
     def policy_of(state):
         return lora.merge(base, state.policy)
@@ -113,15 +146,21 @@ def _adapters(
         upper = _reward_part(config, state.upper)
         return {"trunk": lora.merge(trunk, upper["adapter"]), "head": upper["head"]}
 
-    upper = _upper(config, {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)})
-    return AlignSetup(_algorithm(config, problem, annotator), upper, lower, frozen, policy_of, reward_of)
+    upper = _upper(config, {"adapter": adapter, "head": head})
+    params = {"policy_params": lora.policy_on_reference, "reward_params": lora.reward_on_reference}
+    # An adapter that has not been trained adds nothing, whose ever it is.
+    return _Trained(lower, upper, policy_of, reward_of, lambda adapter: {"adapter": adapter, "head": head}, params)
 
 
-def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> BilevelProblem:
-    objective = objectives.add(
-        objectives.likelihood(coupled=False),
-        objectives.utility(weight=config.utility_weight, kl_price=config.kl_price),
-    )
+def _critic(config: Align, policy: Model, trained: _Trained, optimizer: optax.GradientTransformation) -> Critic:
+    on_frozen = {"params_of": trained.params["reward_params"]} if trained.params else {}
+    model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
+    return Critic(token_critic(model, microbatches=config.microbatches, **on_frozen), trained.critic, optimizer)
+
+
+def _problem(
+    config: Align, policy: Model, reward: Model, objective: objectives.Objective, **keywords: Any
+) -> BilevelProblem:
     # Float32 whatever the weights are stored in: the reference must compute as the policy does, or rounding counts as KL.
     policy_model, reward_trunk = (
         decoder(model.config, dtype=jnp.float32, remat=config.remat) for model in (policy, reward)
@@ -135,7 +174,7 @@ def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> Bile
         generation=Generation(config.max_new_tokens, stop_ids=policy.bundle.stop_ids, pad_id=policy.bundle.pad_id),
         microbatches=config.microbatches,
         rollout=_rollout_model(config, policy),
-        **params,
+        **keywords,
     )
 
 
@@ -144,47 +183,3 @@ def _rollout_model(config: Align, policy: Model) -> RolloutModel | None:
         return None
     dtype = jnp.dtype(config.rollout_dtype)
     return RolloutModel(decoder(policy.config, dtype=dtype), lambda params: optax.tree.cast(params, dtype))
-
-
-def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnnotator) -> Algorithm:
-    rules = {
-        "central": lambda: bilevel.central(relative_sigma=config.relative_sigma),
-        "forward": lambda: bilevel.forward(config.relative_sigma),
-        "five_point": lambda: bilevel.five_point(config.relative_sigma),
-        "boltzmann": bilevel.boltzmann,
-        "decoupled": bilevel.decoupled,
-    }
-
-    def adam(rate):
-        return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
-
-    rates = learning_rates(config)
-    solver = tangent(adam(rates.policy), adam(rates.tangent))
-    rule, optimizer = rules[config.estimator](), adam(rates.reward)
-    if config.learn_scale:
-        problem = learn_scale(problem, beta=config.beta)
-        optimizer = scale_optimizer(optimizer, adam(_given(config.scale_learning_rate, 0.1)))
-    # In parallel only where the mesh splits the tilts.
-    sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
-    return bilevel_descent(
-        problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
-    )
-
-
-class LearningRates(NamedTuple):
-    """Of the policy, of its response to the reward, and of the reward model."""
-
-    policy: float
-    tangent: float
-    reward: float
-
-
-def learning_rates(config: Align) -> LearningRates:
-    """Returns the learning rates given, or their defaults; a rate of 0 is one, and keeps its parameters fixed."""
-    policy = _given(config.policy_learning_rate, 1e-3 if config.lora_rank else 2e-4)
-    reward = _given(config.reward_learning_rate, 2e-3 if config.lora_rank else 1e-3)
-    return LearningRates(policy, _given(config.tangent_learning_rate, policy / 20), reward)
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

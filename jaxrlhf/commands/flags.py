@@ -16,6 +16,8 @@ AT_LEAST = {
     "judge_tokens": 1,
     "keep_best": 0,
     "layers": 1,
+    "kept_labels": 1,
+    "labels_per_step": 1,
     "lora_rank": 0,
     "max_length": 2,
     "max_new_tokens": 1,
@@ -24,6 +26,7 @@ AT_LEAST = {
     "pairs": 1,
     "patience": 1,
     "prompts": 1,
+    "reuse": 0,
     "seed": 0,
     "steps": 1,
     "width": 1,
@@ -31,6 +34,7 @@ AT_LEAST = {
 """Smallest values of flags that are whole numbers."""
 NOT_NEGATIVE = (
     "centre",
+    "critic_learning_rate",
     "judge_temperature",
     "kl_price",
     "learning_rate",
@@ -43,7 +47,15 @@ NOT_NEGATIVE = (
     "utility_weight",
     "weight_decay",
 )
-POSITIVE = ("annotator_timeout", "beta", "checkpoint_minutes", "epochs", "largest_gradient", "relative_sigma")
+POSITIVE = (
+    "annotator_timeout",
+    "beta",
+    "checkpoint_minutes",
+    "epochs",
+    "largest_gradient",
+    "relative_sigma",
+    "target_kl",
+)
 LARGEST_SEED = 2**32 - 1
 
 
