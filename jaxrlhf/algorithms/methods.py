@@ -119,7 +119,8 @@ class Method(NamedTuple):
             log-ratio is the reward; "policy": nothing else, and there are no upper parameters.
         against: where the second response of its pairs comes from.
         per_token: whether every token is a step.
-        coupled: whether the reward's gradient includes the policy's response.
+        held_out: whether a reward is fitted to kept labels after a step's update and not before it: where the reward's
+            gradient includes the policy's response, that must be measured on labels that the reward has not seen.
         weighs: what holds the policy near the reference: "beta", or "kl_price".
     """
 
@@ -127,7 +128,7 @@ class Method(NamedTuple):
     learns: Literal["reward", "log-ratio", "policy"]
     against: Against
     per_token: bool = False
-    coupled: bool = False
+    held_out: bool = False
     weighs: Literal["beta", "kl_price"] = "beta"
 
     def reusing(
@@ -135,8 +136,7 @@ class Method(NamedTuple):
     ) -> Algorithm:
         """Returns the method's algorithm with its labels kept and used again.
 
-        A learned reward is fitted to kept pairs (`replay.refitted`), after the update where the method is coupled: its
-        coupling must be measured on labels that the reward has not seen. Without a reward model the policy takes updates
+        A learned reward is fitted to kept pairs too (`replay.refitted`). Without a reward model the policy takes updates
         on kept pairs, by importance weights (`replay.replayed`).
 
         Args:
@@ -153,7 +153,7 @@ class Method(NamedTuple):
         likelihood = objectives.likelihood(coupled=False)
         fitted = _scaled(parts, parts.of(likelihood, against=against, per_token=self.per_token), beta)
         learning = reward_learning(fitted, parts.fit_optimizer)
-        return refitted(algorithm, learning, sample, **sizes, held_out=self.coupled)
+        return refitted(algorithm, learning, sample, **sizes, held_out=self.held_out)
 
 
 def bilevel(
@@ -224,8 +224,8 @@ def label_gradient(parts: Parts, kl_price: Any) -> Algorithm:
 
 
 METHODS: dict[str, Method] = {
-    "bilevel": Method(bilevel, "reward", "reference", coupled=True),
-    "implicit-bilevel": Method(implicit_bilevel, "log-ratio", "self", coupled=True),
+    "bilevel": Method(bilevel, "reward", "reference", held_out=True),
+    "implicit-bilevel": Method(implicit_bilevel, "log-ratio", "self"),
     "iterated": Method(functools.partial(bilevel, rule=decoupled()), "reward", "reference"),
     "rloo": Method(functools.partial(iterated, gradient="rloo"), "reward", "policy"),
     "grpo": Method(functools.partial(iterated, gradient="grpo", per_token=True), "reward", "policy", per_token=True),
