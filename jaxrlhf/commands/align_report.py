@@ -1,10 +1,11 @@
 """The plan, the measurements and the report of `jaxrlhf align`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from jaxrlhf.base.types import Params
@@ -15,7 +16,7 @@ from jaxrlhf.commands.running import finish
 from jaxrlhf.lm.memory import MemoryPlan
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.progress import bytes_text, count_text, print_table
-from jaxrlhf.training.report import Samples
+from jaxrlhf.training.report import Samples, Table
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.tracking import Tracker
 
@@ -52,6 +53,7 @@ class Recorder:
         reference: Params,
         policy_of: Callable[[Any], Params],
         kl_price: float,
+        rewards: Sequence[str] = (),
     ):
         """Starts from the metrics that the folder of a resumed run already has, and compares the reference with itself.
 
@@ -62,19 +64,30 @@ class Recorder:
             reference: parameters.
             policy_of: `(state) -> ` the deployed policy's parameters.
             kl_price: cost of KL in the score of an evaluation, per nat.
+            rewards: names of the scores of a mixture.
         """
         self.rows = [row for row in folder.metrics() if "upper_loss" in row]
         self._folder, self._tracker, self._compare = folder, tracker, compare
-        self._policy_of, self._kl_price = policy_of, kl_price
+        self._policy_of, self._kl_price, self._rewards = policy_of, kl_price, rewards
         self._reference, self._latest = compare(reference), None
 
     def log_step(self, number: int, info: dict[str, Any]) -> dict[str, float]:
         """Writes a step's diagnostics; returns what the progress bar shows."""
-        row = {name: math.nan if value is None else float(value) for name, value in info.items()}
+        row = {name: math.nan if value is None else float(value) for name, value in self._scalars(info)}
         self._folder.append_metrics(step=number, **row)
         self._tracker.log(number, row)
         self.rows.append({"step": number} | row)
         return {"KL": row["kl"]}
+
+    def _scalars(self, info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in info.items():
+            if name == "inner":
+                yield from self._scalars(value if isinstance(value, dict) else value._asdict())
+            elif name in ("weights", "gains"):
+                values = zip(self._rewards, np.asarray(value, float).tolist(), strict=True)
+                yield from ((f"{name.removesuffix('s')}/{reward}", each) for reward, each in values)
+            else:
+                yield name, value
 
     def evaluate(self, number: int, state: Any) -> float:
         """Compares a state's policy with the reference; returns its win rate minus the cost of its KL."""
@@ -105,6 +118,7 @@ def write_align_report(
     rows: list[dict[str, Any]],
     notes: list[str],
     seconds: float,
+    tables: Sequence[Table] = (),
 ) -> None:
     """Writes curves, results.json and the report.
 
@@ -115,10 +129,11 @@ def write_align_report(
         rows: diagnostics by step.
         notes: for the report.
         seconds: that the run took.
+        tables: shown after the comparison.
     """
     reference, aligned = comparisons["reference"], comparisons["aligned"]
     labels = sum(row["labels"] for row in rows)
-    _draw(folder, config.estimator, rows, [{"step": 0, **reference.summary()}, *_evaluations(folder)])
+    _draw(folder, config, rows, [{"step": 0, **reference.summary()}, *_evaluations(folder)])
     results = {name: comparison.summary() for name, comparison in comparisons.items()}
     folder.write_json("results.json", results | {"labels": labels, "seconds": seconds})
     finish(
@@ -126,7 +141,8 @@ def write_align_report(
         config,
         comparison_table(comparisons, labels={"reference": 0, "aligned": int(labels)}),
         title="Bilevel alignment",
-        summary=f"{config.steps} steps and {labels:,.0f} labels in {seconds:.0f} s. The models are in policy and reward.",
+        summary=f"{config.steps} steps and {labels:,.0f} labels in {seconds:.0f} s. {_where(config)}",
+        further=tables,
         figures=["curves.png"],
         samples=[Samples("Completions of held-out prompts", ("reference", "aligned"), aligned.samples[:8])],
         notes=notes,
@@ -137,7 +153,13 @@ def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     return [row for row in folder.metrics() if "win_rate" in row]
 
 
-def _draw(folder: RunFolder, estimator: str, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+def _where(config: Align) -> str:
+    if config.rewards and not config.reward_network:
+        return "The model is in policy, the mixture of rewards in mixture.json."
+    return "The models are in policy and reward."
+
+
+def _draw(folder: RunFolder, config: Align, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
     panels = {}
     for title, field, axis, source in (
         ("Win rate against the reference", "win_rate", "fraction", evaluations),
@@ -146,5 +168,9 @@ def _draw(folder: RunFolder, estimator: str, rows: list[dict[str, Any]], evaluat
         ("Coupling fraction", "coupling_fraction", "fraction", rows),
     ):
         curve = [row["step"] for row in source], [row[field] for row in source]
-        panels[title] = ("step", axis, {estimator: curve})
+        panels[title] = ("step", axis, {config.estimator: curve})
+    if config.rewards and rows:
+        steps = [row["step"] for row in rows]
+        lines = {name: (steps, [row[f"weight/{name}"] for row in rows]) for name in config.rewards}
+        panels["Weights of the rewards"] = ("step", "reward per standard deviation", lines)
     draw_curves(folder.path / "curves.png", panels)

@@ -13,6 +13,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import ComparisonAnnotator
+from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture, weights_of
 from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.generate import Generation
@@ -20,6 +21,7 @@ from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences.mixture import mixture_optimizer, mixture_problem, report_mixture
 from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
 from jaxrlhf.training.sharding import parse_mesh
 
@@ -33,7 +35,8 @@ class AlignSetup(NamedTuple):
         lower: initial parameters of the policy.
         frozen: the reference, and the parameters of a traced annotator.
         policy_of: `(state) -> ` plain parameters of the deployed policy.
-        reward_of: `(state) -> ` plain parameters of the reward model.
+        reward_of: `(state) -> ` plain parameters of the reward model; None where there is none.
+        mixture: the functions of --rewards, if any.
     """
 
     algorithm: Algorithm
@@ -41,7 +44,8 @@ class AlignSetup(NamedTuple):
     lower: Params
     frozen: LanguageFrozen
     policy_of: Callable[[Any], Params]
-    reward_of: Callable[[Any], Params]
+    reward_of: Callable[[Any], Params | None]
+    mixture: Mixture | None = None
 
 
 def build_setup(config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator) -> AlignSetup:
@@ -62,26 +66,33 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
             f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
-    frozen = LanguageFrozen(policy.params, annotator.params)
+    frozen, mixture = LanguageFrozen(policy.params, annotator.params), open_mixture(config)
     if config.lora_rank:
-        return _adapters(config, policy, reward, annotator, frozen)
+        return _adapters(config, policy, reward, annotator, frozen, mixture)
     algorithm = _algorithm(config, _problem(config, policy, reward), annotator)
     return AlignSetup(
         algorithm,
-        _upper(config, reward.params),
+        _upper(config, reward.params, mixture),
         policy.params,
         frozen,
         lambda state: state.policy,
         lambda state: _reward_part(config, state.upper),
+        mixture,
     )
 
 
-def _upper(config: Align, reward: Params) -> Params:
+def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:
+    if mixture is not None:
+        reward = upper_with_mixture(mixture, reward if config.reward_network else ())
     return with_scale(reward) if config.learn_scale else reward
 
 
 def _reward_part(config: Align, upper: Params) -> Any:
-    return upper.reward if config.learn_scale else upper
+    """Returns the parameters of the reward model within the upper parameters; None where there is no model."""
+    reward = upper.reward if config.learn_scale else upper
+    if not config.rewards:
+        return reward
+    return reward.network if config.reward_network else None
 
 
 def scale_notes(config: Align, state: Any) -> list[str]:
@@ -93,7 +104,12 @@ def scale_notes(config: Align, state: Any) -> list[str]:
 
 
 def _adapters(
-    config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator, frozen: LanguageFrozen
+    config: Align,
+    policy: Model,
+    reward: Model,
+    annotator: ComparisonAnnotator,
+    frozen: LanguageFrozen,
+    mixture: Mixture | None,
 ) -> AlignSetup:
     base, keys = policy.params, jax.random.split(jax.random.key(config.seed))
     lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
@@ -111,10 +127,12 @@ def _adapters(
     def reward_of(state):
         trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
         upper = _reward_part(config, state.upper)
+        if upper is None:
+            return None
         return {"trunk": lora.merge(trunk, upper["adapter"]), "head": upper["head"]}
 
-    upper = _upper(config, {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)})
-    return AlignSetup(_algorithm(config, problem, annotator), upper, lower, frozen, policy_of, reward_of)
+    upper = _upper(config, {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)}, mixture)
+    return AlignSetup(_algorithm(config, problem, annotator), upper, lower, frozen, policy_of, reward_of, mixture)
 
 
 def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> BilevelProblem:
@@ -127,7 +145,7 @@ def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> Bile
         decoder(model.config, dtype=jnp.float32, remat=config.remat) for model in (policy, reward)
     )
     reward_on_trunk: RewardModel = reward_model(reward_trunk)
-    return language_problem(
+    problem = language_problem(
         policy_model,
         reward_on_trunk,
         objective,
@@ -137,6 +155,7 @@ def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> Bile
         rollout=_rollout_model(config, policy),
         **params,
     )
+    return mixture_problem(problem, with_network=config.reward_network) if config.rewards else problem
 
 
 def _rollout_model(config: Align, policy: Model) -> RolloutModel | None:
@@ -161,14 +180,17 @@ def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnno
     rates = learning_rates(config)
     solver = tangent(adam(rates.policy), adam(rates.tangent))
     rule, optimizer = rules[config.estimator](), adam(rates.reward)
+    if config.rewards:
+        optimizer = mixture_optimizer(adam(_given(config.weights_learning_rate, 0.02)), optimizer)
     if config.learn_scale:
         problem = learn_scale(problem, beta=config.beta)
         optimizer = scale_optimizer(optimizer, adam(_given(config.scale_learning_rate, 0.1)))
     # In parallel only where the mesh splits the tilts.
     sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
-    return bilevel_descent(
+    algorithm = bilevel_descent(
         problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
     )
+    return report_mixture(algorithm, weights_of, kl_price=config.kl_price) if config.rewards else algorithm
 
 
 class LearningRates(NamedTuple):

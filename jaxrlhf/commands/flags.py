@@ -42,6 +42,7 @@ NOT_NEGATIVE = (
     "ties",
     "utility_weight",
     "weight_decay",
+    "weights_learning_rate",
 )
 POSITIVE = ("annotator_timeout", "beta", "checkpoint_minutes", "epochs", "largest_gradient", "relative_sigma")
 LARGEST_SEED = 2**32 - 1
