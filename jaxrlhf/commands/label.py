@@ -20,6 +20,7 @@ from jaxrlhf.commands.label_data import (
 )
 from jaxrlhf.commands.models import open_model
 from jaxrlhf.commands.people import PageConfig, check_page
+from jaxrlhf.data.records import DataError
 from jaxrlhf.labelling.board import Board
 from jaxrlhf.labelling.page import Page
 from jaxrlhf.labelling.people import describe
@@ -74,7 +75,7 @@ def main(config: Label) -> pathlib.Path:
     journal = config.to.with_suffix(".sqlite")
     if config.to.exists() and not journal.exists():
         raise ValueError(f"{config.to} exists and has no journal {journal} beside it; give --to another name.")
-    store = LabelStore(journal)
+    fresh, store = not journal.exists(), LabelStore(journal)
     board = Board("Which answer is better?")
     queue = Queue(store, people_per_pair=config.people_per_pair, repeats=config.repeats)
     # Takes hold of the journal, before anything is written beside it.
@@ -85,6 +86,13 @@ def main(config: Label) -> pathlib.Path:
         _check_same_pairs(config, queue, pairs)
         queue.add(labelled.pair for labelled in pairs)
         written = _serve(config, page, pairs, console)
+    except (ValueError, DataError):
+        # A command that cannot be carried out leaves nothing behind.
+        page.stop()
+        if fresh and not queue.votes():
+            for path in journal.parent.glob(f"{journal.name}*"):
+                path.unlink()
+        raise
     finally:
         page.stop()
     for note in [*describe(queue.votes()), f"{written[0]} preferences are in {config.to}; {written[1]} labels in all."]:
