@@ -138,8 +138,8 @@ def exact_results(config: Config) -> Iterator[Result]:
                 if config.methods and name not in config.methods:
                     continue
                 outcome = one_run_exact.run_method(name, frozen, config.kl_price, budget, rates)
-                *measured, to_95 = outcome
-                yield Result(f"{kind}, {family}", name, *measured, *bounds, budget.labels, to_95)
+                result = Result(f"{kind}, {family}", name, *outcome[:-1], *bounds, budget.labels)
+                yield result._replace(labels_to_95=outcome.labels_to_95)
 
 
 def story_results(config: Config) -> Iterator[Result]:
