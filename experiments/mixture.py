@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from frontier_tasks import SPEECH, reference_pool
+from one_run import publish
 from one_run_exact import BETAS, ITERATED, SCALED, Bounds, Budget, Rates, bounds_of, run_method, utility_of_reward
 from rich.console import Console
 from stories import GLAD, SORRY, StoryModel, load_stories
@@ -30,7 +31,7 @@ from stories import GLAD, SORRY, StoryModel, load_stories
 from jaxrlhf import bandit, exact
 from jaxrlhf.evaluation.statistics import student_interval
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.report import Table, rich_table, write_report
+from jaxrlhf.training.report import Table
 from jaxrlhf.training.run_folder import RunFolder
 
 
@@ -77,7 +78,7 @@ class Config:
     responses: int = 512
     """Responses of the model to each opening, among which policies choose."""
     reward_learning_rate: float | None = None
-    """Adam's, of the weights; by default each method's best, on the seeds from 100 on, of 0.01, 0.02 and 0.05."""
+    """Adam's, of the weights; by default `RATES`."""
     scale_learning_rate: float = 0.05
     utility_weight: float = 10.0
     quick: bool = False
@@ -87,7 +88,7 @@ class Config:
 
 
 RATES = {SCALED: 0.01, ITERATED: 0.05}
-"""Adam's learning rates of the weights, chosen as `Config.reward_learning_rate` says."""
+"""Adam's learning rates of the weights, chosen on seeds from 100 on: of 0.01 and 0.03, and of 0.01, 0.02 and 0.05."""
 
 
 class Result(NamedTuple):
@@ -266,18 +267,15 @@ def report(folder: RunFolder, config: Config, results: list[Result], seconds: fl
     draw_curves(folder.path / "mixture.png", panels)
     tables = [differences(results), *[table_of([each for each in results if each.gold == gold]) for gold in GOLDS]]
     summary = f"Price {config.kl_price:g} of win rate a nat, {config.seeds} seeds, {seconds:.0f} s."
-    write_report(
-        folder.path,
+    publish(
+        folder,
+        config,
+        console,
         title="The weights of given scores",
         summary=summary,
         tables=tables,
-        figures=["mixture.png"],
-        config=config,
+        figure="mixture.png",
     )
-    for table in tables:
-        console.print(rich_table(table))
-    console.print(summary)
-    console.print(str(folder.path), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -294,14 +294,22 @@ def report(folder: RunFolder, config: Config, results: list[Result], seconds: fl
     tables = [sweep_table(results), *tables_of(results), speed_table(results)]
     device = jax.devices()[0].device_kind
     summary = f"Price {config.kl_price:g} of win rate a nat, {config.seeds} seeds, {seconds:.0f} s on {device}."
-    write_report(
-        folder.path,
+    publish(
+        folder,
+        config,
+        console,
         title="One run in place of a sweep",
         summary=summary,
         tables=tables,
-        figures=["one_run.png"],
-        config=config,
+        figure="one_run.png",
     )
+
+
+def publish(
+    folder: RunFolder, config: Any, console: Console, *, title: str, summary: str, tables: list[Table], figure: str
+) -> None:
+    """Writes a study's report, and prints its tables, its summary and its folder."""
+    write_report(folder.path, title=title, summary=summary, tables=tables, figures=[figure], config=config)
     for table in tables:
         console.print(rich_table(table))
     console.print(summary)

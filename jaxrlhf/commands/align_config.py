@@ -90,7 +90,7 @@ class Align(AnnotatorConfig, RunConfig):
     evaluation_answers: int = 64
     """Completions of held-out prompts per evaluation."""
     annotator_timeout: float = 1800.0
-    """Time limit in seconds for the annotator to label the pairs of a step; an LLM judge has limits of its own."""
+    """Time limit in seconds for a function to label or score the pairs of a step; an LLM judge has limits of its own."""
 
 
 def check_config(config: Align) -> None:
@@ -106,7 +106,7 @@ def check_config(config: Align) -> None:
     _check_rewards(config)
     if not config.learn_scale:
         refuse_unused(config, ["scale_learning_rate"], "without --learn-scale")
-    if config.annotator is not None and ":" not in config.annotator.partition("://")[0]:
+    if config.annotator is not None and ":" not in config.annotator.partition("://")[0] and not config.rewards:
         refuse_unused(config, ["annotator_timeout"], "to an annotator that is no function")
     if config.warmup < 0:
         raise ValueError(f"--warmup must not be negative, got {config.warmup}.")

@@ -30,6 +30,7 @@ def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPla
         "model": f"{policy.config.family}, {count_text(count)} parameters, {config.policy}",
         "trained": f"adapters of rank {config.lora_rank}" if config.lora_rank else "all weights",
         "memory": f"{bytes_text(memory.total)}, {memory.relative_to():.2f} times the base ({sizes})",
+        "reward": _reward_text(config),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "per step": f"{completions} completions of at most {config.max_new_tokens} tokens, {completions // 2} labels",
         "total": f"{config.steps} steps, {config.steps * completions // 2:,} labels",
@@ -151,6 +152,13 @@ def write_align_report(
 
 def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     return [row for row in folder.metrics() if "win_rate" in row]
+
+
+def _reward_text(config: Align) -> str:
+    model = "a new reward model" if config.reward is None else f"the reward model {config.reward}"
+    if not config.rewards:
+        return model
+    return f"a mixture of {', '.join(config.rewards)}{f' and {model}' if config.reward_network else ''}"
 
 
 def _where(config: Align) -> str:

@@ -87,9 +87,9 @@ def main(config: Label) -> pathlib.Path:
         queue.add(labelled.pair for labelled in pairs)
         written = _serve(config, page, pairs, console)
     except (ValueError, DataError):
-        # A command that cannot be carried out leaves nothing behind.
+        # A command that cannot be carried out leaves nothing behind, but for pairs that were sampled: they took time.
         page.stop()
-        if fresh and not queue.votes():
+        if fresh and not queue.votes() and not _sampled_path(config).exists():
             for path in journal.parent.glob(f"{journal.name}*"):
                 path.unlink()
         raise
@@ -131,7 +131,7 @@ def _read_pairs(config: Label, store: LabelStore, console: Console) -> list[Labe
 def _sampled(config: Label, store: LabelStore, console: Console) -> pathlib.Path:
     """Returns the file of sampled pairs, which is written once."""
     assert config.policy is not None
-    path = config.to.with_suffix(".pairs.jsonl")
+    path = _sampled_path(config)
     sampling = Sampling(*(getattr(config, name) for name in SAMPLING))
     wanted = json.dumps(sampling._asdict() | {"policy": str(config.policy), "data": config.data}, sort_keys=True)
     stored = store.fact("sampling", wanted)
@@ -151,6 +151,10 @@ def _sampled(config: Label, store: LabelStore, console: Console) -> pathlib.Path
     for note in sample_pairs(path, model, records.records, sampling):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     return path
+
+
+def _sampled_path(config: Label) -> pathlib.Path:
+    return config.to.with_suffix(".pairs.jsonl")
 
 
 def _check_same_pairs(config: Label, queue: Queue, pairs: list[LabelledPair]) -> None:

@@ -189,9 +189,9 @@ def write_labels(path: pathlib.Path, pairs: Sequence[LabelledPair], queue: Queue
             person = people.setdefault(vote.person, f"person {len(people) + 1}")
             labelled = pairs[places[vote.pair]]
             texts = _row(labelled.prompt, completions=[labelled.first, labelled.second])
-            told = {"label": vote.label, "person": person, "note": vote.note, "left": int(vote.swapped)}
-            told |= {"asked_again": vote.repeat, "seconds": round(vote.seconds, 3), "time": round(vote.at, 3)}
-            votes.append(texts | told)
+            answer = {"label": vote.label, "person": person, "note": vote.note, "left": int(vote.swapped)}
+            answer |= {"asked_again": vote.repeat, "seconds": round(vote.seconds, 3), "time": round(vote.at, 3)}
+            votes.append(texts | answer)
     write_lines(path, rows)
     write_lines(path.with_suffix(".votes.jsonl"), votes)
     return len(rows), len(votes)

@@ -96,8 +96,11 @@ def measure_units(mixture: Mixture, reference: Comparison, folder: RunFolder) ->
     Raises:
         ValueError: a function does not give scores.
     """
-    known = _read_units(folder.path / UNITS, mixture.names)
-    if known is None:
+    several = jax.process_count() > 1
+    known = _read_units(folder.path / UNITS, mixture.names) if is_first_process() else None
+    stored = np.array([known is not None])
+    # All processes call the functions, or none: each scores its share of the texts.
+    if not (broadcast_array(stored) if several else stored)[0]:
         prompts, pairs = zip(*reference.samples, strict=True)
         texts, prompts = [text for pair in zip(*pairs, strict=True) for text in pair], [*prompts, *prompts]
         columns = [
@@ -105,7 +108,9 @@ def measure_units(mixture: Mixture, reference: Comparison, folder: RunFolder) ->
             for name, function in zip(mixture.names, mixture.functions, strict=True)
         ]
         known = np.array([_moments(column[np.isfinite(column)]) for column in columns])
-    if jax.process_count() > 1:
+    elif known is None:
+        known = np.zeros((len(mixture.names), 2))
+    if several:
         known = broadcast_array(known)
     units = Units(known[:, 0], known[:, 1])
     if is_first_process():

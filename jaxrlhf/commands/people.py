@@ -19,9 +19,6 @@ class PageConfig:
     """Fraction of a person's pairs that are shown a second time, to measure how far their labels agree."""
 
 
-PAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(PageConfig))
-
-
 def check_page(config: PageConfig) -> None:
     """Raises ValueError for settings that are out of range."""
     if not 0 <= config.port < 65536:

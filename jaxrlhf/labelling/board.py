@@ -31,7 +31,7 @@ class Board:
             else:
                 self._rows.append({"step": step} | values)
 
-    def tell(self, **facts: str) -> None:
+    def set_facts(self, **facts: str) -> None:
         """Sets lines such as `beta="0.2"`."""
         with self._lock:
             self._facts |= facts

@@ -6,7 +6,6 @@ import pathlib
 import secrets
 import socket
 import threading
-import time
 from typing import Any
 
 from jaxrlhf.labelling.board import Board
@@ -87,11 +86,10 @@ class Page:
         self.address = f"http://{shown}:{port}/?token={self._token}"
         return self.address
 
-    def stop(self, *, linger: float = 0.0) -> None:
-        """Ends serving, after some seconds in which open pages learn that nothing more comes."""
+    def stop(self) -> None:
+        """Ends serving; may be called again."""
         self.board.ended = True
         if self._server is not None and self._thread is not None:
-            time.sleep(linger)
             self._server.should_exit = True
             self._thread.join(5)
         self._lock.close()

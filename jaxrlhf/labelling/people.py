@@ -10,7 +10,7 @@ from jaxrlhf.labelling.store import Vote
 
 
 def majority(labels: Sequence[Label]) -> Label:
-    """Returns the label that most people gave, 1/2 where there is no such, None where nobody gave one."""
+    """Returns 1 or 0 by which completion more people preferred, 1/2 if as many preferred either, None without labels."""
     given = [label for label in labels if label is not None]
     if not given:
         return None
@@ -81,14 +81,14 @@ def describe(votes: Sequence[Vote]) -> list[str]:
     """Returns a sentence on each person."""
     sentences = []
     for row in summary(votes):
-        told = [f"{row['labels']} labels ({row['ties']} ties, {row['skipped']} skipped)"]
-        told.append(f"{row['seconds']:.1f} s a label (median)")
+        clauses = [f"{row['labels']} labels ({row['ties']} ties, {row['skipped']} skipped)"]
+        clauses.append(f"{row['seconds']:.1f} s a label (median)")
         for count, same, words in (
             ("repeated", "same", "repeated pairs labelled alike"),
             ("others", "with_others", "labels of others on the same pairs alike"),
             ("forecast", "agreed", "labels as the reward model expected"),
         ):
             if row[count]:
-                told.append(f"{row[same]} of {row[count]} {words}")
-        sentences.append(f"{row['person'].capitalize()}: {', '.join(told)}.")
+                clauses.append(f"{row[same]} of {row[count]} {words}")
+        sentences.append(f"{row['person'].capitalize()}: {', '.join(clauses)}.")
     return sentences

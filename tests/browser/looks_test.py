@@ -44,7 +44,7 @@ def look(person, serve):
         board = Board("Which answer is better?", "waiting for 11 labels of step 25")
         for step in range(1, 25):
             board.measured(step, win_rate=0.5 + 0.01 * step + 0.05 * (step % 3 - 1), kl=0.02 * step)
-        board.tell(beta="0.2", price="0.05 a nat")
+        board.set_facts(beta="0.2", price="0.05 a nat")
         prompt = (Message("system", "You are a careful teacher."), Message("user", QUESTION))
         answers = ((Message("assistant", text),) for text in (GOOD, POOR))
         pairs = [make_pair("people", prompt, *answers, forecast=0.8)]

@@ -1,8 +1,13 @@
 """`jaxrlhf label`: what it writes when all is labelled, and that a command which cannot be carried out leaves nothing."""
 
+import dataclasses
 import json
+import socket
 
 import pytest
+
+pytest.importorskip("starlette", reason="the labelling page needs the extra labelling")
+pytest.importorskip("uvicorn", reason="the labelling page needs the extra labelling")
 
 from jaxrlhf.commands import label
 from jaxrlhf.commands.data import read_all
@@ -58,3 +63,17 @@ def test_what_cannot_be_carried_out_leaves_nothing(pairs, tmp_path, others, erro
     with pytest.raises(error, match=message):
         label.main(settings(folder, **{"data": pairs} | others))
     assert list(folder.iterdir()) == []
+
+
+def test_sampled_pairs_outlive_a_page_that_cannot_be_served(here, tmp_path):
+    """They took time; with them the journal stays, which knows the settings that they were sampled with."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        sampled = {"policy": here / "base", "max_new_tokens": 4}
+        config = settings(tmp_path, here / "pairs.jsonl", **sampled)
+        with pytest.raises(ValueError, match="cannot be served"):
+            label.main(dataclasses.replace(config, port=taken.getsockname()[1]))
+    assert len((tmp_path / "labels.pairs.jsonl").read_text().splitlines()) > 4
+    with pytest.raises(ValueError, match="sampled with other settings"):
+        label.main(dataclasses.replace(config, seed=1))

@@ -99,14 +99,22 @@ def test_a_resumed_run_goes_on_with_the_same_units_scores_and_weights(here, scor
     assert files[0] == files[1]
 
 
-def test_a_reward_model_labels_and_another_is_mixed_in(here, scores, trained):
+def test_a_reward_model_labels_and_another_is_mixed_in(here, scores, trained, capsys):
     """The traced annotator runs between the halves; the network of the mixture is saved as a reward model."""
     policy, reward = trained
     config = settings(
-        here, annotator=str(reward), rewards=("scores:suns",), reward_network=True, lora_rank=0, steps=2, policy=policy
+        here,
+        annotator=str(reward),
+        annotator_timeout=60.0,
+        rewards=("scores:suns",),
+        reward_network=True,
+        lora_rank=0,
+        steps=2,
+        policy=policy,
     )
     folder = align.main(config)
     assert models.open_model(folder / "reward", "reward").params["head"].any()
+    assert "a mixture of scores:suns and a new reward model" in " ".join(capsys.readouterr().out.split())
     assert len(metrics(folder)) == 2 and "weight/scores:suns" in metrics(folder)[-1]
 
 
