@@ -1,4 +1,4 @@
-"""The methods of `frontier.py`: those of `jaxrlhf.algorithms.methods`, and three offline; nothing else differs between them.
+"""The methods of `frontier.py`: those of `jaxrlhf.algorithms.methods`, and three offline, with nothing else between them.
 
 A method is a function of beta, which the controller adjusts to hold all methods to the same KL. All share policy,
 reference, pairs per step, optimiser and order of prompts. Where the pairs of a step come from is part of the method:

@@ -91,6 +91,7 @@ class Result(NamedTuple):
         reference, optimum: utilities; the optimum is exact, or the best mean of any method and start.
         best_in_class: utility of the best reward of the learner's class, where it is known.
         labels: of one run.
+        labels_to_95: `[seeds, starts]`, labels to 95% of a run's own gain, where they were measured.
     """
 
     problem: str
@@ -104,6 +105,7 @@ class Result(NamedTuple):
     optimum: float
     best_in_class: float | None
     labels: int
+    labels_to_95: np.ndarray | None = None
 
     @property
     def share(self) -> np.ndarray:
@@ -136,7 +138,8 @@ def exact_results(config: Config) -> Iterator[Result]:
                 if config.methods and name not in config.methods:
                     continue
                 outcome = one_run_exact.run_method(name, frozen, config.kl_price, budget, rates)
-                yield Result(f"{kind}, {family}", name, *outcome, *bounds, budget.labels)
+                result = Result(f"{kind}, {family}", name, *outcome[:-1], *bounds, budget.labels)
+                yield result._replace(labels_to_95=outcome.labels_to_95)
 
 
 def story_results(config: Config) -> Iterator[Result]:
@@ -220,6 +223,18 @@ def sweep_table(results: list[Result]) -> Table:
     return Table("One run from any start, against the sweep of the best rival", columns, rows)
 
 
+def speed_table(results: list[Result]) -> Table:
+    """Returns the labels to 95% of a run's own final gain: at each method's best start, and over all starts."""
+    rows = []
+    for each in results:
+        if each.labels_to_95 is not None:
+            best = each.labels_to_95[:, int(np.mean(each.share, axis=0).argmax())]
+            everywhere = np.nanmean(each.labels_to_95)
+            rows.append((each.problem, each.method, f"{np.nanmean(best):,.0f}", f"{everywhere:,.0f}"))
+    columns = ("problem", "method", "at its best start", "mean over starts")
+    return Table("Labels to 95% of a run's own gain over the reference", columns, rows)
+
+
 def draw(folder: RunFolder, results: list[Result]) -> None:
     """Draws one panel a problem: the share against beta, mean and range over the seeds."""
     panels = {}
@@ -276,17 +291,25 @@ def report(folder: RunFolder, config: Config, results: list[Result], seconds: fl
         "results.json", {"config": config, "seconds": seconds, "results": [each._asdict() for each in results]}
     )
     draw(folder, results)
-    tables = [sweep_table(results), *tables_of(results)]
+    tables = [sweep_table(results), *tables_of(results), speed_table(results)]
     device = jax.devices()[0].device_kind
     summary = f"Price {config.kl_price:g} of win rate a nat, {config.seeds} seeds, {seconds:.0f} s on {device}."
-    write_report(
-        folder.path,
+    publish(
+        folder,
+        config,
+        console,
         title="One run in place of a sweep",
         summary=summary,
         tables=tables,
-        figures=["one_run.png"],
-        config=config,
+        figure="one_run.png",
     )
+
+
+def publish(
+    folder: RunFolder, config: Any, console: Console, *, title: str, summary: str, tables: list[Table], figure: str
+) -> None:
+    """Writes a study's report, and prints its tables, its summary and its folder."""
+    write_report(folder.path, title=title, summary=summary, tables=tables, figures=[figure], config=config)
     for table in tables:
         console.print(rich_table(table))
     console.print(summary)

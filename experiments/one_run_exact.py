@@ -42,16 +42,18 @@ CONTEXTS, RESPONSES, FEATURES = 8, 64, 4
 
 
 class Budget(NamedTuple):
-    """What every run may use: `steps` of `pairs` labelled pairs in each of the 8 contexts, by `seeds` seeds."""
+    """What every run may use: `steps` of `pairs` labelled pairs in each context, by `seeds` seeds; and the sizes."""
 
     seeds: int = 5
     steps: int = 200
     pairs: int = 16
+    contexts: int = CONTEXTS
+    features: int = FEATURES
 
     @property
     def labels(self) -> int:
         """Labels of one run."""
-        return CONTEXTS * self.pairs * self.steps
+        return self.contexts * self.pairs * self.steps
 
 
 class Rates(NamedTuple):
@@ -128,7 +130,7 @@ def bounds_of(frozen: bandit.Bandit, kl_price: float, *, restarts: int = 16, ste
         (reward, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)
         return utility_of_reward(reward, frozen, kl_price)
 
-    starts = 1.5 * jax.random.normal(jax.random.key(2), (restarts, FEATURES))
+    starts = 1.5 * jax.random.normal(jax.random.key(2), (restarts, frozen.features.shape[-1]))
     best = jnp.max(jax.jit(jax.vmap(ascend))(starts))
     return Bounds(0.5, float(exact.soft_value(wins, frozen.reference, kl_price)), float(best))
 
@@ -153,7 +155,7 @@ def bilevel_method(name: str, beta: Any, kl_price: float, budget: Budget, rates:
         objectives.likelihood(coupled=False), objectives.utility(kl_price=kl_price, weight=rates.weight)
     )
     problem = bandit.bandit_problem(known.linear_reward, objective, pairs=budget.pairs)
-    optimizer, reward, first = cosine(rates.reward, budget), known.linear_reward, first_reward()
+    optimizer, reward, first = cosine(rates.reward, budget), known.linear_reward, first_reward(budget)
     if name == SCALED:
         problem, reward, first = learn_scale(problem, beta=beta), scaled(reward), with_scale(first)
         optimizer = scale_optimizer(optimizer, cosine(rates.scale, budget))
@@ -173,13 +175,13 @@ def iterated_method(name: str, beta: Any, budget: Budget, rates: Rates) -> Any:
             "RLOO": bilevel.loss_gradient,
             "GRPO": lambda: group_relative(problem, beta=beta),
             "PPO": lambda: actor_critic(
-                problem, state_value, jnp.zeros(CONTEXTS), optax.adam(0.1), beta=beta, trace=1.0
+                problem, state_value, jnp.zeros(budget.contexts), optax.adam(0.1), beta=beta, trace=1.0
             ),
         }[name]()
         solver = bilevel.tangent(cosine(rates.policy, budget), optax.set_to_zero(), steps=4, policy_gradient=gradient)
     return bilevel.bilevel_descent(
         problem, bilevel.decoupled(), solver, cosine(rates.reward, budget), beta=beta, annotate=annotator()
-    ), first_reward()
+    ), first_reward(budget)
 
 
 def direct_method(name: str, beta: Any, budget: Budget, rates: Rates) -> Any:
@@ -199,7 +201,7 @@ def method_of(name: str, start: Any, kl_price: float, budget: Budget, rates: Rat
     if name == CONTROLLER:
         target = ramp(start, steps=budget.steps // 2)
         make = lambda beta: iterated_method(ITERATED, beta, budget, rates)[0]  # noqa: E731
-        return target_kl(make, target=target, beta=0.6, gain=0.05), first_reward()
+        return target_kl(make, target=target, beta=0.6, gain=0.05), first_reward(budget)
     if name.endswith("DPO"):
         return direct_method(name, start, budget, rates)
     return iterated_method(name, start, budget, rates)
@@ -211,9 +213,9 @@ def state_value(critic: jax.Array, sample: Any, frozen: bandit.Bandit) -> jax.Ar
     return jnp.broadcast_to(critic[sample.prompts][:, None, None, None], sample.behaviour_log_prob.shape)
 
 
-def first_reward() -> jax.Array:
+def first_reward(budget: Budget) -> jax.Array:
     """Returns the first reward, nearly 0."""
-    return jnp.full(FEATURES, 0.01)
+    return jnp.full(budget.features, 0.01)
 
 
 def annotator() -> Any:
@@ -232,6 +234,7 @@ class Outcome(NamedTuple):
     Attributes:
         starts: beta, or the target KL, of each column.
         utility, win_rate, kl, scale: `[seeds, starts]`, exact; the scale is 1 where none is learned.
+        labels_to_95: `[seeds, starts]`, labels after which a run kept 95% of its final gain; NaN where it gained nothing.
     """
 
     starts: tuple[float, ...]
@@ -239,28 +242,44 @@ class Outcome(NamedTuple):
     win_rate: np.ndarray
     kl: np.ndarray
     scale: np.ndarray
+    labels_to_95: np.ndarray
 
 
-def run_method(name: str, frozen: bandit.Bandit, kl_price: float, budget: Budget, rates: Rates) -> Outcome:
+def run_method(
+    name: str, frozen: bandit.Bandit, kl_price: float, budget: Budget, rates: Rates, *, first_seed: int = 1
+) -> Outcome:
     """Runs a method from every start, by every seed, in one program."""
     starts = TARGETS if name == CONTROLLER else BETAS
     run = functools.partial(_run, name, kl_price, budget, rates, frozen)
     over_starts = jax.vmap(run, in_axes=(0, None))
-    keys = jax.random.split(jax.random.key(1), budget.seeds)
+    keys = jax.random.split(jax.random.key(first_seed), budget.seeds)
     results = jax.jit(jax.vmap(over_starts, in_axes=(None, 0)))(jnp.asarray(starts), keys)
     return Outcome(starts, *(np.asarray(leaf, float) for leaf in results))
 
 
 def _run(name: str, kl_price: float, budget: Budget, rates: Rates, frozen: bandit.Bandit, start: Any, key: jax.Array):
-    """Returns utility, win rate, KL and scale of one run."""
+    """Returns utility, win rate, KL and scale of one run, and its labels to 95% of its gain."""
     algorithm, first = method_of(name, start, kl_price, budget, rates)
 
+    def evaluate(state):
+        log_policy = jax.nn.log_softmax(state.policy, axis=-1)
+        return exact.evaluate_policy(log_policy, frozen.reference, frozen.gold, 1.0)
+
     def step(state, key):
-        return algorithm.step(key, state, None, frozen)[0], None
+        state, _ = algorithm.step(key, state, None, frozen)
+        result = evaluate(state)
+        return state, result.win_rate - kl_price * result.kl
 
     state = algorithm.init(key, first, frozen.reference)
-    state, _ = jax.lax.scan(step, state, jax.random.split(key, budget.steps))
-    log_policy = jax.nn.log_softmax(state.policy, axis=-1)
-    result = exact.evaluate_policy(log_policy, frozen.reference, frozen.gold, 1.0)
+    state, utilities = jax.lax.scan(step, state, jax.random.split(key, budget.steps))
+    result = evaluate(state)
     scale = jnp.exp(state.upper.log_scale) if name == SCALED else jnp.ones(())
-    return result.win_rate - kl_price * result.kl, result.win_rate, result.kl, scale
+    steps = steps_to(0.95, utilities - 0.5)
+    return utilities[-1], result.win_rate, result.kl, scale, steps * budget.labels / budget.steps
+
+
+def steps_to(fraction: float, gains: jax.Array) -> jax.Array:
+    """Returns the steps after which gains `[T]` stay at or above a fraction of the last; NaN where it is not positive."""
+    below = gains < fraction * gains[-1]
+    last = jnp.max(jnp.where(below, jnp.arange(1, len(gains) + 1), 0))
+    return jnp.where(gains[-1] > 0, last + 1.0, jnp.nan)

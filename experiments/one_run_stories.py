@@ -20,7 +20,7 @@ from frontier_tasks import Gold
 from stories import StoryModel
 
 from jaxrlhf import bilevel, preferences
-from jaxrlhf.algorithms.methods import METHODS
+from jaxrlhf.algorithms import methods
 from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.bilevel import Labelled
 from jaxrlhf.lm.pairing import Prompts
@@ -87,7 +87,7 @@ class Price(NamedTuple):
 
 def bilevel_method(setup: Setup, rates: Rates, price: Price, *, learned: bool) -> Method:
     """Returns bilevel descent by the Boltzmann rule on pairs with the reference, with or without a learned scale."""
-    method = METHODS["bilevel"]
+    method = methods.METHODS["bilevel"]
     parts = parts_of(setup, rates, method, kl_price=price.kl_price)._replace(
         rule=bilevel.boltzmann(), utility_weight=price.weight, tangent_optimizer=optax.set_to_zero(), scaled=learned
     )

@@ -13,8 +13,8 @@ ROOT = pathlib.Path(jaxrlhf.__file__).parent
 
 # A part may import itself and what stands before it.
 ORDER = [
-    "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "data", "lm", "annotation", "known",
-    "training", "commands",
+    "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "data", "lm", "annotation", "labelling",
+    "known", "training", "commands",
 ]  # fmt: skip
 DOORS = {"objectives": "preferences", "bandit": "exact"}
 NEVER = {("mdp", "lm"), ("lm", "mdp")}

@@ -72,12 +72,15 @@ def test_the_set_up_lines_are_the_ones_that_ci_runs():
     assert all("-c constraints.txt" in line for line in lines)
 
 
+PAGES = (README, GUIDE, ROOT / "docs" / "labelling.md")
+
+
 def test_every_command_that_is_shown_is_understood():
-    shown = [line.split("jaxrlhf ", 1)[1] for text in (README, GUIDE) for line in text.read_text().splitlines()
-             if re.match(r"    (\.venv/bin/)?jaxrlhf ", line)]  # fmt: skip
-    assert len(shown) >= 9
+    lines = [line for page in PAGES for line in page.read_text().replace("\\\n", " ").splitlines()]
+    shown = [line.split("jaxrlhf ", 1)[1] for line in lines if re.match(r"    (\.venv/bin/)?jaxrlhf ", line)]
+    assert len(shown) >= 12
     for line in shown:
-        name, *arguments = shlex.split(line)
+        name, *arguments = shlex.split(line, comments=True)
         kind, _ = COMMANDS[name]
         assert isinstance(tyro.cli(kind, args=arguments), kind)
 

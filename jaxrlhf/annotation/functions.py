@@ -1,13 +1,15 @@
 """User-supplied rewards and annotators: plain Python functions named `module:function`.
 
-    def score(prompts: list[str], completions: list[str]) -> list[float]: ...
+    def score(prompts: list[str], completions: list[str]) -> list[float | None]: ...
     def annotate(prompts: list[str], firsts: list[str], seconds: list[str]) -> list[float | None]: ...
 
 A label is 1 where the first completion is preferred, 0 where the second is, 1/2 for a tie and None where the annotator
-gives no label.
+gives no label. A score is None where it does not apply, in mixtures of several (`host_scores`). Functions written for
+TRL's trainers, which take `completions` by name and ignore further arguments, are called so (`score_function`).
 """
 
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -23,7 +25,7 @@ from jaxrlhf import preferences
 from jaxrlhf.annotation.concurrency import call_with_timeout
 from jaxrlhf.base.problem import SKIPPED, Sample
 
-Score = Callable[[list[str], list[str]], Sequence[float]]
+Score = Callable[[list[str], list[str]], Sequence[float | None]]
 Annotate = Callable[[list[str], list[str], list[str]], Sequence[float | None]]
 
 
@@ -48,6 +50,40 @@ def load_function(name: str) -> Callable:
     if not callable(function):
         raise ValueError(f"The module {module_name} has no function {function_name}.")
     return function
+
+
+def score_function(name: str) -> Score:
+    """Returns the function `module:function` of (prompts, completions), called by name where it names its `completions`.
+
+    Raises:
+        ValueError: as `load_function`; or the function needs an argument beside the two.
+    """
+    function = load_function(name)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin
+        return function
+    if "completions" not in parameters or parameters["completions"].kind is inspect.Parameter.POSITIONAL_ONLY:
+        return function
+    others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    needed = [
+        other
+        for other, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and other not in ("prompts", "completions")
+    ]
+    if needed:
+        raise ValueError(
+            f"{name} needs {' and '.join(needed)}; a score is a function of prompts and completions, so give "
+            f"{'it a default' if len(needed) == 1 else 'them defaults'}."
+        )
+
+    def by_name(prompts: list[str], completions: list[str]) -> Sequence[float | None]:
+        with_prompts = {"prompts": prompts} if others or "prompts" in parameters else {}
+        return function(completions=completions, **with_prompts)
+
+    return by_name
 
 
 def completions_of(
@@ -159,6 +195,41 @@ def host_scorer(tokenizer: tokenizers.Tokenizer, score: Score, name: str) -> Cal
         return preferences.draw_labels(key, jnp.asarray(scores.reshape(*sample.measure.shape, 2)))
 
     return annotate_sample
+
+
+def host_scores(
+    tokenizer: tokenizers.Tokenizer, scores: Sequence[Score], names: Sequence[str]
+) -> Callable[[jax.Array, Sample], np.ndarray]:
+    """Returns `(key, sample) -> scores [B, M, 2, K]` from K functions of texts; NaN where one gave None.
+
+    Raises:
+        ValueError: when called, where a function gives too few scores, or an infinite one.
+    """
+
+    def score_sample(key, sample):
+        del key
+        prompts, *texts = texts_of(tokenizer, sample)
+        columns = [
+            np.stack([optional_scores(score(prompts, side), len(prompts), name) for side in texts], axis=-1)
+            for score, name in zip(scores, names, strict=True)
+        ]
+        return np.stack(columns, axis=-1).reshape(*sample.measure.shape, 2, len(columns))
+
+    return score_sample
+
+
+def optional_scores(values: Any, count: int, name: str) -> np.ndarray:
+    """Returns a function's scores `[N]`, NaN for None.
+
+    Raises:
+        ValueError: they are not `count` numbers, or one is infinite.
+    """
+    if values is not None:
+        values = [np.nan if value is None else value for value in values]
+    scores = _numbers(values, count, name)
+    if np.any(np.isinf(scores)):
+        raise ValueError(f"{name} gave {int(np.sum(np.isinf(scores)))} scores that are infinite; give numbers or None.")
+    return scores
 
 
 def _finite(values: Any, count: int, name: str) -> np.ndarray:

@@ -26,6 +26,7 @@ def cached_annotator(
     *,
     agreed: Callable[[np.ndarray], np.ndarray] | None = None,
     complete: bool = False,
+    shape: tuple[int, ...] = (1,),
 ) -> Callable[[Key, Sample], np.ndarray]:
     """Returns the host annotator `(key, sample) -> labels [B, M, 1]` with its labels cached in a file.
 
@@ -34,6 +35,7 @@ def cached_annotator(
         path: JSON lines, one per sample; created with the first labels. None caches in memory only.
         agreed: with several processes, `array -> ` the first process's array; only that process has a path then.
         complete: caches a sample only if none of its labels is missing: those of a judge may come at the next try.
+        shape: of what `annotate` returns, behind `[B, M]`; `(2, K)` where they are scores.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -54,7 +56,7 @@ def cached_annotator(
 
     def annotate_once(key: Key, sample: Sample) -> np.ndarray:
         digest = _digest(key, sample)
-        labels = find(digest, (*sample.measure.shape, 1))
+        labels = find(digest, (*sample.measure.shape, *shape))
         if labels is None:
             labels = np.asarray(annotate(key, sample))
             if path is not None and keeps(labels):

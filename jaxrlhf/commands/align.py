@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.annotation.label_cache import cached_annotator
+from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, check_config
 from jaxrlhf.commands.align_report import Recorder, method_notes, print_plan, write_align_report
@@ -27,6 +28,7 @@ from jaxrlhf.commands.annotators import (
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.methods import ask_about_some
+from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
 from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on, save_model
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
@@ -42,7 +44,14 @@ from jaxrlhf.training.processes import broadcast_array, gathered, is_first_proce
 from jaxrlhf.training.resume import RunCheckpointer
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
-from jaxrlhf.training.step import batch_sharding, check_batch, compile_algorithm, make_outer_step, put_on_devices
+from jaxrlhf.training.step import (
+    batch_sharding,
+    check_batch,
+    compile_algorithm,
+    compile_annotator,
+    make_outer_step,
+    put_on_devices,
+)
 from jaxrlhf.training.tracking import Tracker, tracker
 
 
@@ -67,6 +76,7 @@ class Run(NamedTuple):
         mesh: of devices.
         frozen: placed on the mesh.
         state_where, frozen_where: shardings.
+        units: of the scores of --rewards, once measured.
     """
 
     folder: RunFolder
@@ -80,6 +90,7 @@ class Run(NamedTuple):
     frozen: LanguageFrozen
     state_where: Any
     frozen_where: Any
+    units: Units | None = None
 
 
 class InitialParams(NamedTuple):
@@ -110,6 +121,8 @@ def main(config: Align) -> pathlib.Path:
         del initial
         # Labels are requested only after the folder is known to belong to this run.
         recorder = _recorder(config, run)
+        if run.setup.mixture is not None:
+            run = run._replace(units=measure_units(run.setup.mixture, recorder.unchanged()["reference"], run.folder))
         _rehearse(config, run, recorder, state)
         result = train(config, run, recorder, checkpointer, state, restored)
     run.tracker.close()
@@ -120,7 +133,9 @@ def main(config: Align) -> pathlib.Path:
         for note in last:
             Console().print(note, markup=False, highlight=False)
         notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *last, *result.notes]
-        write_align_report(run.folder, config, comparisons, recorder.rows, notes, time.monotonic() - began)
+        tables = mixture_tables(run.setup.mixture, run.units, run.folder, result.state, recorder.rows)
+        seconds = time.monotonic() - began
+        write_align_report(run.folder, config, comparisons, recorder.rows, notes, seconds, tables)
     return run.folder.path
 
 
@@ -177,14 +192,11 @@ def train(
     # Kept pairs are arrays of one shape.
     multiple = _prompt_columns(config, run.prompts) if config.reuse else _multiple(config)
     batches = prompt_batches(run.prompts.training, batch_size=config.batch_size, seed=config.seed, multiple=multiple)
-    annotate = run.annotator.host
-    if annotate is not None and config.labels_per_step is not None:
-        annotate = ask_about_some(annotate, config.labels_per_step)
     loop = LoopSettings(
         name="align",
         unit="completions",
         steps=config.steps,
-        step=make_outer_step(compiled, annotate),
+        step=_outer_step(config, run, compiled),
         batches=iter(batches),
         place_batch=lambda batch: Prompts(*put_on_devices(tuple(batch), batch_sharding(run.mesh))),
         frozen=run.frozen,
@@ -198,6 +210,18 @@ def train(
     return run_loop(config, loop, run.folder, checkpointer, state, restored)
 
 
+def _outer_step(config: Align, run: Run, compiled: Algorithm) -> Callable:
+    mixture, annotate, traced, score = run.setup.mixture, run.annotator.host, None, None
+    if annotate is not None and config.labels_per_step is not None:
+        annotate = ask_about_some(annotate, config.labels_per_step)
+    if mixture is not None:
+        assert run.units is not None
+        score = scorer(mixture, run.units, run.policy, run.folder)
+        if run.annotator.traced is not None:
+            traced = compile_annotator(run.annotator.traced, run.mesh, frozen=run.frozen_where)
+    return make_outer_step(compiled, annotate, traced=traced, score=score)
+
+
 def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kind], Any]) -> None:
     """Saves the models of the last state with `write`, and those of the best evaluated one in `best` where kept."""
     for name, state in {"": result.state, "best": result.best}.items():
@@ -205,9 +229,9 @@ def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kin
         if is_first_process() and state is not None:
             policy = run.policy._replace(params=run.setup.policy_of(on_host))
             write(run.folder.path / name / "policy", policy, "policy")
-            if run.setup.reward_of is not None:
-                reward = run.reward._replace(params=run.setup.reward_of(on_host))
-                write(run.folder.path / name / "reward", reward, "reward")
+            reward = run.setup.reward_of(on_host)
+            if reward is not None:
+                write(run.folder.path / name / "reward", run.reward._replace(params=reward), "reward")
 
 
 def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:
@@ -218,7 +242,8 @@ def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:
 
     def write(trial: RunFolder) -> None:
         save(run._replace(folder=trial), LoopResult(state, None, []), try_saving)
-        write_align_report(trial, config, comparisons, [], run.prompts.notes, 0.0)
+        tables = mixture_tables(run.setup.mixture, run.units, trial, state, [])
+        write_align_report(trial, config, comparisons, [], run.prompts.notes, 0.0, tables)
 
     rehearse(run.folder, write)
 
@@ -239,6 +264,7 @@ def _recorder(config: Align, run: Run) -> Recorder:
         reference=run.frozen.reference,
         policy_of=run.setup.policy_of,
         kl_price=config.kl_price,
+        rewards=config.rewards,
     )
 
 
@@ -283,6 +309,8 @@ def _open_reward(config: Align, policy: Model) -> Model:
     if config.lora_rank or METHODS[config.method].learns != "reward":
         # The reward is an adapter on the policy's own weights, which are not copied; or there is none.
         return policy
+    if config.rewards and not config.reward_network:
+        return policy  # there is no reward model
     if config.reward is None:
         return reward_on(policy)
     reward = open_model(config.reward, "reward")

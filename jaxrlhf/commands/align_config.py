@@ -1,8 +1,11 @@
 """Settings of `jaxrlhf align`."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Literal
+
+import tyro
 
 from jaxrlhf.commands.annotators import AnnotatorConfig
 from jaxrlhf.commands.data import Format
@@ -30,6 +33,12 @@ class Align(AnnotatorConfig, RunConfig):
     method: MethodName = "bilevel"
     """How labels train the policy. bilevel, iterated, rloo, grpo and ppo learn a reward model from them and follow it;
     implicit-bilevel, online-dpo, online-ipo and sail have the policy's log-ratio for a reward, label-gradient has none."""
+    rewards: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A score, `module:function` of (prompts, completions); the reward is then their mixture, with learned weights."""
+    reward_weights: tuple[float, ...] = ()
+    """Initial weights of --rewards, in reward per standard deviation of each score; by default 0."""
+    reward_network: bool = False
+    """Adds a reward model, that of --reward or a new one, to the mixture of --rewards."""
     format: Format = "auto"
     """Format of the data; see `jaxrlhf.data`."""
     skip_bad: bool = False
@@ -72,6 +81,8 @@ class Align(AnnotatorConfig, RunConfig):
     """Learns how far the reward is followed from --kl-price, so that --beta is only where it starts."""
     scale_learning_rate: float | None = None
     """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.1."""
+    weights_learning_rate: float | None = None
+    """Learning rate of the weights of --rewards; by default 0.02. With 0 they stay as given."""
     policy_learning_rate: float | None = None
     """Learning rate of the policy; by default 2e-4, or 1e-3 with adapters."""
     tangent_learning_rate: float | None = None
@@ -94,7 +105,7 @@ class Align(AnnotatorConfig, RunConfig):
     evaluation_answers: int = 64
     """Completions of held-out prompts per evaluation."""
     annotator_timeout: float = 1800.0
-    """Time limit in seconds for the annotator to label the pairs of a step; an LLM judge has limits of its own."""
+    """Time limit in seconds for a function to label or score the pairs of a step; an LLM judge has limits of its own."""
 
 
 def check_config(config: Align) -> None:
@@ -108,9 +119,10 @@ def check_config(config: Align) -> None:
         raise ValueError(
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."
         )
+    _check_rewards(config)
     if not config.learn_scale:
         refuse_unused(config, ["scale_learning_rate"], "without --learn-scale")
-    if config.annotator is not None and ":" not in config.annotator.partition("://")[0]:
+    if config.annotator is not None and ":" not in config.annotator.partition("://")[0] and not config.rewards:
         refuse_unused(config, ["annotator_timeout"], "to an annotator that is no function")
     if config.warmup < 0:
         raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
@@ -124,3 +136,25 @@ def check_config(config: Align) -> None:
     for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+
+
+def _check_rewards(config: Align) -> None:
+    if not config.rewards:
+        refuse_unused(config, ["reward_weights", "reward_network", "weights_learning_rate"], "without --rewards")
+        return
+    if len(set(config.rewards)) < len(config.rewards):
+        raise ValueError(f"--rewards names a function twice: {', '.join(config.rewards)}; give each once.")
+    if not config.reward_network:
+        unused = ["reward", "reward_learning_rate"]
+        refuse_unused(config, unused, "with --rewards, unless --reward-network adds a reward model to the mixture")
+    if config.reward_weights and len(config.reward_weights) != len(config.rewards):
+        raise ValueError(
+            f"--reward-weights gives {len(config.reward_weights)} weights for {len(config.rewards)} --rewards; "
+            "give one for each."
+        )
+    if not all(map(math.isfinite, config.reward_weights)):
+        raise ValueError("--reward-weights must be finite numbers.")
+    if config.weights_learning_rate == 0 and not any(config.reward_weights) and not config.reward_network:
+        raise ValueError(
+            "With --weights-learning-rate 0 the reward stays 0, as no weight differs from 0; give --reward-weights."
+        )

@@ -1,10 +1,11 @@
 """The plan, the measurements and the report of `jaxrlhf align`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from jaxrlhf.algorithms.methods import METHODS
@@ -17,7 +18,7 @@ from jaxrlhf.commands.running import finish
 from jaxrlhf.lm.memory import MemoryPlan
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.progress import bytes_text, count_text, print_table
-from jaxrlhf.training.report import Samples
+from jaxrlhf.training.report import Samples, Table
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.tracking import Tracker
 
@@ -31,6 +32,7 @@ def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPla
         "model": f"{policy.config.family}, {count_text(count)} parameters, {config.policy}",
         "trained": f"adapters of rank {config.lora_rank}" if config.lora_rank else "all weights",
         "memory": f"{bytes_text(memory.total)}, {memory.relative_to():.2f} times the base ({sizes})",
+        "reward": _reward_text(config),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "per step": f"{completions} completions of at most {config.max_new_tokens} tokens, {labels:,} labels",
         "total": f"{config.steps} steps, {config.steps * labels:,} labels",
@@ -61,6 +63,7 @@ class Recorder:
         reference: Params,
         policy_of: Callable[[Any], Params],
         kl_price: float,
+        rewards: Sequence[str] = (),
     ):
         """Starts from the metrics that the folder of a resumed run already has, and compares the reference with itself.
 
@@ -71,15 +74,16 @@ class Recorder:
             reference: parameters.
             policy_of: `(state) -> ` the deployed policy's parameters.
             kl_price: cost of KL in the score of an evaluation, per nat.
+            rewards: names of the scores of a mixture.
         """
         self.rows = [row for row in folder.metrics() if "labels" in row]
         self._folder, self._tracker, self._compare = folder, tracker, compare
-        self._policy_of, self._kl_price = policy_of, kl_price
+        self._policy_of, self._kl_price, self._rewards = policy_of, kl_price, rewards
         self._reference, self._latest = compare(reference), None
 
     def log_step(self, number: int, info: dict[str, Any]) -> dict[str, float]:
         """Writes a step's diagnostics; returns what the progress bar shows."""
-        row = {name: math.nan if value is None else float(value) for name, value in _flat(info).items()}
+        row = {name: math.nan if value is None else float(value) for name, value in self._scalars(info).items()}
         self._folder.append_metrics(step=number, **row)
         self._tracker.log(number, row)
         self.rows.append({"step": number} | row)
@@ -87,6 +91,20 @@ class Recorder:
         # The effective sample size of fresh pairs alone is no news.
         shown = shown if "age" in row else {title: name for title, name in shown.items() if title != "ESS"}
         return {title: row[name] for title, name in shown.items() if name in row}
+
+    def _scalars(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Returns diagnostics without nesting; an outer algorithm's, such as replay's, replace an inner one's."""
+        inner, own = {}, {}
+        for name, value in info.items():
+            nested = value._asdict() if hasattr(value, "_asdict") else value
+            if isinstance(nested, dict):
+                inner |= self._scalars(nested)
+            elif name in ("weights", "gains"):
+                values = zip(self._rewards, np.asarray(value, float).tolist(), strict=True)
+                own |= {f"{name.removesuffix('s')}/{reward}": each for reward, each in values}
+            else:
+                own[name] = value
+        return inner | own
 
     def evaluate(self, number: int, state: Any) -> float:
         """Compares a state's policy with the reference; returns its win rate minus the cost of its KL."""
@@ -117,6 +135,7 @@ def write_align_report(
     rows: list[dict[str, Any]],
     notes: list[str],
     seconds: float,
+    tables: Sequence[Table] = (),
 ) -> None:
     """Writes curves, results.json and the report.
 
@@ -127,11 +146,11 @@ def write_align_report(
         rows: diagnostics by step.
         notes: for the report.
         seconds: that the run took.
+        tables: shown after the comparison.
     """
     reference, aligned = comparisons["reference"], comparisons["aligned"]
     labels = sum(row["labels"] for row in rows)
-    curve = config.estimator if config.method == "bilevel" else config.method
-    _draw(folder, curve, rows, [{"step": 0, **reference.summary()}, *_evaluations(folder)])
+    _draw(folder, config, rows, [{"step": 0, **reference.summary()}, *_evaluations(folder)])
     results = {name: comparison.summary() for name, comparison in comparisons.items()}
     folder.write_json("results.json", results | {"labels": labels, "seconds": seconds})
     finish(
@@ -140,6 +159,7 @@ def write_align_report(
         comparison_table(comparisons, labels={"reference": 0, "aligned": int(labels)}),
         title=title_of(config),
         summary=f"{config.steps} steps and {labels:,.0f} labels in {seconds:.0f} s. {_where(config)}",
+        further=tables,
         figures=["curves.png"],
         samples=[Samples("Completions of held-out prompts", ("reference", "aligned"), aligned.samples[:8])],
         notes=notes,
@@ -150,10 +170,21 @@ def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     return [row for row in folder.metrics() if "win_rate" in row]
 
 
+def _reward_text(config: Align) -> str:
+    if METHODS[config.method].learns != "reward":
+        return "none is learned" if METHODS[config.method].learns == "policy" else "the policy's log-ratio"
+    model = "a new reward model" if config.reward is None else f"the reward model {config.reward}"
+    if not config.rewards:
+        return model
+    return f"a mixture of {', '.join(config.rewards)}{f' and {model}' if config.reward_network else ''}"
+
+
 def _where(config: Align) -> str:
-    if METHODS[config.method].learns == "reward":
-        return "The models are in policy and reward."
-    return "The model is in policy; this method learns no reward model."
+    if METHODS[config.method].learns != "reward":
+        return "The model is in policy; this method learns no reward model."
+    if config.rewards and not config.reward_network:
+        return "The model is in policy, the mixture of rewards in mixture.json."
+    return "The models are in policy and reward."
 
 
 def method_notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -181,11 +212,12 @@ PANELS = (
 """Curves of a run's diagnostics: title, field and unit. A run shows those that its method has."""
 
 
-def _draw(folder: RunFolder, curve: str, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-    panels = {}
+def _draw(folder: RunFolder, config: Align, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    name = config.estimator if config.method == "bilevel" else config.method
+    panels: dict[str, Any] = {}
 
     def add(title: str, field: str, unit: str, source: list[dict[str, Any]]) -> None:
-        panels[title] = "step", unit, {curve: ([row["step"] for row in source], [row[field] for row in source])}
+        panels[title] = "step", unit, {name: ([row["step"] for row in source], [row[field] for row in source])}
 
     add("Win rate against the reference", "win_rate", "fraction", evaluations)
     add("KL to the reference", "kl", "nats", evaluations)
@@ -194,16 +226,8 @@ def _draw(folder: RunFolder, curve: str, rows: list[dict[str, Any]], evaluations
         measured = [row for row in rows if field in row and (field != "ess_fraction" or "age" in row)]
         if measured:
             add(title, field, unit, measured)
+    if config.rewards and rows:
+        steps = [row["step"] for row in rows]
+        lines = {name: (steps, [row[f"weight/{name}"] for row in rows]) for name in config.rewards}
+        panels["Weights of the rewards"] = ("step", "reward per standard deviation", lines)
     draw_curves(folder.path / "curves.png", panels)
-
-
-def _flat(info: dict[str, Any]) -> dict[str, Any]:
-    """Returns diagnostics without nesting; an outer algorithm's, such as replay's, replace those inside of one name."""
-    flat, own = {}, {}
-    for name, value in info.items():
-        inner = value._asdict() if hasattr(value, "_asdict") else value
-        if isinstance(inner, dict):
-            flat |= _flat(inner)
-        else:
-            own[name] = inner
-    return flat | own

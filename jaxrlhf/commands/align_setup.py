@@ -15,6 +15,7 @@ from jaxrlhf.bilevel import Algorithm, BilevelProblem
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.methods import build_algorithm
+from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture
 from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.critic import token_critic
@@ -23,6 +24,7 @@ from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences.mixture import mixture_problem
 from jaxrlhf.preferences.scale import with_scale
 
 
@@ -35,7 +37,8 @@ class AlignSetup(NamedTuple):
         lower: initial parameters of the policy.
         frozen: the reference, and the parameters of a traced annotator.
         policy_of: `(state) -> ` plain parameters of the deployed policy.
-        reward_of: `(state) -> ` plain parameters of the reward model; None where the method learns none.
+        reward_of: `(state) -> ` plain parameters of the reward model; None where there is none.
+        mixture: the functions of --rewards, if any.
     """
 
     algorithm: Algorithm
@@ -43,15 +46,17 @@ class AlignSetup(NamedTuple):
     lower: Params
     frozen: LanguageFrozen
     policy_of: Callable[[Any], Params]
-    reward_of: Callable[[Any], Params] | None
+    reward_of: Callable[[Any], Params | None]
+    mixture: Mixture | None = None
 
 
 class _Trained(NamedTuple):
     """What is trained: all weights or adapters.
 
     Attributes:
-        lower, reward: initial parameters of the policy and of the reward.
-        policy_of, reward_of: of `AlignSetup`.
+        lower, reward: initial parameters of the policy and of the reward model.
+        policy_of: of `AlignSetup`.
+        reward_of: `(reward) -> ` plain parameters of the reward model.
         critic: `(policy) -> ` initial parameters of a critic.
         params: keywords of `language_problem`, from trained parameters to the models'.
     """
@@ -59,7 +64,7 @@ class _Trained(NamedTuple):
     lower: Params
     reward: Params
     policy_of: Callable[[Any], Params]
-    reward_of: Callable[[Any], Params]
+    reward_of: Callable[[Params], Params]
     critic: Callable[[Params], Params]
     params: dict[str, Any]
 
@@ -85,10 +90,11 @@ def build_setup(
             f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
-    frozen = LanguageFrozen(policy.params, annotator.params)
+    frozen, mixture = LanguageFrozen(policy.params, annotator.params), open_mixture(config)
     trained = (_adapters if config.lora_rank else _all_weights)(config, policy, reward)
     learns = METHODS[config.method].learns
-    upper = {"reward": trained.reward, "log-ratio": trained.lower, "policy": ()}[learns]
+    uppers = {"reward": lambda: _upper(config, trained.reward, mixture), "log-ratio": lambda: trained.lower}
+    upper = uppers.get(learns, tuple)()
     algorithm = build_algorithm(
         config,
         functools.partial(_problem, config, policy, reward, **trained.params),
@@ -97,16 +103,26 @@ def build_setup(
         (upper, trained.lower, frozen),
         prompt_length=prompt_length or config.max_prompt,
     )
-    reward_of = trained.reward_of if learns == "reward" else None
-    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of)
+
+    def reward_of(state):
+        learned = _reward_part(config, state.upper) if learns == "reward" else None
+        return None if learned is None else trained.reward_of(learned)
+
+    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture)
 
 
-def _upper(config: Align, reward: Params) -> Params:
+def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:
+    if mixture is not None:
+        reward = upper_with_mixture(mixture, reward if config.reward_network else ())
     return with_scale(reward) if config.learn_scale else reward
 
 
 def _reward_part(config: Align, upper: Params) -> Any:
-    return upper.reward if config.learn_scale else upper
+    """Returns the parameters of the reward model within the upper parameters; None where there is no model."""
+    reward = upper.reward if config.learn_scale else upper
+    if not config.rewards:
+        return reward
+    return reward.network if config.reward_network else None
 
 
 def scale_notes(config: Align, state: Any) -> list[str]:
@@ -122,14 +138,7 @@ def _all_weights(config: Align, policy: Model, reward: Model) -> _Trained:
         trunk = {name: leaf for name, leaf in params.items() if name not in NOT_IN_TRUNK}
         return {"trunk": trunk, "head": jnp.zeros(policy.config.width, jnp.float32)}
 
-    return _Trained(
-        policy.params,
-        _upper(config, reward.params),
-        lambda state: state.policy,
-        lambda state: _reward_part(config, state.upper),
-        critic,
-        {},
-    )
+    return _Trained(policy.params, reward.params, lambda state: state.policy, lambda learned: learned, critic, {})
 
 
 def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
@@ -141,15 +150,14 @@ def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
     def policy_of(state):
         return lora.merge(base, state.policy)
 
-    def reward_of(state):
+    def reward_of(learned):
         trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
-        upper = _reward_part(config, state.upper)
-        return {"trunk": lora.merge(trunk, upper["adapter"]), "head": upper["head"]}
+        return {"trunk": lora.merge(trunk, learned["adapter"]), "head": learned["head"]}
 
-    upper = _upper(config, {"adapter": adapter, "head": head})
     params = {"policy_params": lora.policy_on_reference, "reward_params": lora.reward_on_reference}
+    start = {"adapter": adapter, "head": head}
     # An adapter that has not been trained adds nothing, whose ever it is.
-    return _Trained(lower, upper, policy_of, reward_of, lambda adapter: {"adapter": adapter, "head": head}, params)
+    return _Trained(lower, start, policy_of, reward_of, lambda adapter: {"adapter": adapter, "head": head}, params)
 
 
 def _critic(config: Align, policy: Model, trained: _Trained, optimizer: optax.GradientTransformation) -> Critic:
@@ -166,7 +174,7 @@ def _problem(
         decoder(model.config, dtype=jnp.float32, remat=config.remat) for model in (policy, reward)
     )
     reward_on_trunk: RewardModel = reward_model(reward_trunk)
-    return language_problem(
+    problem = language_problem(
         policy_model,
         reward_on_trunk,
         objective,
@@ -176,6 +184,7 @@ def _problem(
         rollout=_rollout_model(config, policy),
         **keywords,
     )
+    return mixture_problem(problem, with_network=config.reward_network) if config.rewards else problem
 
 
 def _rollout_model(config: Align, policy: Model) -> RolloutModel | None:

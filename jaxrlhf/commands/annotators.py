@@ -9,7 +9,13 @@ import jax
 import numpy as np
 
 from jaxrlhf import preferences
-from jaxrlhf.annotation.functions import host_annotator, host_scorer, load_function, with_timeout
+from jaxrlhf.annotation.functions import (
+    host_annotator,
+    host_scorer,
+    load_function,
+    score_function,
+    with_timeout,
+)
 from jaxrlhf.annotation.judge import HttpJudge, is_judge, load_judge
 from jaxrlhf.base.problem import Sample
 from jaxrlhf.base.types import Params
@@ -97,7 +103,7 @@ def open_annotator(
         raise ValueError("Give --annotator or --score, one of the two: they say which completions are better.")
     tokenizer = model.bundle.tokenizer
     if score:
-        function = split_over_processes(with_timeout(load_function(score), seconds, score))
+        function = split_over_processes(with_timeout(score_function(score), seconds, score))
         return ComparisonAnnotator(None, host_scorer(tokenizer, function, score))
     assert annotator is not None
     if is_judge(annotator):

@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import tensorflow_datasets as tfds
@@ -12,7 +13,7 @@ import tensorflow_datasets as tfds
 from jaxrlhf.data import formats, hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
 from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
-from jaxrlhf.data.reading import parse_line
+from jaxrlhf.data.reading import Records, parse_line, read_records
 from jaxrlhf.data.records import DataError, Parsed
 from jaxrlhf.data.tokenization import TokenizedRows, describe_counts, describe_rows
 
@@ -34,21 +35,22 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
     Raises:
         DataError: as in `builders.prepare`.
     """
-    if data.startswith(PUBLISHED):
-        path = download(data.removeprefix(PUBLISHED), data_dir)
-    else:
-        path = pathlib.Path(data)
-        if not path.exists():
-            known = ", ".join(PUBLISHED + name for name in HH_RLHF)
-            raise DataError(f"There is no file or folder {data}; give a path, or one of {known}.")
-    if form == "auto":
-        form = "hh-rlhf" if _holds_transcripts(path) else "records"
-    parse = functools.partial(_read, form)
+    path, parse = _located(data, form, data_dir)
     # The builder reports downloads that do not happen, and draws progress bars of its own.
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         return prepare(path, parse=parse, skip_bad=skip_bad, held_out=held_out, data_dir=data_dir)
+
+
+def read_all(data: str, *, form: Format, skip_bad: bool, data_dir: pathlib.Path) -> Records:
+    """Returns the records of a file or folder in their order; the arguments are those of `open_records`.
+
+    Raises:
+        DataError: as in `reading.read_records`.
+    """
+    path, parse = _located(data, form, data_dir)
+    return read_records(path, parse, skip_bad=skip_bad)
 
 
 def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
@@ -63,13 +65,13 @@ def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
     return prepared.splits["train"], prepared.splits["test"]
 
 
-def skipped_lines(prepared: Prepared) -> list[str]:
+def skipped_lines(prepared: Prepared | Records) -> list[str]:
     """Returns a sentence for each skipped line, and one for the keys that nothing reads."""
     unread = [f"Keys not read: {text}." for text in unread_rows(prepared).values()]
     return [*(f"Skipped {line.path.name}, line {line.line}: {line.reason}" for line in prepared.bad), *unread]
 
 
-def unread_rows(prepared: Prepared) -> dict[str, str]:
+def unread_rows(prepared: Prepared | Records) -> dict[str, str]:
     """Returns the row of a plan with the keys that nothing reads and their number of lines; empty if there are none."""
     counts = describe_counts(prepared.unread)
     return {"keys not read": counts} if counts else {}
@@ -89,6 +91,20 @@ def data_notes(training: TokenizedRows, held_out: TokenizedRows, prepared: Prepa
     """Returns the notes of a report that describe the data."""
     notes = [f"Training data: {describe_rows(training)}.", f"Held out: {describe_rows(held_out)}."]
     return [*skipped_lines(prepared), *notes]
+
+
+def _located(data: str, form: Format, data_dir: pathlib.Path) -> tuple[pathlib.Path, Callable[[Any], Parsed]]:
+    """Returns the path of the data and what reads a line's JSON value."""
+    if data.startswith(PUBLISHED):
+        path = download(data.removeprefix(PUBLISHED), data_dir)
+    else:
+        path = pathlib.Path(data)
+        if not path.exists():
+            known = ", ".join(PUBLISHED + name for name in HH_RLHF)
+            raise DataError(f"There is no file or folder {data}; give a path, or one of {known}.")
+    if form == "auto":
+        form = "hh-rlhf" if _holds_transcripts(path) else "records"
+    return path, functools.partial(_read, form)
 
 
 def _holds_transcripts(path: pathlib.Path) -> bool:

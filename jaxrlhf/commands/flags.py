@@ -46,6 +46,7 @@ NOT_NEGATIVE = (
     "ties",
     "utility_weight",
     "weight_decay",
+    "weights_learning_rate",
 )
 POSITIVE = (
     "annotator_timeout",

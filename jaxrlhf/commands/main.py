@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|export`."""
+"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxrlhf.commands import align, evaluate, export, reward, sample, supervised
+from jaxrlhf.commands import align, evaluate, export, label, reward, sample, supervised
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
@@ -23,6 +23,7 @@ COMMANDS = {
     "align": (align.Align, align.main),
     "evaluate": (evaluate.Evaluate, evaluate.main),
     "sample": (sample.Sample, sample.main),
+    "label": (label.Label, label.main),
     "export": (export.Export, export.main),
 }
 

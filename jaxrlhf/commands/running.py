@@ -242,23 +242,25 @@ def finish(
     *,
     title: str,
     summary: str,
+    further: Sequence[Table] = (),
     figures: Sequence[str] = (),
     samples: Sequence[Samples] = (),
     notes: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Writes the report, prints its table and the path of the run's folder; returns the path."""
+    """Writes the report, prints its tables and the path of the run's folder; returns the path."""
     write_report(
         folder.path,
         title=title,
         summary=summary,
-        tables=[table],
+        tables=[table, *further],
         figures=figures,
         config=config,
         samples=samples,
         notes=notes,
     )
     console = Console(quiet=not is_first_process())
-    console.print(rich_table(table))
+    for each in (table, *further):
+        console.print(rich_table(each))
     console.print("Report, metrics and models are in:")
     console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
     return folder.path

@@ -4,6 +4,13 @@ The scores are functions of texts that nobody trains: a length, a classifier, an
 format. Their weights are usually set by hand; here they are learned from labels, and through the coupled objective also by
 what they do to the policy. Scores are computed once a response, and travel in the sample: by a traceable function as the
 pairs are drawn (`mixture_problem`), or on the host between `propose` and `update` (`attach_scores`).
+
+What a weight is worth is told by `marginal_gains`: with u = win - kappa log(pi / reference) of a response, a policy that
+is tilted a little further along the score, pi exp(epsilon s_k), gains
+
+    d/d epsilon  E[win] - kappa KL = Cov_pi(u, s_k)      within each prompt
+
+It vanishes for every score where the mixture is the best of its class, and is positive where a score deserves more weight.
 """
 
 from collections.abc import Callable
@@ -11,7 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from jaxrlhf.base import importance
+from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.problem import BilevelProblem, Labelled, Sample
 from jaxrlhf.base.types import Batch, Key, Params
 
@@ -92,6 +102,88 @@ def without_scores(annotate: Callable[..., jax.Array]) -> Callable[..., jax.Arra
 def attach_scores(labelled: Labelled, scores: jax.Array) -> Labelled:
     """Returns the labelled sample with scores `[B, M, 2, K]` beside its responses."""
     return labelled._replace(sample=_with_scores(labelled.sample, scores))
+
+
+class MixtureInfo(NamedTuple):
+    """Diagnostics of one step of an algorithm that learns a mixture.
+
+    Attributes:
+        inner: the algorithm's own.
+        weights: `[K]`, before the step, as the lower level sees them.
+        gains: `[K]`, `marginal_gains` of the step's pairs.
+    """
+
+    inner: Any
+    weights: jax.Array
+    gains: jax.Array
+
+    @property
+    def kl(self) -> jax.Array:
+        """KL to the reference in nats, the algorithm's own."""
+        return self.inner.kl
+
+    @property
+    def labels(self) -> jax.Array:
+        """Labels paid for, the algorithm's own."""
+        return self.inner.labels
+
+    @property
+    def ess_fraction(self) -> jax.Array:
+        """Effective sample size as a fraction, the algorithm's own."""
+        return self.inner.ess_fraction
+
+
+def report_mixture(
+    algorithm: Algorithm, weights_of: Callable[[Any], jax.Array], *, kl_price: float | jax.Array
+) -> Algorithm:
+    """Returns the algorithm, whose info is a `MixtureInfo`.
+
+    Args:
+        algorithm: updates from samples with scores.
+        weights_of: `(state) -> [K]`.
+        kl_price: kappa.
+    """
+
+    def informed(update: Callable) -> Callable:
+        def run(key: Key, state: Any, labelled: Labelled, frozen: Params):
+            after, info = update(key, state, labelled, frozen)
+            return after, MixtureInfo(info, weights_of(state), marginal_gains(labelled, kl_price=kl_price))
+
+        return run
+
+    return algorithm._replace(update=informed(algorithm.update))
+
+
+def marginal_gains(labelled: Labelled, *, kl_price: float | jax.Array) -> jax.Array:
+    """Returns `[K]`: Cov(win - kl_price log(pi / reference), s_k) within prompts, in win rate for a unit of tilt.
+
+    Unbiased for the policy that drew the sample; 0 where a prompt has a single pair. A pair without a label is a tie.
+
+    Args:
+        labelled: pairs against the reference, with scores.
+        kl_price: kappa.
+    """
+    sample = labelled.sample
+    _without_scores(sample)
+    first = jnp.mean(labelled.labels, axis=-1)
+    log_ratio = importance.policy_log_ratio(sample.behaviour_log_prob, sample)
+    kl = jnp.sum(sample.cumulative_discount * log_ratio, axis=-1)[..., 0]
+    utility = jnp.where(first < 0, 0.5, first) - kl_price * kl
+    centred = utility - importance.others_mean(utility, sample)
+    gains = jax.vmap(lambda score: importance.expectation(centred * score, sample), in_axes=-1)(
+        sample.responses.scores[:, :, 0]
+    )
+    return jnp.where(sample.num_draws > 1, gains, 0.0)
+
+
+def mixture_optimizer(
+    weights: optax.GradientTransformation, network: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Returns an optimiser of `MixtureReward` from one for the weights and one for the network."""
+    return optax.multi_transform(
+        {"weights": weights, "network": network},
+        lambda upper: MixtureReward("weights", jax.tree.map(lambda _: "network", upper.network)),  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _with_scores(sample: Sample, scores: jax.Array) -> Sample:

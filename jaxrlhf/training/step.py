@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxrlhf.base.algorithm import Algorithm, Info, State
 from jaxrlhf.base.problem import Labelled, Sample
 from jaxrlhf.base.types import Batch, Key, Params
+from jaxrlhf.preferences.mixture import attach_scores
 from jaxrlhf.training.processes import gathered
 from jaxrlhf.training.sharding import RULES, make_mesh
 
@@ -64,6 +65,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def _on_all_devices(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
 def init_on_devices(init: Callable[..., Any], *arguments: Any, shardings: Any) -> Any:
     """Returns an initial state, created with its shardings: no device ever holds more than its shard.
 
@@ -96,7 +101,8 @@ def compile_algorithm(algorithm: Algorithm, mesh: Mesh, *, state: Any = None, fr
         return put_on_devices(data, by_batch)
 
     def put_labels(labelled):
-        return labelled._replace(labels=put_on_devices(labelled.labels, by_batch))
+        # Labels, and whatever else came from the hosts, such as scores of the responses.
+        return jax.tree.map(lambda leaf: leaf if _on_all_devices(leaf) else _put(leaf, by_batch), labelled)
 
     step = jax.jit(within(mesh, algorithm.step), in_shardings=inputs, out_shardings=outputs, donate_argnums=1)
     propose = jax.jit(within(mesh, algorithm.propose), in_shardings=inputs, out_shardings=labelled.sample)
@@ -152,8 +158,22 @@ def compile_update(update: Callable, mesh: Mesh, *, state: Any = None, frozen: A
     return lambda state, batch, frozen: compiled(state, put_on_devices(batch, by_batch), frozen)
 
 
+def compile_annotator(
+    annotate: Callable[[Key, Sample, Params], jax.Array], mesh: Mesh, *, frozen: Any = None
+) -> Callable[[Key, Sample, Params], jax.Array]:
+    """Returns a traceable annotator `(key, sample, frozen) -> labels`, jitted over the mesh for use between the halves."""
+    replicated, by_batch = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+    inputs: Any = (replicated, labelled_shardings(mesh).sample, replicated if frozen is None else frozen)
+    compiled = jax.jit(within(mesh, annotate), in_shardings=inputs, out_shardings=by_batch)
+    return lambda key, sample, frozen: compiled(put_on_devices(key, replicated), sample, frozen)
+
+
 def make_outer_step(
-    compiled: Algorithm, annotate: Callable[[Key, Sample], Any] | None = None
+    compiled: Algorithm,
+    annotate: Callable[[Key, Sample], Any] | None = None,
+    *,
+    traced: Callable[[Key, Sample, Params], jax.Array] | None = None,
+    score: Callable[[Key, Sample], Any] | None = None,
 ) -> Callable[[Key, State, Batch, Params], tuple[State, Info]]:
     """Returns the outer step, with labels from the algorithm's traced annotator or from a host annotator.
 
@@ -161,14 +181,25 @@ def make_outer_step(
         compiled: the compiled algorithm.
         annotate: `(key, sample) -> labels [B, M, L]` in plain Python, called in every process with all prompts and
             responses on the host; None uses the algorithm's own annotator.
+        traced: of `compile_annotator`, where there is no `annotate` but the halves are used for the sake of `score`.
+        score: `(key, sample) -> scores [B, M, 2, K]`, in plain Python like `annotate`; attached to the sample as by
+            `mixture.attach_scores`.
     """
-    if annotate is None:
+    if annotate is None and score is None:
         return compiled.step
 
     def step(key: Key, state: State, data: Batch, frozen: Params):
         sample_key, label_key, update_key = jax.random.split(key, 3)
         sample = compiled.propose(sample_key, state, data, frozen)
         on_host = sample._replace(prompts=gathered(sample.prompts), responses=gathered(sample.responses))
-        return compiled.update(update_key, state, Labelled(sample, annotate(label_key, on_host)), frozen)
+        if annotate is not None:
+            labels = annotate(label_key, on_host)
+        else:
+            assert traced is not None
+            labels = traced(label_key, sample, frozen)
+        labelled = Labelled(sample, labels)
+        if score is not None:
+            labelled = attach_scores(labelled, score(jax.random.fold_in(label_key, 1), on_host))
+        return compiled.update(update_key, state, labelled, frozen)
 
     return step

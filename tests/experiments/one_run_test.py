@@ -44,7 +44,24 @@ def test_every_method_runs_on_an_exact_problem(tmp_path):
         utility = np.array(result["win_rate"]) - 0.03 * np.array(result["kl"])
         np.testing.assert_allclose(result["utility"], utility, atol=1e-6)
         assert np.all(utility < result["optimum"]) and result["best_in_class"] < result["optimum"]
+        labels = np.array(result["labels_to_95"], float)
+        assert np.all(np.isnan(labels) | ((labels >= 8 * 16) & (labels <= result["labels"])))
         assert (np.array(result["scale"]) != 1.0).all() == (method == exact.SCALED)
+
+
+@pytest.mark.parametrize(
+    "gains, expected",
+    [
+        ([0.1, 0.5, 0.9, 1.0], 4),
+        ([1.0, 1.0, 1.0], 1),
+        ([1.0, 0.2, 0.97, 1.0], 3),
+        ([0.5, 2.0, 1.0], 2),
+        ([0.3, -0.1], None),
+    ],
+)
+def test_labels_are_counted_until_the_gain_stays(gains, expected):
+    steps = float(exact.steps_to(0.95, np.array(gains, np.float32)))
+    assert np.isnan(steps) if expected is None else steps == expected
 
 
 def test_the_best_of_a_class_is_the_optimum_where_it_holds_the_win_rates():

@@ -1,0 +1,45 @@
+"""What the page shows beside the pair: what the machine does, and how the policy stands."""
+
+import threading
+from typing import Any
+
+POINTS = 200
+"""Most points of a curve."""
+
+
+class Board:
+    """Shared by the thread that works and those that serve.
+
+    Attributes:
+        title: of the page.
+        doing: what the machine does now, in words.
+        ended: whether no more pairs will come.
+    """
+
+    def __init__(self, title: str, doing: str = ""):
+        """Starts empty."""
+        self.title, self.doing, self.ended = title, doing, False
+        self._lock = threading.Lock()
+        self._rows: list[dict[str, float]] = []
+        self._facts: dict[str, str] = {}
+
+    def measured(self, step: int, **values: float) -> None:
+        """Adds a step's measurements: `win_rate`, `kl`; those of the same step are joined."""
+        with self._lock:
+            if self._rows and self._rows[-1]["step"] == step:
+                self._rows[-1].update(values)
+            else:
+                self._rows.append({"step": step} | values)
+
+    def set_facts(self, **facts: str) -> None:
+        """Sets lines such as `beta="0.2"`."""
+        with self._lock:
+            self._facts |= facts
+
+    def shown(self) -> dict[str, Any]:
+        """Returns everything as JSON's types, with at most `POINTS` steps."""
+        with self._lock:
+            every = -(-len(self._rows) // POINTS) or 1
+            rows = self._rows[::-every][::-1]
+            facts = dict(self._facts)
+        return {"title": self.title, "doing": self.doing, "ended": self.ended, "curve": rows, "facts": facts}
