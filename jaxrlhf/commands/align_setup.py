@@ -24,7 +24,7 @@ from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives
-from jaxrlhf.preferences.mixture import mixture_problem
+from jaxrlhf.preferences.mixture import mixture_problem, without_scores
 from jaxrlhf.preferences.scale import with_scale
 
 
@@ -163,7 +163,8 @@ def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
 def _critic(config: Align, policy: Model, trained: _Trained, optimizer: optax.GradientTransformation) -> Critic:
     on_frozen = {"params_of": trained.params["reward_params"]} if trained.params else {}
     model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
-    return Critic(token_critic(model, microbatches=config.microbatches, **on_frozen), trained.critic, optimizer)
+    value = token_critic(model, microbatches=config.microbatches, **on_frozen)
+    return Critic(without_scores(value) if config.rewards else value, trained.critic, optimizer)
 
 
 def _problem(

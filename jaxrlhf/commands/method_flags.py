@@ -17,7 +17,8 @@ MethodName = Literal[
     "label-gradient",
 ]
 
-_REWARD = ("beta", "reward", "reward_learning_rate")
+_MIXTURE = ("rewards", "reward_network", "reward_weights", "weights_learning_rate")
+_REWARD = ("beta", "reward", "reward_learning_rate", *_MIXTURE)
 READS: dict[str, tuple[str, ...]] = {
     "bilevel": (
         *_REWARD,

@@ -15,7 +15,9 @@ from jaxrlhf.base.algorithm import Algorithm, compose, label_by
 from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.mixture import weights_of
 from jaxrlhf.lm.pairing import Prompts, Responses
+from jaxrlhf.preferences.mixture import attach_scores, mixture_optimizer, report_mixture
 from jaxrlhf.preferences.scale import scale_optimizer
 from jaxrlhf.training.sharding import parse_mesh
 
@@ -65,6 +67,9 @@ def build_algorithm(
         )
 
     algorithm = make(first) if config.target_kl is None else _steered(config, make, method, first)
+    if config.rewards:
+        weight = _label_weight(config)
+        algorithm = report_mixture(algorithm, weights_of, kl_price=config.kl_price, label_weight=weight)
     label = label_by(annotate)
     if label is not None and config.labels_per_step is not None:
         label = _label_some(label, config.labels_per_step)
@@ -85,6 +90,9 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
 
     rates = learning_rates(config)
     reward, fit = adam(rates.reward), adam(rates.reward)
+    if config.rewards:
+        weights = adam(_given(config.weights_learning_rate, 0.02))
+        reward, fit = mixture_optimizer(weights, reward), mixture_optimizer(weights, fit)
     if config.learn_scale:
         reward = scale_optimizer(reward, adam(_given(config.scale_learning_rate, 0.1)))
         fit = scale_optimizer(fit, optax.set_to_zero())
@@ -101,8 +109,12 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         critic=critic(adam(rates.critic)) if config.method == "ppo" else None,
         # In parallel only where the mesh splits the tilts.
         sequential=parse_mesh(config.mesh).get("stencil", 1) == 1,
-        label_weight=config.batch_size * config.pairs / labels_per_step(config),
+        label_weight=_label_weight(config),
     )
+
+
+def _label_weight(config: Align) -> float:
+    return config.batch_size * config.pairs / labels_per_step(config)
 
 
 def labels_per_step(config: Align) -> int:
@@ -117,7 +129,12 @@ def _sample_shapes(config: Align, algorithm: Algorithm, start: tuple[Params, Par
         key = jax.random.key(0)
         tokens = jnp.zeros((config.batch_size, length), jnp.int32)
         state = algorithm.init(key, upper, lower)
-        return algorithm.propose(key, state, Prompts(tokens, tokens == 0), frozen)
+        sample = algorithm.propose(key, state, Prompts(tokens, tokens == 0), frozen)
+        if not config.rewards:
+            return sample
+        # Scores are computed on the host, and kept with the pairs.
+        scores = jnp.zeros((*sample.measure.shape, 2, len(config.rewards)), jnp.float32)
+        return attach_scores(Labelled(sample, scores), scores).sample
 
     return jax.eval_shape(propose, *start)
 
