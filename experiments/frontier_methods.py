@@ -172,7 +172,7 @@ def reusing(method: methods.Method, algorithm: bilevel.Algorithm, parts: methods
     against = "policy" if method.against == "self" else method.against
     problem = problem_of(setup, objectives.likelihood(coupled=False), against=against, per_token=method.per_token)
     sizes = {"capacity": setup.buffer, "size": setup.batch, "updates": setup.fit_updates}
-    return method.reusing(algorithm, parts, weight, sample=setup.shapes(problem), **sizes)
+    return method.reusing(algorithm, parts, weight, sample=setup.shapes(problem), **sizes).algorithm
 
 
 def _simpo(*, beta: Any) -> Any:

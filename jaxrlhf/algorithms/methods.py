@@ -1,7 +1,7 @@
 """Methods by name: online RLHF in ten ways, each a short assembly of the same parts.
 
     algorithm = METHODS["grpo"].assemble(parts, beta)
-    algorithm = METHODS["grpo"].reusing(algorithm, parts, beta, sample=shapes, capacity=1000, size=16, updates=2)
+    algorithm, review = METHODS["grpo"].reusing(algorithm, parts, beta, sample=shapes, capacity=1000, size=16, updates=2)
 
 | name | learns | a pair is | source |
 |---|---|---|---|
@@ -30,7 +30,7 @@ from jaxrlhf.algorithms.actor_critic import actor_critic
 from jaxrlhf.algorithms.direct_preference import direct_preference, dpo, implicit_reward, ipo
 from jaxrlhf.algorithms.group_relative import group_relative
 from jaxrlhf.algorithms.policy_gradient import label_policy_gradient
-from jaxrlhf.algorithms.replay import refitted, replayed
+from jaxrlhf.algorithms.replay import refit, refitted, replay, replayed
 from jaxrlhf.algorithms.reward_learning import reward_learning
 from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.problem import BilevelProblem, PairCost, Sample
@@ -133,7 +133,7 @@ class Method(NamedTuple):
 
     def reusing(
         self, algorithm: Algorithm, parts: Parts, beta: Any, *, sample: Sample, capacity: int, size: int, updates: int
-    ) -> Algorithm:
+    ) -> "Reusing":
         """Returns the method's algorithm with its labels kept and used again.
 
         A learned reward is fitted to kept pairs too (`replay.refitted`). Without a reward model the policy takes updates
@@ -147,13 +147,33 @@ class Method(NamedTuple):
         """
         sizes: dict[str, Any] = {"capacity": capacity, "size": size, "updates": updates}
         if self.learns != "reward":
-            return replayed(algorithm, sample, **sizes)
+
+            def again(key, state, frozen):
+                return state._replace(inner=replay(key, algorithm, state.inner, state.buffer, frozen, size=size)[0])
+
+            return Reusing(replayed(algorithm, sample, **sizes), again)
         # Kept pairs are not shown from both sides: a fit reads both rewards of a pair.
         against = "policy" if self.against == "self" else self.against
         likelihood = objectives.likelihood(coupled=False)
         fitted = _scaled(parts, parts.of(likelihood, against=against, per_token=self.per_token), beta)
         learning = reward_learning(fitted, parts.fit_optimizer)
-        return refitted(algorithm, learning, sample, **sizes, held_out=self.held_out)
+
+        def refit_once(key, state, frozen):
+            return refit(key, learning, state, frozen, size=size, updates=1)
+
+        return Reusing(refitted(algorithm, learning, sample, **sizes, held_out=self.held_out), refit_once)
+
+
+class Reusing(NamedTuple):
+    """A method with its labels kept.
+
+    Attributes:
+        algorithm: its state is a `ReplayedState`.
+        review: `(key, state, frozen) -> state`: one update from kept labels alone, as for labels that existed before.
+    """
+
+    algorithm: Algorithm
+    review: Callable[[Any, Any, Params], Any]
 
 
 def bilevel(
