@@ -64,7 +64,7 @@ def build_algorithm(
             capacity=-(-config.kept_labels // config.pairs),
             size=config.batch_size,
             updates=config.reuse,
-        )
+        ).algorithm
 
     algorithm = make(first) if config.target_kl is None else _steered(config, make, method, first)
     if config.rewards:
