@@ -69,6 +69,9 @@ class Align(AnnotatorConfig, RunConfig):
     policy, by importance weights."""
     kept_labels: int = 10_000
     """Labels kept for --reuse; the oldest are overwritten."""
+    from_preferences: str | None = None
+    """Pairs with known preferences, as `jaxrlhf reward` reads them, that are among the kept labels from the beginning and
+    are learned from once before the first step; needs --reuse."""
     estimator: Estimator = "central"
     """How the reward's gradient accounts for the policy's response to it, with --method bilevel; decoupled ignores it."""
     relative_sigma: float = 0.2

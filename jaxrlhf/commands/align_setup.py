@@ -39,6 +39,7 @@ class AlignSetup(NamedTuple):
         policy_of: `(state) -> ` plain parameters of the deployed policy.
         reward_of: `(state) -> ` plain parameters of the reward model; None where there is none.
         mixture: the functions of --rewards, if any.
+        review: of `methods.Reusing`, where labels are kept.
     """
 
     algorithm: Algorithm
@@ -48,6 +49,7 @@ class AlignSetup(NamedTuple):
     policy_of: Callable[[Any], Params]
     reward_of: Callable[[Any], Params | None]
     mixture: Mixture | None = None
+    review: Callable[[Any, Any, Params], Any] | None = None
 
 
 class _Trained(NamedTuple):
@@ -70,7 +72,13 @@ class _Trained(NamedTuple):
 
 
 def build_setup(
-    config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator, *, prompt_length: int | None = None
+    config: Align,
+    policy: Model,
+    reward: Model,
+    annotator: ComparisonAnnotator,
+    *,
+    prompt_length: int | None = None,
+    existing_rows: int = 0,
 ) -> AlignSetup:
     """Returns the algorithm and initial parameters, for full training or for adapters.
 
@@ -80,6 +88,7 @@ def build_setup(
         reward: the reward model to start from; with adapters, and for methods without one, only its configuration is used.
         annotator: labels the pairs.
         prompt_length: columns of every step's prompts, where labels are kept; --max-prompt by default.
+        existing_rows: rows for the labels of --from-preferences.
 
     Raises:
         ValueError: the reward does not read the policy's tokens, or a setting is out of range.
@@ -95,20 +104,21 @@ def build_setup(
     learns = METHODS[config.method].learns
     uppers = {"reward": lambda: _upper(config, trained.reward, mixture), "log-ratio": lambda: trained.lower}
     upper = uppers.get(learns, tuple)()
-    algorithm = build_algorithm(
+    algorithm, review = build_algorithm(
         config,
         functools.partial(_problem, config, policy, reward, **trained.params),
         functools.partial(_critic, config, policy, trained),
         annotator.traced,
         (upper, trained.lower, frozen),
         prompt_length=prompt_length or config.max_prompt,
+        existing_rows=existing_rows,
     )
 
     def reward_of(state):
         learned = _reward_part(config, state.upper) if learns == "reward" else None
         return None if learned is None else trained.reward_of(learned)
 
-    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture)
+    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture, review)
 
 
 def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:

@@ -73,7 +73,7 @@ def check_flags(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        if isinstance(value, pathlib.PurePath) or (name == "data" and isinstance(value, str)):
+        if isinstance(value, pathlib.PurePath) or (name in ("data", "from_preferences") and isinstance(value, str)):
             check_local(value, flag(name))
             _check_name(value, name)
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):

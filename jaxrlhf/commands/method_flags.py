@@ -18,7 +18,7 @@ MethodName = Literal[
 ]
 
 _MIXTURE = ("rewards", "reward_network", "reward_weights", "weights_learning_rate")
-_REWARD = ("beta", "reward", "reward_learning_rate", *_MIXTURE)
+_REWARD = ("beta", "from_preferences", "reward", "reward_learning_rate", *_MIXTURE)
 READS: dict[str, tuple[str, ...]] = {
     "bilevel": (
         *_REWARD,
@@ -34,8 +34,8 @@ READS: dict[str, tuple[str, ...]] = {
     "rloo": _REWARD,
     "grpo": _REWARD,
     "ppo": (*_REWARD, "critic_learning_rate"),
-    "online-dpo": ("beta",),
-    "online-ipo": ("beta",),
+    "online-dpo": ("beta", "from_preferences"),
+    "online-ipo": ("beta", "from_preferences"),
     "sail": ("beta",),
     "label-gradient": (),
 }
@@ -55,10 +55,14 @@ def check_method(config: Any) -> None:
     unused = [name for name in vars(config) if name in known.difference(READS[config.method])]
     refuse_unused(config, unused, f"with --method {config.method}")
     if not config.reuse:
-        refuse_unused(config, ["kept_labels"], "without --reuse")
+        refuse_unused(config, ["kept_labels", "from_preferences"], "without --reuse")
     elif config.kept_labels < config.batch_size * config.pairs:
         raise ValueError(
             f"--kept-labels {config.kept_labels} has no room for the {config.batch_size * config.pairs} pairs of one step."
+        )
+    if config.rewards and config.from_preferences is not None:
+        raise ValueError(
+            "--from-preferences does not apply with --rewards, whose scores its pairs do not have; leave it out."
         )
     if config.learn_scale and config.target_kl is not None:
         raise ValueError("--learn-scale follows --kl-price and --target-kl a KL; give one of the two.")

@@ -25,6 +25,13 @@ RAMP = 2 / 3
 """Fraction of a run over which the KL that is aimed at rises to --target-kl."""
 
 
+class Assembled(NamedTuple):
+    """The algorithm of a run, and where labels are kept the `review` of `methods.Reusing`."""
+
+    algorithm: Algorithm
+    review: Callable[[Key, Any, Params], Any] | None
+
+
 def build_algorithm(
     config: Align,
     problem: Callable[..., BilevelProblem],
@@ -33,7 +40,8 @@ def build_algorithm(
     start: tuple[Params, Params, Params],
     *,
     prompt_length: int,
-) -> Algorithm:
+    existing_rows: int = 0,
+) -> Assembled:
     """Returns the algorithm of a run.
 
     Args:
@@ -43,29 +51,27 @@ def build_algorithm(
         annotate: the annotator, if it can be traced.
         start: upper, lower and frozen parameters, or their shapes.
         prompt_length: columns of a step's prompts, where labels are kept.
+        existing_rows: rows kept for labels that exist before the run.
     """
     method = METHODS[config.method]
     parts = _parts(config, problem, critic)
     first = config.beta if method.weighs == "beta" else config.kl_price
 
-    def assembled(weight):
-        # The price of the label gradient is all that holds its policy, and is moved in place of a beta.
-        return method.assemble(parts, weight)
-
-    def make(weight):
-        algorithm = assembled(weight)
-        if not config.reuse:
-            return algorithm
+    def reusing(weight):
         return method.reusing(
-            algorithm,
+            method.assemble(parts, weight),
             parts,
             weight,
-            sample=_sample_shapes(config, assembled(first), start, prompt_length),
-            capacity=-(-config.kept_labels // config.pairs),
+            sample=_sample_shapes(config, method.assemble(parts, first), start, prompt_length),
+            capacity=existing_rows - (-config.kept_labels // config.pairs),
             size=config.batch_size,
             updates=config.reuse,
-        ).algorithm
+        )
 
+    def make(weight):
+        return reusing(weight).algorithm if config.reuse else method.assemble(parts, weight)
+
+    # The price of the label gradient is all that holds its policy, and is moved in place of a beta.
     algorithm = make(first) if config.target_kl is None else _steered(config, make, method, first)
     if config.rewards:
         weight = _label_weight(config)
@@ -73,7 +79,8 @@ def build_algorithm(
     label = label_by(annotate)
     if label is not None and config.labels_per_step is not None:
         label = _label_some(label, config.labels_per_step)
-    return algorithm._replace(step=compose(algorithm.propose, label, algorithm.update))
+    algorithm = algorithm._replace(step=compose(algorithm.propose, label, algorithm.update))
+    return Assembled(algorithm, reusing(first).review if config.reuse else None)
 
 
 def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callable[..., Critic]) -> Parts:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.algorithms.methods import METHODS
-from jaxrlhf.commands import align
+from jaxrlhf.commands import align, evaluate, method_flags
+from jaxrlhf.data import DataError
 from jaxrlhf.training.run_folder import RunFolder
 
 ALWAYS = """
@@ -79,11 +80,31 @@ def test_kept_labels_and_a_target_survive_a_resume_and_are_reported(here, always
     assert json.loads((whole / "results.json").read_text())["labels"] == 20
 
 
+def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, always, capsys):
+    """The reward orders pairs as the file does, whatever the labels of the single step say."""
+    lines = (here / "pairs.jsonl").read_text().splitlines()
+    long = json.dumps({"prompt": "day " * 20 + "?", "chosen": " sun", "rejected": " rain"})
+    late = json.dumps({"prompt": "day ?", "chosen": " the" * 6 + " sun", "rejected": " the" * 6 + " rain"})
+    (here / "known.jsonl").write_text("\n".join([*lines, long, late]) + "\n")
+    options = {"steps": 1, "reuse": 1, "from_preferences": "known.jsonl", "annotator": "always:longer"}
+    folder = align.main(settings(here, method="iterated", reward_learning_rate=3e-2, warmup=0, **options))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Existing preferences: 60 rows" in said and "1 dropped (too long" in said, said
+    found = evaluate.main(
+        evaluate.Evaluate(reward=folder, data="pairs.jsonl", held_out=0.25, split="test", data_dir=here / "prepared")
+    )
+    assert json.loads((found / "results.json").read_text())["reward"]["accuracy"] > 0.9
+    assert metrics(folder)[0]["labels"] == 8.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_survives_a_resume(here, always, method):
     check_equal(*resumed(here, f"{method}-plain", method=method))
-    whole, parted = resumed(here, f"{method}-kept", method=method, lora_rank=2, microbatches=2, target_kl=1.0, **KEPT)
+    known = {"from_preferences": "pairs.jsonl"} if "from_preferences" in method_flags.READS[method] else {}
+    whole, parted = resumed(
+        here, f"{method}-kept", method=method, **known, lora_rank=2, microbatches=2, target_kl=1.0, **KEPT
+    )
     check_equal(whole, parted)
     assert (whole / "reward").exists() == (METHODS[method].learns == "reward")
     assert [row["labels"] for row in metrics(whole)] == [5.0] * 4
@@ -112,12 +133,18 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"kept_labels": 20}, r"--kept-labels does not apply without --reuse"),
         ({"reuse": 1, "kept_labels": 7}, r"--kept-labels 7 has no room for the 8 pairs of one step"),
         ({"reuse": -1}, r"--reuse must be at least 0, got -1"),
+        ({"from_preferences": "pairs.jsonl"}, r"--from-preferences does not apply without --reuse"),
+        (
+            {"method": "sail", "reuse": 1, "from_preferences": "x"},
+            r"--from-preferences does not apply with --method sail",
+        ),
+        ({"reuse": 1, "from_preferences": "none.jsonl"}, r"There is no file or folder none.jsonl"),
         ({"labels_per_step": 9}, r"--labels-per-step 9 is more than the 8 pairs of a step"),
         ({"labels_per_step": 0}, r"--labels-per-step must be at least 1"),
         ({"target_kl": 0.0}, r"--target-kl must be positive"),
     ],
 )
 def test_what_a_method_does_not_read_is_refused(here, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, DataError), match=message):
         align.main(settings(here, **options))
     assert not (here / "by-method" / "align-0").exists()
