@@ -31,7 +31,7 @@ from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_existing
 from jaxrlhf.commands.methods import ask_about_some
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
-from jaxrlhf.commands.models import Model, open_model, save_model
+from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
 from jaxrlhf.data.pipelines import prompt_batches
@@ -168,7 +168,7 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
     arguments = jax.random.key(config.seed), setup.upper, setup.lower
     memory = plan_bilevel(setup.algorithm.init, *arguments, setup.frozen)
     folder = open_folder(config, "align")
-    others = [] if config.reward is None or config.lora_rank else reward.remarks("Reward model")
+    others = [] if config.reward is None else reward.remarks("Reward model")
     print_plan(Console(quiet=not is_first_process()), config, policy, memory, [*prompts.notes, *others])
     log = tracker(config.track if is_first_process() else None, folder.path, name=folder.path.name, config=config)
 
@@ -250,6 +250,9 @@ def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kin
             reward = run.setup.reward_of(on_host)
             if reward is not None:
                 write(run.folder.path / name / "reward", run.reward._replace(params=reward), "reward")
+            for kind, adapter in run.setup.adapters_of(on_host).items():
+                start = run.policy if kind == "policy" else run.reward
+                save_trained_adapter(run.folder.path / name / kind, start, adapter, kind)
 
 
 def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:

@@ -29,7 +29,8 @@ class Align(AnnotatorConfig, RunConfig):
     data: str
     """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records only prompts are used."""
     reward: pathlib.Path | None = None
-    """Reward model to start from; by default the policy's trunk with a zero head."""
+    """Reward model to start from; by default the policy's trunk with a zero head. With --lora-rank its own weights are
+    frozen, and its head and an adapter on it are trained."""
     method: MethodName = "bilevel"
     """How labels train the policy. bilevel, iterated, rloo, grpo and ppo learn a reward model from them and follow it;
     implicit-bilevel, online-dpo, online-ipo and sail have the policy's log-ratio for a reward, label-gradient has none."""
@@ -129,8 +130,6 @@ def check_config(config: Align) -> None:
         refuse_unused(config, ["annotator_timeout"], "to an annotator that is no function")
     if config.warmup < 0:
         raise ValueError(f"--warmup must not be negative, got {config.warmup}.")
-    if config.lora_rank and config.reward is not None:
-        raise ValueError("With --lora-rank the reward is an adapter on the policy's weights; leave --reward out.")
     pairs = config.batch_size * config.pairs
     if config.microbatches < 1 or pairs % config.microbatches:
         raise ValueError(

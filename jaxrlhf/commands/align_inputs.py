@@ -13,6 +13,7 @@ from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_setti
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.existing import Existing
 from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on
+from jaxrlhf.commands.stage import dtype_of
 from jaxrlhf.data.tokenization import describe_rows, tokenize_prompts
 from jaxrlhf.training.processes import broadcast_array, is_first_process
 from jaxrlhf.training.run_folder import RunFolder
@@ -99,13 +100,11 @@ def reward_of(config: Align, policy: Model) -> Model:
     Raises:
         ValueError: it cannot be read, or has other tokens.
     """
-    if config.lora_rank or METHODS[config.method].learns != "reward":
-        # The reward is an adapter on the policy's own weights, which are not copied; or there is none.
+    if METHODS[config.method].learns != "reward" or (config.rewards and not config.reward_network):
         return policy
-    if config.rewards and not config.reward_network:
-        return policy  # there is no reward model
     if config.reward is None:
-        return reward_on(policy)
-    reward = open_model(config.reward, "reward")
+        # An adapter stands on the policy's own weights, which are not copied.
+        return policy if config.lora_rank else reward_on(policy)
+    reward = open_model(config.reward, "reward", dtype=dtype_of(config.dtype, config.lora_rank))
     check_tokens(policy.bundle, reward.bundle, "--reward")
     return reward

@@ -20,6 +20,7 @@ from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.generate import Generation
+from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
@@ -40,6 +41,7 @@ class AlignSetup(NamedTuple):
         reward_of: `(state) -> ` plain parameters of the reward model; None where there is none.
         mixture: the functions of --rewards, if any.
         review: of `methods.Reusing`, where labels are kept.
+        adapters_of: `(state) -> ` trained adapters of policy and reward; none where all weights are trained.
     """
 
     algorithm: Algorithm
@@ -50,6 +52,7 @@ class AlignSetup(NamedTuple):
     reward_of: Callable[[Any], Params | None]
     mixture: Mixture | None = None
     review: Callable[[Any, Any, Params], Any] | None = None
+    adapters_of: Callable[[Any], dict[Kind, Params]] = lambda state: {}
 
 
 class _Trained(NamedTuple):
@@ -61,6 +64,7 @@ class _Trained(NamedTuple):
         reward_of: `(reward) -> ` plain parameters of the reward model.
         critic: `(policy) -> ` initial parameters of a critic.
         params: keywords of `language_problem`, from trained parameters to the models'.
+        reward_base: the frozen trunk under the reward's adapter, where it is not the policy's.
     """
 
     lower: Params
@@ -69,6 +73,7 @@ class _Trained(NamedTuple):
     reward_of: Callable[[Params], Params]
     critic: Callable[[Params], Params]
     params: dict[str, Any]
+    reward_base: Params = ()
 
 
 def build_setup(
@@ -85,7 +90,8 @@ def build_setup(
     Args:
         config: of the run.
         policy: the policy, which is also the reference.
-        reward: the reward model to start from; with adapters, and for methods without one, only its configuration is used.
+        reward: the reward model to start from; without --reward only its configuration is used by adapters, and by methods
+            that learn none.
         annotator: labels the pairs.
         prompt_length: columns of every step's prompts, where labels are kept; --max-prompt by default.
         existing_rows: rows for the labels of --from-preferences.
@@ -99,8 +105,9 @@ def build_setup(
             f"The reward model reads {reward.config.vocabulary_size} tokens and the policy writes "
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
-    frozen, mixture = LanguageFrozen(policy.params, annotator.params), open_mixture(config)
+    mixture = open_mixture(config)
     trained = (_adapters if config.lora_rank else _all_weights)(config, policy, reward)
+    frozen = LanguageFrozen(policy.params, annotator.params, trained.reward_base)
     learns = METHODS[config.method].learns
     uppers = {"reward": lambda: _upper(config, trained.reward, mixture), "log-ratio": lambda: trained.lower}
     upper = uppers.get(learns, tuple)()
@@ -114,11 +121,22 @@ def build_setup(
         existing_rows=existing_rows,
     )
 
+    def learned_reward(state):
+        return _reward_part(config, state.upper) if learns == "reward" else None
+
     def reward_of(state):
-        learned = _reward_part(config, state.upper) if learns == "reward" else None
+        learned = learned_reward(state)
         return None if learned is None else trained.reward_of(learned)
 
-    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture, review)
+    def adapters_of(state):
+        found: dict[Kind, Params] = (
+            {"policy": state.policy, "reward": learned_reward(state)} if config.lora_rank else {}
+        )
+        return {kind: adapter for kind, adapter in found.items() if adapter is not None}
+
+    return AlignSetup(
+        algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture, review, adapters_of
+    )
 
 
 def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:
@@ -152,26 +170,37 @@ def _all_weights(config: Align, policy: Model, reward: Model) -> _Trained:
 
 
 def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
-    del reward
     base, keys = policy.params, jax.random.split(jax.random.key(config.seed))
-    lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
-    head = jnp.zeros(policy.config.width, jnp.float32)
+    own_trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
+    zero_head, given = jnp.zeros(policy.config.width, jnp.float32), config.reward is not None
+    # An adapter that has not been trained adds nothing, whose ever it is: a given reward model starts as it is.
+    trunk = reward.params["trunk"] if given else own_trunk
+    lower = lora.init_adapter(keys[0], base, rank=config.lora_rank)
+    adapter = lora.init_adapter(keys[1], trunk, rank=config.lora_rank)
+    head = jnp.asarray(reward.params["head"], jnp.float32) if given else zero_head
 
     def policy_of(state):
         return lora.merge(base, state.policy)
 
     def reward_of(learned):
-        trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
         return {"trunk": lora.merge(trunk, learned["adapter"]), "head": learned["head"]}
 
     params = {"policy_params": lora.policy_on_reference, "reward_params": lora.reward_on_reference}
-    start = {"adapter": adapter, "head": head}
-    # An adapter that has not been trained adds nothing, whose ever it is.
-    return _Trained(lower, start, policy_of, reward_of, lambda adapter: {"adapter": adapter, "head": head}, params)
+    if given:
+        params["reward_params"] = lora.reward_on_own_trunk
+    return _Trained(
+        lower,
+        {"adapter": adapter, "head": head},
+        policy_of,
+        reward_of,
+        lambda adapter: {"adapter": adapter, "head": zero_head},
+        params,
+        trunk if given else (),
+    )
 
 
 def _critic(config: Align, policy: Model, trained: _Trained, optimizer: optax.GradientTransformation) -> Critic:
-    on_frozen = {"params_of": trained.params["reward_params"]} if trained.params else {}
+    on_frozen = {"params_of": lora.reward_on_reference} if config.lora_rank else {}
     model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
     value = token_critic(model, microbatches=config.microbatches, **on_frozen)
     return Critic(without_scores(value) if config.rewards else value, trained.critic, optimizer)

@@ -14,6 +14,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.data.chat import ChatTemplate, load_chat_template
 from jaxrlhf.data.encode import ChatTokenizer, chat_tokenizer, encode_prompt
 from jaxrlhf.data.records import Message
+from jaxrlhf.lm.hugging_face.adapters import is_adapter, open_adapter, save_adapter
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.hugging_face.files import read_json, vocabulary_size
 from jaxrlhf.lm.hugging_face.generation import generation_settings, printed_settings
@@ -127,12 +128,19 @@ class TokenizerBundle(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A policy or a reward model with its tokenizer; `notes` on its files, such as tensors that were not read."""
+    """A policy or a reward model with its tokenizer.
+
+    Attributes:
+        config, params, bundle: of the model.
+        notes: on its files, such as tensors that were not read.
+        adapted: whether an adapter was merged into the model of the bundle's directory.
+    """
 
     config: DecoderConfig
     params: Params
     bundle: TokenizerBundle
     notes: tuple[str, ...] = ()
+    adapted: bool = False
 
     def remarks(self, name: str) -> list[str]:
         """Returns what is to be said of the files of a further model, by its name in the plan."""
@@ -150,6 +158,8 @@ def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
         WeightsError: there is none.
     """
     for directory in (path, path / kind):
+        if is_adapter(directory):
+            return directory
         # A run's folder also has a config.json, with the settings of the run.
         if (directory / "config.json").is_file() and "architectures" in read_json(directory, "config.json"):
             return directory
@@ -160,13 +170,29 @@ def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
 
 def kind_of(directory: pathlib.Path) -> Kind:
     """Returns whether a model directory holds a policy or a reward model."""
+    if is_adapter(directory):
+        return open_adapter(directory).kind
     architectures = read_json(directory, "config.json").get("architectures")
     names = architectures if isinstance(architectures, list) else []
     return "reward" if any(str(name).endswith("ForSequenceClassification") for name in names) else "policy"
 
 
 def open_bundle(directory: pathlib.Path) -> TokenizerBundle:
-    """Returns the tokenizer of a model directory."""
+    """Returns the tokenizer of a model directory; of an adapter, that of its base.
+
+    Raises:
+        WeightsError: an adapter brings a tokenizer with other tokens.
+    """
+    if is_adapter(directory):
+        bundle = open_bundle(open_adapter(directory).base)
+        if (directory / "tokenizer.json").is_file():
+            difference = first_difference(bundle.tokenizer, load_tokenizer(directory), bundle.size or 0)
+            if difference is not None:
+                raise WeightsError(
+                    f"The adapter {directory} has another tokenizer than its base (the same id is {difference}): merge "
+                    "it with PEFT, which makes the embeddings larger."
+                )
+        return bundle
     tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
     found = read_special_tokens(directory, tokenizer, template)
     mark_ends(tokenizer, found.ids.eos)
@@ -180,7 +206,7 @@ def open_model(path: str | pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32
     # First the tokenizer: its settings are read in a moment, weights are not.
     bundle = open_bundle(directory)
     config, params, notes = read_parameters(directory, kind, dtype)
-    return Model(config, params, bundle, notes)
+    return Model(config, params, bundle, notes, is_adapter(directory))
 
 
 def open_reward(path: pathlib.Path, *, dtype: Any = jnp.float32) -> Model:
@@ -224,6 +250,23 @@ def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Pat
     if (directory / "tokenizer.json").is_file():
         write_padding(directory, padding)
     return directory
+
+
+def save_trained_adapter(directory: pathlib.Path, start: Model, trained: Params, kind: Kind) -> None:
+    """Writes a trained adapter as a PEFT directory, `directory/adapter`.
+
+    Not where the base is itself a model with an adapter merged, which no directory holds.
+
+    Args:
+        directory: of the merged model.
+        start: the model that was adapted.
+        trained: an adapter; of a reward model with its head.
+        kind: of the model.
+    """
+    if start.adapted:
+        return
+    adapter, head = (trained, None) if kind == "policy" else (trained["adapter"], np.asarray(trained["head"]))
+    save_adapter(directory / "adapter", start.config, adapter, str(start.bundle.directory), head=head)
 
 
 def as_saved(model: Model, kind: Kind) -> Model:

@@ -16,7 +16,7 @@ from rich.console import Console
 from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import refuse_unused
-from jaxrlhf.commands.models import Model, as_saved, open_model, save_model
+from jaxrlhf.commands.models import Model, as_saved, open_model, save_model, save_trained_adapter
 from jaxrlhf.commands.running import LoopSettings, RunConfig, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.trainable import Trainable
 from jaxrlhf.lm.hugging_face.families import Kind
@@ -296,9 +296,12 @@ def save_models(result: StageResult, start: Model, trainable: Trainable, kind: K
     if not result.steps:
         try_saving(result.folder.path / kind, trained, kind)
         return trained
-    save_model(result.folder.path / kind, trained, kind)
-    if result.best is not None:
-        save_model(result.folder.path / "best" / kind, start._replace(params=trainable.merged(result.best)), kind)
+    for name, params in {"": result.params, "best": result.best}.items():
+        if params is not None:
+            directory = result.folder.path / name / kind
+            save_model(directory, start._replace(params=trainable.merged(params)), kind)
+            if trainable.adapts:
+                save_trained_adapter(directory, start, params, kind)
     return trained
 
 

@@ -26,6 +26,11 @@ class Trainable(NamedTuple):
     params_of: ParamsOf
     merged: Callable[[Params], Params]
 
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained, and not all weights."""
+        return self.frozen != ()
+
 
 def trainable_policy(params: Params, rank: int, key: jax.Array) -> Trainable:
     """Returns a language model's parameters for training; adapters on them where `rank` is positive."""

@@ -83,6 +83,11 @@ def reward_on_reference(upper: Params, frozen: Any) -> Params:
     return {"trunk": attach(base, upper["adapter"]), "head": upper["head"]}
 
 
+def reward_on_own_trunk(upper: Params, frozen: Any) -> Params:
+    """Returns the reward model's parameters: its adapter on the frozen trunk of another reward model, and its head."""
+    return {"trunk": attach(frozen.reward, upper["adapter"]), "head": upper["head"]}
+
+
 def _shapes(layers: Params) -> Params:
     return jax.tree.map(lambda leaf: tuple(leaf.shape), layers)
 

@@ -57,7 +57,11 @@ PURPOSES = {
 
 def plan_of(state: Any, frozen: Any) -> MemoryPlan:
     """Returns the plan of an algorithm's state and of `LanguageFrozen`, of arrays or shapes."""
-    sizes = {"reference": tree_bytes(frozen.reference), "annotator": tree_bytes(frozen.annotator)}
+    sizes = {
+        "reference": tree_bytes(frozen.reference),
+        "annotator": tree_bytes(frozen.annotator),
+        "reward's base": tree_bytes(frozen.reward),
+    }
     sizes |= dict.fromkeys(PURPOSES.values(), 0)
     _add_sizes(state, sizes)
     return MemoryPlan({purpose: size for purpose, size in sizes.items() if size})

@@ -31,10 +31,12 @@ class LanguageFrozen(NamedTuple):
     Attributes:
         reference: parameters of the reference policy, of the same model as the policy.
         annotator: whatever a traceable annotator needs, such as a gold reward model's parameters.
+        reward: what the reward's trained parameters stand on, such as the trunk under its adapter.
     """
 
     reference: Params
     annotator: Params = ()
+    reward: Params = ()
 
 
 class RolloutModel(NamedTuple):

@@ -1,11 +1,18 @@
 """`align` and `evaluate`: with all weights and with adapters, labelled by a function and by a reward model."""
 
 import json
+from types import SimpleNamespace
 
+import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.commands import evaluate, models
+from jaxrlhf.commands import align, align_setup, evaluate, models
+from jaxrlhf.commands.annotators import ComparisonAnnotator
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import decoder
 
 
 @pytest.mark.parametrize("kind", ["all-weights", "adapters"])
@@ -27,6 +34,10 @@ def test_alignment_moves_the_policy_and_reports(trained, aligned, report_text, l
     assert (folder / "best").is_dir() == (kind == "adapters")
     if kind == "adapters":
         np.testing.assert_array_equal(logits(folder / "best"), logits(folder))
+        for name in ("policy", "reward"):
+            whole, adapted = (models.open_model(folder / name / end, name) for end in ("", "adapter"))
+            # Merged in bfloat16.
+            chex.assert_trees_all_close(whole.params, adapted.params, atol=2e-2)
 
 
 def test_policies_and_rewards_are_evaluated(here, trained, aligned, report_text):
@@ -42,3 +53,19 @@ def test_policies_and_rewards_are_evaluated(here, trained, aligned, report_text)
     evaluated = json.loads((folder / "results.json").read_text())["reward"]
     assert evaluated["pairs"] == during_training["pairs"]
     assert evaluated["log_loss"] == pytest.approx(during_training["log_loss"], rel=1e-4)
+
+
+def test_an_adapter_on_a_reward_model_starts_as_that_model(trained):
+    """Its trunk is not the policy's: the frozen parameters hold it, and the trained ones add nothing yet."""
+    policy_run, reward_run = trained
+    policy, reward = models.open_model(policy_run, "policy"), models.open_model(reward_run, "reward")
+    config = align.Align(policy=policy_run, reward=reward_run, data="", lora_rank=2, pairs=1, microbatches=1)
+    setup = align_setup.build_setup(config, policy, reward, ComparisonAnnotator(None, None, ()))
+    start = setup.reward_of(SimpleNamespace(upper=setup.upper))
+    chex.assert_trees_all_equal(start, reward.params)
+    tokens, mask = jnp.arange(6)[None] % 5, jnp.ones((1, 6), bool)
+    model = reward_model(decoder(reward.config))
+    chex.assert_trees_all_equal(
+        model.score(lora.reward_on_own_trunk(setup.upper, setup.frozen), tokens, mask),
+        model.score(reward.params, tokens, mask),
+    )

@@ -108,13 +108,14 @@ def test_a_reward_model_labels_and_another_is_mixed_in(here, scores, trained, ca
         annotator_timeout=60.0,
         rewards=("scores:suns",),
         reward_network=True,
-        lora_rank=0,
+        reward=reward,
         steps=2,
         policy=policy,
     )
     folder = align.main(config)
-    assert models.open_model(folder / "reward", "reward").params["head"].any()
-    assert "a mixture of scores:suns and a new reward model" in " ".join(capsys.readouterr().out.split())
+    before, after = (models.open_model(each, "reward").params for each in (reward, folder))
+    assert 0 < np.abs(after["head"] - before["head"]).max() < 0.1
+    assert "a mixture of scores:suns and the reward model" in " ".join(capsys.readouterr().out.split())
     assert len(metrics(folder)) == 2 and "weight/scores:suns" in metrics(folder)[-1]
 
 

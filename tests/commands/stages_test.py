@@ -1,7 +1,9 @@
 """`sft` and `reward`: each stage starts from the last one's folder, with all weights or adapters."""
 
+import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,20 @@ def test_adapters_learn_in_every_stage(here, trained, report_text, logits):
     reward_run = reward.main(reward.Reward(policy=policy, **settings, **shared))
     assert list((reward_run / "tensorboard").iterdir())
     assert json.loads((reward_run / "results.json").read_text())["reward"]["accuracy"] > 0.8
+    for folder, kind, bound in ((tuned / "best", "policy", 2e-2), (reward_run, "reward", 1e-6)):
+        merged = models.open_model(folder, kind)
+        adapted = models.open_model(folder / kind / "adapter", kind)
+        assert adapted.adapted and "is merged into" in adapted.notes[0] and not merged.adapted
+        # The merged policy is stored in bfloat16, under its base.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=bound), adapted.params, merged.params)
+    exported = models.save_model(here / "from-adapter", adapted, "reward")
+    chex.assert_trees_all_equal(models.open_model(exported, "reward").params["head"], adapted.params["head"])
+
+
+def test_an_adapter_of_a_merged_base_is_not_written(tmp_path):
+    start = models.Model(None, {}, None, (), adapted=True)
+    models.save_trained_adapter(tmp_path, start, {}, "policy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_norms_and_biases_do_not_decay():

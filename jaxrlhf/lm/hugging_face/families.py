@@ -121,6 +121,19 @@ def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
     raise WeightsError(f"{source} describes {what}: only {known} can be read here.")
 
 
+def as_reward(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Returns the settings of a language model's `config.json` as those of a reward model of its family.
+
+    Raises:
+        WeightsError: the model is of no known family.
+    """
+    found = settings.get("architectures")
+    if isinstance(found, list) and any(family.reward in found for family in FAMILIES.values()):
+        return settings
+    family = FAMILIES[family_of(settings, "policy", source)]
+    return settings | {"architectures": [family.reward]}
+
+
 def _check_type(model_type: Any, family: Family, source: str) -> None:
     # transformers goes by the type, and would read another model.
     if model_type is not None and model_type != family.model_type:

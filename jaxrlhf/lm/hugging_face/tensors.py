@@ -118,7 +118,12 @@ def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> li
         return Entry((*path, "query_key_value", leaf), {name: shape}, by_head, by_kind)
 
     def ungated(leaf, shape):
-        join, split = lambda tensor: tensor.reshape(*tensor.shape[:-1], 1, -1), lambda param: (param.reshape(shape),)
+        def join(tensor):
+            return tensor.reshape(*tensor.shape[:-1], 1, -1)
+
+        def split(param):
+            return (param.reshape(*param.shape[:-2], -1),)
+
         return Entry((*path, "gate_up", leaf), {f"{prefix}.mlp.c_fc.{leaf}": shape}, join, split)
 
     found = _norm(config, (*path, "attention_norm"), f"{prefix}.ln_1", width)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jaxrlhf.lm.hugging_face.families import Kind, config_from
+from jaxrlhf.lm.hugging_face.adapters import Adapter, check_adapter, is_adapter, merge_adapter, open_adapter
+from jaxrlhf.lm.hugging_face.families import Kind, as_reward, config_from
 from jaxrlhf.lm.hugging_face.files import (
     HEAD,
     WeightsError,
@@ -30,6 +31,8 @@ from jaxrlhf.lm.hugging_face.tensors import params_from, tensor_shapes, tensors_
 from jaxrlhf.lm.hugging_face.tokenizer_files import load_tokenizer
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.model import decoder
+
+HEAD_OF_REWARD = "score.weight"
 
 __all__ = [
     "Loaded",
@@ -154,10 +157,13 @@ class Loaded(NamedTuple):
 def read_parameters(directory: str | Path, kind: Kind, dtype: Any = jnp.float32) -> Loaded:
     """Returns a policy's or a reward model's configuration, parameters and notes.
 
+    The directory may be that of an adapter in PEFT's format, which is merged into its base.
+
     Raises:
         WeightsError: the directory cannot be read as such a model.
     """
-    config, tensors, notes = read_model(directory, kind)
+    adapter = open_adapter(Path(directory)) if is_adapter(Path(directory)) else None
+    config, tensors, notes = read_model(directory, kind) if adapter is None else read_adapted(adapter, kind)
     params = params_from(tensors, config, kind)
     if kind == "reward":
         head = params.pop("head")
@@ -165,14 +171,42 @@ def read_parameters(directory: str | Path, kind: Kind, dtype: Any = jnp.float32)
     return Loaded(config, on_device(params, dtype), notes)
 
 
-def read_model(directory: str | Path, kind: Kind) -> tuple[DecoderConfig, dict[str, np.ndarray], tuple[str, ...]]:
+def read_adapted(adapter: Adapter, kind: Kind) -> tuple[DecoderConfig, dict[str, np.ndarray], tuple[str, ...]]:
+    """Returns configuration and tensors of an adapter's base, with the adapter merged, and notes.
+
+    Raises:
+        WeightsError: the adapter is for the other kind, or does not fit its base.
+    """
+    if adapter.kind != kind:
+        raise WeightsError(f"{adapter.directory} is an adapter of a {adapter.kind} model: a {kind} is wanted here.")
+    settings = read_json(adapter.base, "config.json")
+    own = HEAD_OF_REWARD if kind == "reward" and HEAD_OF_REWARD in adapter.replaced else None
+    if own is not None:
+        # A classifier's adapter brings the head of its own: its base is mostly a language model.
+        settings = as_reward(settings, str(adapter.base / "config.json"))
+    config = config_from(settings, kind, str(adapter.base / "config.json"))
+    check_adapter(adapter, tensor_shapes(config, kind), config.family)
+    config, tensors, notes = read_model(adapter.base, kind, settings, without=() if own is None else (own,))
+    return config, merge_adapter(adapter, tensors, config.family), (adapter.note(), *notes)
+
+
+def read_model(
+    directory: str | Path, kind: Kind, settings: dict[str, Any] | None = None, *, without: tuple[str, ...] = ()
+) -> tuple[DecoderConfig, dict[str, np.ndarray], tuple[str, ...]]:
     """Returns configuration and checked tensors of a model directory, and notes of what was not read.
 
     An output head of its own counts before `tie_word_embeddings`, as in transformers 5.
+
+    Args:
+        directory: of the model.
+        kind: of the model.
+        settings: in place of those of its `config.json`.
+        without: names of tensors that are left out.
     """
-    settings = read_json(directory, "config.json")
+    settings = read_json(directory, "config.json") if settings is None else settings
     config = config_from(settings, kind, str(Path(directory) / "config.json"))
-    shapes, tied = tensor_shapes(config, kind), kind == "policy" and config.tied_embeddings
+    shapes = {name: shape for name, shape in tensor_shapes(config, kind).items() if name not in without}
+    tied = kind == "policy" and config.tied_embeddings
     stored = read_tensors(
         directory,
         shapes,
