@@ -77,7 +77,7 @@ class Parts(NamedTuple):
         tangent_optimizer: of the policy's response to the reward, `bilevel` with a stencil.
         reward_optimizer: of the reward in an update on fresh pairs.
         fit_optimizer: of the reward in its fit to kept pairs.
-        rule: estimator of the hypergradient, of `bilevel`.
+        rule: estimator of the hypergradient, of `bilevel`; `central(relative_sigma=0.2)` by default.
         kl_price: what a nat of KL costs in win rate, where the utility is an objective.
         utility_weight: of the utility beside the likelihood.
         scaled: whether `bilevel` learns the reward's scale; its optimisers are then `scale_optimizer`s.
@@ -93,7 +93,7 @@ class Parts(NamedTuple):
     tangent_optimizer: optax.GradientTransformation = optax.set_to_zero()
     reward_optimizer: optax.GradientTransformation = optax.set_to_zero()
     fit_optimizer: optax.GradientTransformation = optax.set_to_zero()
-    rule: HypergradientRule = central(relative_sigma=0.2)
+    rule: HypergradientRule | None = None
     kl_price: Any = 0.0
     utility_weight: Any = 1.0
     scaled: bool = False
@@ -191,7 +191,7 @@ def bilevel(
     solver = tangent(parts.policy_optimizer, parts.tangent_optimizer, steps=parts.steps)
     algorithm = bilevel_descent(
         problem,
-        parts.rule if rule is None else rule,
+        rule or parts.rule or central(relative_sigma=0.2),
         solver,
         parts.reward_optimizer,
         beta=beta,
@@ -246,7 +246,7 @@ def label_gradient(parts: Parts, kl_price: Any) -> Algorithm:
 METHODS: dict[str, Method] = {
     "bilevel": Method(bilevel, "reward", "reference", held_out=True),
     "implicit-bilevel": Method(implicit_bilevel, "log-ratio", "self"),
-    "iterated": Method(functools.partial(bilevel, rule=decoupled()), "reward", "reference"),
+    "iterated": Method(lambda parts, beta: bilevel(parts, beta, rule=decoupled()), "reward", "reference"),
     "rloo": Method(functools.partial(iterated, gradient="rloo"), "reward", "policy"),
     "grpo": Method(functools.partial(iterated, gradient="grpo", per_token=True), "reward", "policy", per_token=True),
     "ppo": Method(functools.partial(iterated, gradient="ppo", per_token=True), "reward", "policy", per_token=True),

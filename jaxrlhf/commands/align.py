@@ -29,7 +29,7 @@ from jaxrlhf.commands.annotators import (
 )
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_existing
-from jaxrlhf.commands.methods import ask_about_some
+from jaxrlhf.commands.methods import ask_about_some, rule_of
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
 from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
@@ -153,6 +153,7 @@ def _begin_with_existing(config: Align, run: Run, existing: Existing, state: Any
 def prepare(config: Align) -> tuple[Run, InitialParams]:
     """Reads models and data, prints the plan and places parameters on the mesh."""
     check_config(config)
+    axes, _ = parse_mesh(config.mesh), rule_of(config)
     policy = open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
     reward, annotator = reward_of(config, policy), annotator_of(config, policy)
     prompts, existing = read_prompts(config, policy), read_existing(config, policy)
@@ -163,7 +164,7 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
         chunks_of(existing, config.batch_size) * config.batch_size,
     )
     setup = build_setup(config, policy, reward, annotator, prompt_length=columns, existing_rows=rows)
-    mesh = make_mesh(parse_mesh(config.mesh))
+    mesh = make_mesh(axes)
     check_batch(config.batch_size, mesh)
     arguments = jax.random.key(config.seed), setup.upper, setup.lower
     memory = plan_bilevel(setup.algorithm.init, *arguments, setup.frozen)

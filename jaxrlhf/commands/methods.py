@@ -84,14 +84,6 @@ def build_algorithm(
 
 
 def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callable[..., Critic]) -> Parts:
-    rules = {
-        "central": lambda: bilevel.central(relative_sigma=config.relative_sigma),
-        "forward": lambda: bilevel.forward(config.relative_sigma),
-        "five_point": lambda: bilevel.five_point(config.relative_sigma),
-        "boltzmann": bilevel.boltzmann,
-        "decoupled": bilevel.decoupled,
-    }
-
     def adam(rate):
         return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
 
@@ -109,7 +101,7 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         tangent_optimizer=adam(rates.tangent),
         reward_optimizer=reward,
         fit_optimizer=fit,
-        rule=rules[config.estimator](),
+        rule=rule_of(config),
         kl_price=config.kl_price,
         utility_weight=config.utility_weight,
         scaled=config.learn_scale,
@@ -118,6 +110,22 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         sequential=parse_mesh(config.mesh).get("stencil", 1) == 1,
         label_weight=_label_weight(config),
     )
+
+
+def rule_of(config: Align) -> bilevel.HypergradientRule:
+    """Returns the rule of --estimator.
+
+    Raises:
+        ValueError: --relative-sigma is too large for it.
+    """
+    rules = {
+        "central": lambda: bilevel.central(relative_sigma=config.relative_sigma),
+        "forward": lambda: bilevel.forward(config.relative_sigma),
+        "five_point": lambda: bilevel.five_point(config.relative_sigma),
+        "boltzmann": bilevel.boltzmann,
+        "decoupled": bilevel.decoupled,
+    }
+    return rules[config.estimator]()
 
 
 def _label_weight(config: Align) -> float:

@@ -37,7 +37,8 @@ def test_alignment_moves_the_policy_and_reports(trained, aligned, report_text, l
         for name in ("policy", "reward"):
             whole, adapted = (models.open_model(folder / name / end, name) for end in ("", "adapter"))
             # Merged in bfloat16.
-            chex.assert_trees_all_close(whole.params, adapted.params, atol=2e-2)
+            ours, theirs = (model.params.get("trunk", model.params)["layers"] for model in (whole, adapted))
+            chex.assert_trees_all_close(ours, theirs, atol=2e-2)
 
 
 def test_policies_and_rewards_are_evaluated(here, trained, aligned, report_text):

@@ -55,7 +55,7 @@ PROMISES = {
         "(1e-3, 5e-5 and 2e-3 for adapters)",
         lambda: rates(lora_rank=2) == (1e-3, 5e-5, 2e-3),
     ),
-    "estimator": ("coming_from_trl", "The default is `central`", lambda: ALIGN.estimator == "central"),
+    "method": ("coming_from_trl", "The default is `bilevel`", lambda: ALIGN.method == "bilevel"),
     "remat": ("coming_from_trl", "Off by default", lambda: {run.remat for run in RUNS} == {None}),
     "precision": ("coming_from_trl", "float32 by default", lambda: {run.dtype for run in RUNS} == {"float32"}),
 }
