@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
 from jaxrlhf.commands.annotators import AnnotatorConfig
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import check_flags, refuse_unused
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import RunConfig
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
@@ -23,6 +24,23 @@ class Align(AnnotatorConfig, RunConfig):
     policy are updated; the reward's gradient accounts for the policy's response to the reward. With --estimator decoupled
     it does not, which is iterated RLHF.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": (
+            *("policy", "data", "annotator", "score", "reward", "steps", "batch_size", "pairs", "max_new_tokens"),
+            *("kl_price", "lora_rank"),
+        ),
+        "data": ("format", "skip_bad", "held_out", "max_prompt", "cut_prompts"),
+        "the reward and the policy's response": ("beta", "estimator", "relative_sigma", "utility_weight"),
+        "a learned scale, and a mixture of rewards": (
+            *("learn_scale", "scale_learning_rate"),
+            *("rewards", "reward_weights", "reward_network", "weights_learning_rate"),
+        ),
+        "learning rates": ("policy_learning_rate", "reward_learning_rate", "tangent_learning_rate", "warmup"),
+        "evaluation and logging": ("evaluations", "evaluation_answers"),
+        "devices and memory": ("rollout_dtype",),
+        "the annotator": ("annotator_timeout",),
+    }
 
     policy: pathlib.Path
     """Model to align, and its reference: a Hugging Face directory, or a run's folder."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jaxrlhf.commands.comparison import comparison_table, policy_comparer
 from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, check_tokens, open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
     accuracy_table,
@@ -43,6 +44,11 @@ class Evaluate(AnnotatorConfig):
     With --policy, --reference and --annotator or --score: win rate, KL and length on the prompts of --data. With --reward:
     accuracy and calibration on the pairs of --data.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("data", "policy", "reference", "reward", "prompts", "max_new_tokens", "seed", "output"),
+        "data": ("split", "held_out", "format", "skip_bad", "max_length", "cut_prompts", "batch_size", "data_dir"),
+    }
 
     data: str
     """A .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME for a published file."""

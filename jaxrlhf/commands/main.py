@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`."""
+"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`, with options, `--config FILE` or both."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ import jax
 import tyro
 
 from jaxrlhf.commands import align, evaluate, export, label, reward, sample, supervised
+from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
@@ -80,6 +81,17 @@ def _with_flags(message: str, config: Any) -> str:
 
 def main() -> None:
     """Parses the command line and runs the command."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        try:
+            config = parse(COMMANDS[name][0], arguments[1:], name)
+        except ValueError as error:
+            print(f"jaxrlhf: {_sentence(error)}", file=sys.stderr)
+            raise SystemExit(2) from None
+        run(config)
+        return
+    # Lists the commands, or refuses what is none.
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
         for name, (kind, _) in COMMANDS.items()
@@ -87,7 +99,7 @@ def main() -> None:
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
-    run(tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX."))
+    tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX.")
 
 
 if __name__ == "__main__":

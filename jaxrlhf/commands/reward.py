@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_reward
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
     accuracy_table,
@@ -54,6 +55,12 @@ class Reward(StageConfig):
     Reads pairs (`prompt`, `chosen`, `rejected`, optionally `margin`), rankings (equal ranks are ties), or completions
     labelled good and bad.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("policy",),
+        "data": ("max_length", "cut_prompts"),
+        "loss": ("smoothing", "margins", "ties", "centre"),
+    }
 
     policy: pathlib.Path
     """Model whose trunk the reward starts from, or a reward model to continue: a directory, or a run's folder."""

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jaxrlhf.annotation.functions import completions_of, unpadded
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import Message
@@ -22,6 +24,10 @@ from jaxrlhf.lm.transformer.model import decoder
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Generates completions of a prompt and prints them."""
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("policy", "prompt", "chat", "number", "max_new_tokens", "temperature", "top_p", "seed")
+    }
 
     policy: pathlib.Path
     """Model to sample from: a Hugging Face directory, or a run's folder."""

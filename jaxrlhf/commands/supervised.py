@@ -5,7 +5,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, TokenizerBundle, find, open_bundle, open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.sample import generate_texts
 from jaxrlhf.commands.stage import (
@@ -47,6 +48,12 @@ class Supervised(StageConfig):
     Reads demonstrations (`prompt` and `completion`, `messages`, `text`), or the preferred side of preferences. The loss
     counts the assistant's tokens only.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("policy", "tokenizer"),
+        "data": ("max_length", "packed"),
+        "a new model, with --tokenizer": ("width", "layers", "heads"),
+    }
 
     policy: pathlib.Path | None = None
     """Model to start from: a Hugging Face directory, or a run's folder."""
