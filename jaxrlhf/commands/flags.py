@@ -31,6 +31,7 @@ AT_LEAST = {
 """Smallest values of flags that are whole numbers."""
 NOT_NEGATIVE = (
     "centre",
+    "gamma",
     "judge_temperature",
     "kl_price",
     "learning_rate",

@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`, with options, `--config FILE` or both."""
+"""The entry point: `jaxrlhf sft|reward|dpo|align|evaluate|sample|label|export`, with options, `--config FILE` or both."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxrlhf.commands import align, evaluate, export, label, reward, sample, supervised
+from jaxrlhf.commands import align, direct, evaluate, export, label, reward, sample, supervised
 from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
@@ -21,6 +21,7 @@ from jaxrlhf.training.resume import StoppedError
 COMMANDS = {
     "sft": (supervised.Supervised, supervised.main),
     "reward": (reward.Reward, reward.main),
+    "dpo": (direct.Direct, direct.main),
     "align": (align.Align, align.main),
     "evaluate": (evaluate.Evaluate, evaluate.main),
     "sample": (sample.Sample, sample.main),

@@ -331,7 +331,9 @@ def print_plan(console: Console, stage: Stage, optimizer: optax.GradientTransfor
     # The initial model is kept beside the trained one, to compare with.
     frozen = tree_bytes(base) or trained
     slots = tree_bytes(jax.eval_shape(optimizer.init, params))
-    total = sum(leaf.size for leaf in jax.tree.leaves((params, base)))
+    # A reference beside all trained weights is no further part of the model.
+    parts = params if jax.tree.structure(params) == jax.tree.structure(base) else (params, base)
+    total = sum(leaf.size for leaf in jax.tree.leaves(parts))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     memory = f"{bytes_text(frozen + trained + slots)} of weights and optimiser, gradients {bytes_text(trained)}"
     rows = {

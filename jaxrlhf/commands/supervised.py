@@ -107,7 +107,9 @@ def main(config: Supervised) -> pathlib.Path:
     began = time.monotonic()
     inputs = prepare(config)
     trainable = trainable_policy(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
-    samples = _Samples(inputs) if is_first_process() else None
+    samples = None
+    if is_first_process():
+        samples = GreedySamples(inputs.start, inputs.held_out_records, inputs.max_length)
 
     def write(result: StageResult) -> pathlib.Path:
         assert samples is not None
@@ -177,7 +179,7 @@ def _save(
     inputs: Inputs,
     trainable: Trainable,
     result: StageResult,
-    samples: "_Samples",
+    samples: "GreedySamples",
     began: float,
 ) -> pathlib.Path:
     trained = save_models(result, inputs.start, trainable, "policy")
@@ -244,16 +246,15 @@ def _tokens_of(batch: Demonstrations) -> float:
     return float(np.sum(batch.segments > 0))
 
 
-class _Samples:
+class GreedySamples:
     """Greedy completions of six prompts by the initial model, computed before training, and later by the trained one."""
 
-    def __init__(self, inputs: Inputs):
-        start, max_length = inputs.start, inputs.max_length
+    def __init__(self, start: Model, records: RecordSource, max_length: int):
         self._max_new_tokens = max(1, min(64, max_length // 2))
         try:
             self._prompts = tokenize_prompts(
                 start.bundle.chat_tokenizer(),
-                inputs.held_out_records,
+                records,
                 max_length=max(2, max_length - self._max_new_tokens),
                 cut_prompts=True,
             ).rows[:6]
