@@ -108,6 +108,8 @@ def read_settings(path: pathlib.Path, kind: type, name: str) -> dict[str, Any]:
             raise ValueError(f"{path} gives {setting} twice.")
         option = options[setting]
         default = tyro.MISSING if option.required else option.default
+        # An option that may be repeated may also be given once.
+        value = [value] if option.repeatable and isinstance(value, str) else value
         settings[setting] = default if value is None else _typed(option.kind, value, f"{setting} in {path}")
     return settings
 

@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|dpo|align|evaluate|sample|label|export`, with options, `--config FILE` or both."""
+"""The entry point: `jaxrlhf sft|reward|dpo|align|evaluate|sample|chat|label|export`, with options or `--config FILE`."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxrlhf.commands import align, direct, evaluate, export, label, reward, sample, supervised
+from jaxrlhf.commands import align, chat, direct, evaluate, export, label, reward, sample, supervised
 from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
@@ -25,6 +25,7 @@ COMMANDS = {
     "align": (align.Align, align.main),
     "evaluate": (evaluate.Evaluate, evaluate.main),
     "sample": (sample.Sample, sample.main),
+    "chat": (chat.Chat, chat.main),
     "label": (label.Label, label.main),
     "export": (export.Export, export.main),
 }

@@ -122,7 +122,7 @@ def rich_table(table: Table) -> rich.table.Table:
     """Returns the table as the report shows it, for a terminal."""
     shown = rich.table.Table(title=Text(table.title), title_justify="left")
     for column, right in zip(table.columns, _right_aligned(table), strict=True):
-        shown.add_column(Text(column), justify="right" if right else "left")
+        shown.add_column(Text(column), justify="right" if right else "left", overflow="fold")
     for row in _cells(table):
         shown.add_row(*map(Text, row))
     return shown

@@ -50,7 +50,8 @@ def other_value(option: Option, number: int):
     if typing.get_origin(kind) is Literal:
         return next(choice for choice in reversed(typing.get_args(kind)) if choice != option.default)
     if typing.get_origin(kind) is tuple:
-        return (0.5, 1e-7) if typing.get_args(kind)[0] is float else ("module:one", "module:two")
+        some = {float: (0.5, 1e-7), int: (2, 64), pathlib.Path: (pathlib.Path("a"), pathlib.Path("b"))}
+        return some.get(typing.get_args(kind)[0], ("module:one", "module:two"))
     text = TEXTS[number % len(TEXTS)]
     values = {bool: not option.default, int: 10**6 + number, float: 1e-5 * (number + 1), str: text}
     return values.get(kind, pathlib.Path(text or "a b"))
@@ -168,7 +169,7 @@ JSON = {
     "half": ('{"steps": 1', "FILE is not JSON that can be read: "),
     "deep": ("[" * 100_000, "FILE is not JSON that can be read: "),
     "member": ('{"command": "align", "rewards": ["a:b", 3]}', "value 2 of rewards in FILE must be text, got 3"),
-    "scalar": ('{"command": "align", "rewards": "a:b"}', "rewards in FILE must be a list, each text, got "),
+    "scalar": ('{"command": "align", "rewards": 3}', "rewards in FILE must be a list, each text, got 3"),
 }
 CASES = [(text, ".yaml", message) for text, message in REFUSED.values()] + [
     (text, ".json", message) for text, message in JSON.values()
