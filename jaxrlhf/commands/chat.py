@@ -181,7 +181,8 @@ def _until(pieces: Iterator[str], end: str) -> Iterator[str]:
     for piece in pieces:
         held += piece
         if end and end in held:
-            yield held[: held.index(end)]
+            if not held.startswith(end):
+                yield held[: held.index(end)]
             return
         # What could begin the end is held back.
         kept = max((size for size in range(1, len(end)) if held.endswith(end[:size])), default=0)

@@ -55,8 +55,11 @@ def length_controlled(wins: np.ndarray, differences: np.ndarray, weights: np.nda
         bb = (curve * x * x).sum(-1) + LENGTH_PRIOR
         determinant = aa * bb - ab * ab
         # Newton's steps, bounded: far out the likelihood is nearly flat.
-        a = a - np.clip((bb * first - ab * second) / determinant, -1, 1)
-        b = b - np.clip((aa * second - ab * first) / determinant, -1, 1)
+        step_a = np.clip((bb * first - ab * second) / determinant, -1, 1)
+        step_b = np.clip((aa * second - ab * first) / determinant, -1, 1)
+        a, b = a - step_a, b - step_b
+        if max(np.max(np.abs(step_a)), np.max(np.abs(step_b))) < 1e-9:
+            break
     return 1 / (1 + np.exp(-a))
 
 
