@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar, TextIO
 
 import jax
@@ -95,8 +95,10 @@ def _lines(stream: TextIO, interactive: bool) -> Iterator[str]:
 
 def _answer(conversation: "Conversation", text: str) -> None:
     try:
-        for piece in conversation.reply(text):
-            print(piece, end="", flush=True)
+        # An interrupt may also come while a piece is printed.
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(conversation.reply(text)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
     except ValueError as error:
         print(f"{' '.join(str(error).split())} The message is left out.", file=sys.stderr)
     print(flush=True)
@@ -142,7 +144,7 @@ class Conversation:
         """Begins anew."""
         self.messages = list(self._start)
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Generator[str, None, None]:
         """Returns the reply to a message, piece by piece; both become turns of the conversation.
 
         An interrupt ends the reply.
@@ -160,7 +162,8 @@ class Conversation:
                 yield piece
         except KeyboardInterrupt:
             pass
-        self.messages = [*turns, Message("assistant", shown.strip())]
+        finally:
+            self.messages = [*turns, Message("assistant", shown.strip())]
 
     def _fitted(self, turns: list[Message]) -> tuple[list[Message], Any]:
         """Returns the turns without the oldest that do not fit, and their tokens."""

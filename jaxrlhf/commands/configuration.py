@@ -25,6 +25,8 @@ NOT_SETTINGS = ("command", "version")
 """Keys of a file that say what wrote it."""
 NOTHING = "None"
 """A value that is none, in a file as on the command line; null is the default."""
+NOT_GIVEN = "\0"
+"""Stands for an option that must be given and is not; printed as null."""
 FLOAT = r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", pathlib.Path: "a path"}
 
@@ -51,11 +53,17 @@ def parse(kind: type, arguments: Sequence[str], name: str) -> Any:
     options = options_of(kind)
     # An option that can be repeated replaces the file's values rather than adding to them.
     added = {each: settings.pop(each) for each in list(settings) if options[each].repeatable}
-    missing = {each: tyro.MISSING for each, option in options.items() if option.required}
+    # What is printed without them is a file to start from.
+    printing = "print_config" in own
+    missing = {
+        each: option.kind(NOT_GIVEN) if printing else tyro.MISSING
+        for each, option in options.items()
+        if option.required
+    }
     config = tyro.cli(kind, args=rest, prog=f"jaxrlhf {name}", default=kind(**missing | settings))
     unset = {each: value for each, value in added.items() if getattr(config, each) == options[each].default}
     config = dataclasses.replace(config, **unset)
-    if "print_config" in own:
+    if printing:
         print(config_text(config, name), end="")
         raise SystemExit(0)
     return config
@@ -70,7 +78,7 @@ def config_values(config: Any, name: str) -> dict[str, Any]:
 
 def config_text(config: Any, name: str) -> str:
     """Returns a configuration as YAML, in groups, with the help of each option above it."""
-    values = config_values(config, name)
+    values = {key: None if value == NOT_GIVEN else value for key, value in config_values(config, name).items()}
     lines = [_yaml_line(key, values[key]) for key in NOT_SETTINGS]
     for title, options in groups_of(type(config)).items():
         lines += ["", f"# {title[0].upper()}{title[1:]}", ""]
@@ -83,7 +91,7 @@ def config_text(config: Any, name: str) -> str:
 
 
 def read_settings(path: pathlib.Path, kind: type, name: str) -> dict[str, Any]:
-    """Returns the settings in a file; those that are null have their default.
+    """Returns the settings in a file; those that are null are left out, and so have their default.
 
     Args:
         path: of the file, or the folder of a run with its `config.json`.
@@ -102,15 +110,17 @@ def read_settings(path: pathlib.Path, kind: type, name: str) -> dict[str, Any]:
     unknown = [key for key in values if key.replace("-", "_") not in options]
     if unknown:
         raise ValueError(_unknown_message(path, name, unknown, list(options), version))
+    given = set()
     for key, value in values.items():
         setting = key.replace("-", "_")
-        if setting in settings:
+        if setting in given:
             raise ValueError(f"{path} gives {setting} twice.")
         option = options[setting]
-        default = tyro.MISSING if option.required else option.default
         # An option that may be repeated may also be given once.
         value = [value] if option.repeatable and isinstance(value, str) else value
-        settings[setting] = default if value is None else _typed(option.kind, value, f"{setting} in {path}")
+        if value is not None:
+            settings[setting] = _typed(option.kind, value, f"{setting} in {path}")
+        given.add(setting)
     return settings
 
 

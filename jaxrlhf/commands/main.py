@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -81,17 +82,21 @@ def _with_flags(message: str, config: Any) -> str:
     return message
 
 
+def run_command(name: str, arguments: Sequence[str]) -> Any:
+    """Runs a command by its name, with its options and files of options; ends as `run` does."""
+    try:
+        config = parse(COMMANDS[name][0], arguments, name)
+    except ValueError as error:
+        print(f"jaxrlhf: {_sentence(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return run(config)
+
+
 def main() -> None:
     """Parses the command line and runs the command."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
-        name = arguments[0]
-        try:
-            config = parse(COMMANDS[name][0], arguments[1:], name)
-        except ValueError as error:
-            print(f"jaxrlhf: {_sentence(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
-        run(config)
+        run_command(arguments[0], arguments[1:])
         return
     # Lists the commands, or refuses what is none.
     kinds = [

@@ -83,6 +83,22 @@ def _names(arguments):
     return [argument.removeprefix("--") for argument in arguments[::2]]
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_printed_without_options_is_a_file_to_start_from(tmp_path, capsys, name):
+    kind, path = KINDS[name], tmp_path / "start.yaml"
+    with pytest.raises(SystemExit) as caught:
+        parse(kind, ["--print-config"], name)
+    assert not caught.value.code
+    path.write_text(capsys.readouterr().out)
+    required = [part for option in options_of(kind).values() if option.required for part in (f"--{option.name}", "x")]
+    assert parse(kind, ["--config", str(path), *required], name) == parse(kind, required, name)
+    if required:
+        assert f"\n{required[0][2:]}: null\n" in path.read_text()
+        with pytest.raises(SystemExit) as caught:
+            parse(kind, ["--config", str(path)], name)
+        assert caught.value.code == 2
+
+
 def test_a_printed_configuration_says_what_each_option_does():
     lines = config_text(parse(Align, GIVEN, "align"), "align").splitlines()
     assert lines[:2] == ["command: align", "version: 0.1.0"]
