@@ -72,13 +72,15 @@ def options_of(kind: type) -> dict[str, Option]:
 def groups_of(kind: type) -> dict[str, list[Option]]:
     """Returns the options of a command by the title of their group, the main settings first.
 
-    An option belongs to the group that names it in the `GROUPS` of the most derived class.
+    An option belongs to the group that names it in the `GROUPS` of the most derived class. Without any `GROUPS` all are
+    main settings.
     """
     left, titles = dict(options_of(kind)), {MAIN: []}
     for each in inspect.getmro(kind):
         for title, names in vars(each).get("GROUPS", {}).items():
             titles.setdefault(title, []).extend(left.pop(name) for name in names if name in left)
-    return {title: options for title, options in (titles | {OTHER: list(left.values())}).items() if options}
+    titles.setdefault(OTHER if any(titles.values()) else MAIN, []).extend(left.values())
+    return {title: options for title, options in titles.items() if options}
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
