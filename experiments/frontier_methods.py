@@ -1,4 +1,4 @@
-"""The methods of `frontier.py`, each a short assembly of the library's algorithms; nothing else differs between them.
+"""The methods of `frontier.py`: those of `jaxrlhf.algorithms.methods`, and three offline, with nothing else between them.
 
 A method is a function of beta, which the controller adjusts to hold all methods to the same KL. All share policy,
 reference, pairs per step, optimiser and order of prompts. Where the pairs of a step come from is part of the method:
@@ -9,19 +9,17 @@ reference, pairs per step, optimiser and order of prompts. Where the pairs of a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf import bilevel, objectives, preferences
-from jaxrlhf.algorithms.actor_critic import actor_critic
-from jaxrlhf.algorithms.direct_preference import direct_preference, dpo, implicit_reward, ipo, simpo
-from jaxrlhf.algorithms.group_relative import group_relative
-from jaxrlhf.algorithms.policy_gradient import label_policy_gradient
-from jaxrlhf.algorithms.replay import refitted, replayed
-from jaxrlhf.algorithms.reward_learning import reward_learning
+from jaxrlhf import bilevel, objectives
+from jaxrlhf.algorithms import methods
+from jaxrlhf.algorithms.direct_preference import dpo, ipo, simpo
+from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.problem import language_problem
@@ -125,138 +123,60 @@ def build(name: str, setup: Setup, rates: Rates) -> Method:
     Raises:
         ValueError: there is no such method.
     """
-    if name == "label gradient":
-        return _label_gradient(setup, rates)
-    if name == "implicit bilevel":
-        return _implicit_bilevel(setup, rates)
-    if name in WITHOUT_REWARD:
-        return _direct_preference(name, setup, rates)
+    if name not in RATES:
+        raise ValueError(f"There is no method {name!r}; choose from {', '.join(RATES)}.")
+    method = library_method(name)
+    rule = bilevel.boltzmann() if name == "boltzmann" else bilevel.central(setup.relative_sigma)
+    # The gradient through a distribution of old pairs has too much variance.
+    reuses = name not in ("SAIL", "label gradient") and (method.learns != "policy" or setup.fit_updates > 0)
+
+    def make(beta):
+        parts = parts_of(setup, rates, method, kl_price=setup.kl_share * beta)._replace(rule=rule)
+        weight = beta if method.weighs == "beta" else setup.kl_share * beta
+        algorithm = method.assemble(parts, weight)
+        return reusing(method, algorithm, parts, weight, setup) if reuses else algorithm
+
+    return Method(make, rates, has_reward=method.learns == "reward", offline=name.startswith("offline"))
+
+
+def library_method(name: str) -> methods.Method:
+    """Returns the library's method, with the pairs of this study and in the order that it was measured in."""
     if name in ("bilevel", "boltzmann"):
-        return _bilevel(name, setup, rates)
-    if name in WITH_REWARD:
-        return _iterated(name, setup, rates)
-    raise ValueError(f"There is no method {name!r}; choose from {', '.join(RATES)}.")
+        bilevel_method = functools.partial(methods.bilevel, against="self")
+        return METHODS["bilevel"]._replace(assemble=bilevel_method, against="self", held_out=False)
+    if name.startswith("offline"):
+        loss = {"offline IPO": ipo, "offline SimPO": _simpo}.get(name, dpo)
+        offline = functools.partial(methods.direct, loss=loss, sampler=lambda policy, frozen: frozen.reference)
+        return METHODS["online-dpo"]._replace(assemble=offline)
+    return METHODS[name.lower().replace(" ", "-")]
 
 
-def _label_gradient(setup: Setup, rates: Rates) -> Method:
-    """Policy gradient on the labels themselves."""
-    optimizer = adam(rates.policy, setup.steps)
-
-    def make(beta):
-        objective = objectives.utility(kl_price=setup.kl_share * beta)
-        return label_policy_gradient(problem_of(setup, objective), optimizer)
-
-    return Method(make, rates)
-
-
-def _direct_preference(name: str, setup: Setup, rates: Rates) -> Method:
-    """DPO and its relatives, offline or online; SAIL adds the gradient through the distribution of its responses."""
-    optimizer = adam(rates.policy, setup.steps)
-
-    def lengths(sample):
-        return jnp.sum(sample.responses.mask, axis=-1)
-
-    loss = {
-        "offline IPO": lambda beta: ipo(beta=beta),
-        "offline SimPO": lambda beta: simpo(beta=beta, margin=0.3, lengths=lengths),
-    }.get(name, lambda beta: dpo(beta=beta))
-    offline = name.startswith("offline")
-    sampler = (lambda policy, frozen: frozen.reference) if offline else (lambda policy, frozen: policy)
-    problem = problem_of(setup, objectives.likelihood(), against="policy")
-    coupling = 1.0 if name == "SAIL" else 0.0
-
-    def make(beta):
-        algorithm = direct_preference(problem, loss(beta), optimizer, coupling=coupling, sampler=sampler)
-        return algorithm if not setup.fit_updates or coupling else with_replay(setup, problem, algorithm)
-
-    return Method(make, rates, offline=offline)
-
-
-def _implicit_bilevel(setup: Setup, rates: Rates) -> Method:
-    """Bilevel descent whose reward is a policy's log-ratio, so that this policy itself solves the lower level."""
-    optimizer = adam(rates.policy, setup.steps)
-    solver = bilevel.closed_form(lambda task, index: task.upper)
-
-    def make(beta):
-        utility = objectives.utility(weight=setup.implicit_weight * beta, kl_price=setup.kl_share * beta)
-        objective = objectives.add(objectives.likelihood(coupled=False), utility)
-        problem = problem_of(setup, objective, against="self")
-        descent = bilevel.bilevel_descent(
-            implicit_reward(problem, beta=beta), bilevel.boltzmann(), solver, optimizer, beta=beta
-        )
-        return with_replay(setup, problem, self_play(descent))
-
-    return Method(make, rates)
-
-
-def with_replay(setup: Setup, problem: bilevel.BilevelProblem, algorithm):
-    """Returns the algorithm with further updates on old pairs."""
-    return replayed(
-        algorithm, setup.shapes(problem), capacity=setup.buffer, size=setup.batch, updates=setup.fit_updates
-    )
-
-
-def with_reward_fit(setup: Setup, problem: bilevel.BilevelProblem, algorithm):
-    """Returns the algorithm with a fit of its reward to all pairs so far, before each update."""
-    learning = reward_learning(problem, adam(setup.reward_learning_rate, setup.steps))
-    return refitted(
-        algorithm, learning, setup.shapes(problem), capacity=setup.buffer, size=setup.batch, updates=setup.fit_updates
-    )
-
-
-def _bilevel(name: str, setup: Setup, rates: Rates) -> Method:
-    """Bilevel descent with a central stencil, or with the Boltzmann rule."""
-    likelihood = objectives.likelihood(coupled=False)
-    problem = problem_of(setup, likelihood, against="policy")
-    rule = bilevel.central(setup.relative_sigma) if name == "bilevel" else bilevel.boltzmann()
-    solver = bilevel.tangent(
-        adam(rates.policy, setup.steps, setup.hold),
-        adam(rates.tangent, setup.steps, setup.hold),
+def parts_of(setup: Setup, rates: Rates, method: methods.Method, *, kl_price: Any) -> methods.Parts:
+    """Returns what a method is assembled from; the policy of a method with a reward waits until that has seen labels."""
+    hold = setup.hold if method.learns == "reward" else 0
+    return methods.Parts(
+        functools.partial(problem_of, setup),
+        policy_optimizer=adam(rates.policy, setup.steps, hold),
+        tangent_optimizer=adam(rates.tangent, setup.steps, hold),
+        reward_optimizer=adam(setup.reward_learning_rate, setup.steps),
+        fit_optimizer=adam(setup.reward_learning_rate, setup.steps),
+        kl_price=kl_price,
+        utility_weight=setup.implicit_weight if method.learns == "log-ratio" else setup.utility_weight,
+        critic=methods.Critic(token_critic(setup.policy), setup.critic, adam(rates.critic, setup.steps)),
         steps=setup.lower_steps,
     )
-    reward_adam = adam(setup.reward_learning_rate, setup.steps)
-
-    def make(beta):
-        utility = objectives.utility(weight=setup.utility_weight, kl_price=setup.kl_share * beta)
-        self_play_problem = problem_of(setup, objectives.add(likelihood, utility), against="self")
-        descent = bilevel.bilevel_descent(self_play_problem, rule, solver, reward_adam, beta=beta)
-        return with_reward_fit(setup, problem, self_play(descent))
-
-    return Method(make, rates, has_reward=True)
 
 
-def _iterated(name: str, setup: Setup, rates: Rates) -> Method:
-    """Iterated RLHF: the reward is fitted to the labels, and the policy trained on it by RLOO, PPO or GRPO."""
-    problem = problem_of(
-        setup, objectives.likelihood(coupled=False), against="policy", per_token=name in ("PPO", "GRPO")
-    )
-    policy_adam, reward_adam = (
-        adam(rates.policy, setup.steps, setup.hold),
-        adam(setup.reward_learning_rate, setup.steps),
-    )
-
-    def policy_gradient(beta):
-        if name == "PPO":
-            value, critic_adam = token_critic(setup.policy), adam(rates.critic, setup.steps)
-            return actor_critic(problem, value, setup.critic, critic_adam, beta=beta, trace=0.95)
-        return group_relative(problem, beta=beta) if name == "GRPO" else bilevel.loss_gradient()
-
-    def make(beta):
-        gradient = policy_gradient(beta)
-        solver = bilevel.tangent(policy_adam, optax.set_to_zero(), steps=setup.lower_steps, policy_gradient=gradient)
-        descent = bilevel.bilevel_descent(problem, bilevel.decoupled(), solver, reward_adam, beta=beta)
-        return with_reward_fit(setup, problem, descent)
-
-    return Method(make, rates, has_reward=True)
+def reusing(method: methods.Method, algorithm: bilevel.Algorithm, parts: methods.Parts, weight: Any, setup: Setup):
+    """Returns the algorithm with its labels used again."""
+    against = "policy" if method.against == "self" else method.against
+    problem = problem_of(setup, objectives.likelihood(coupled=False), against=against, per_token=method.per_token)
+    sizes = {"capacity": setup.buffer, "size": setup.batch, "updates": setup.fit_updates}
+    return method.reusing(algorithm, parts, weight, sample=setup.shapes(problem), **sizes).algorithm
 
 
-def self_play(algorithm):
-    """Returns the algorithm with each pair used in both orders."""
-
-    def update(key, state, labelled, frozen):
-        return algorithm.update(key, state, preferences.from_both_sides(labelled), frozen)
-
-    return algorithm._replace(update=update)
+def _simpo(*, beta: Any) -> Any:
+    return simpo(beta=beta, margin=0.3, lengths=lambda sample: jnp.sum(sample.responses.mask, axis=-1))
 
 
 def problem_of(setup: Setup, objective: objectives.Objective, **keywords: Any) -> bilevel.BilevelProblem:

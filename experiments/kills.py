@@ -35,7 +35,7 @@ from jaxrlhf.training.run_folder import RunFolder
 
 MOMENTS = ("at random", "while labelling", "labels written", "in a checkpoint")
 SAME = ("policy/model.safetensors", "reward/model.safetensors", "metrics.jsonl")
-"""Files that must be equal byte for byte."""
+"""Files that must be equal byte for byte, where the uninterrupted run has them."""
 
 # An annotator that records its requests and is slow.
 ANNOTATOR = """
@@ -57,6 +57,10 @@ class Config:
 
     policy: pathlib.Path
     """Hugging Face directory of a small model."""
+    method: str = "bilevel"
+    """Of `jaxrlhf align`."""
+    reuse: int = 0
+    """Updates from kept labels, of `jaxrlhf align`."""
     kills: int = 100
     steps: int = 12
     """Outer steps of a run; it writes a checkpoint after every second one."""
@@ -83,6 +87,8 @@ def command(config: Config, place: pathlib.Path, name: str) -> list[str]:
         "policy": config.policy.absolute(),
         "data": place / "prompts.jsonl",
         "annotator": "annotator:prefers",
+        "method": config.method,
+        "reuse": config.reuse,
         "steps": config.steps,
         "batch-size": 4,
         "pairs": 2,
@@ -186,7 +192,8 @@ def steps_of(folder: pathlib.Path) -> tuple[int, int]:
 
 def differences(folder: pathlib.Path, uninterrupted: pathlib.Path) -> list[str]:
     """Returns the files that differ between two run folders."""
-    different = [name for name in SAME if not filecmp.cmp(folder / name, uninterrupted / name, shallow=False)]
+    expected = [name for name in SAME if (uninterrupted / name).exists()]
+    different = [name for name in expected if not filecmp.cmp(folder / name, uninterrupted / name, shallow=False)]
     # Each sample is identified by its prompts and responses, so a skipped or repeated one is noticed.
     return different + ["labels.jsonl"] * (samples_of(folder) != samples_of(uninterrupted))
 
@@ -259,7 +266,7 @@ def report(folder: RunFolder, config: Config, kills: list[Kill], wrong: list[str
         tables=[table],
         figures=[],
         config=config,
-        notes=wrong or ["Policy, reward, metrics and samples equal those of the uninterrupted run, byte for byte."],
+        notes=wrong or ["Models, metrics and samples equal those of the uninterrupted run, byte for byte."],
     )
     return table
 

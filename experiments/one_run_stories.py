@@ -15,18 +15,17 @@ import numpy as np
 import optax
 from frontier_harness import Budget as HarnessBudget
 from frontier_harness import gold_of_runs, prompt_order, respond_to_openings
-from frontier_methods import RATES, Method, Rates, Setup, adam, build, problem_of
+from frontier_methods import RATES, Method, Rates, Setup, build, parts_of, reusing
 from frontier_tasks import Gold
 from stories import StoryModel
 
-from jaxrlhf import bilevel, objectives, preferences
-from jaxrlhf.algorithms.replay import refitted
-from jaxrlhf.algorithms.reward_learning import reward_learning
+from jaxrlhf import bilevel, preferences
+from jaxrlhf.algorithms import methods
 from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.bilevel import Labelled
 from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.problem import LanguageFrozen
-from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
+from jaxrlhf.preferences.scale import scale_optimizer, with_scale
 
 SCALED, PLAIN, CONTROLLER = "bilevel, learned scale", "bilevel", "KL controller"
 METHODS = (SCALED, PLAIN, "RLOO", "PPO", "GRPO", "online DPO", "offline DPO", CONTROLLER)
@@ -88,33 +87,19 @@ class Price(NamedTuple):
 
 def bilevel_method(setup: Setup, rates: Rates, price: Price, *, learned: bool) -> Method:
     """Returns bilevel descent by the Boltzmann rule on pairs with the reference, with or without a learned scale."""
-    likelihood = objectives.likelihood(coupled=False)
-    utility = objectives.utility(kl_price=price.kl_price, weight=price.weight)
-    problem, fitted = (
-        problem_of(setup, objective, against="reference")
-        for objective in (objectives.add(likelihood, utility), likelihood)
+    method = methods.METHODS["bilevel"]
+    parts = parts_of(setup, rates, method, kl_price=price.kl_price)._replace(
+        rule=bilevel.boltzmann(), utility_weight=price.weight, tangent_optimizer=optax.set_to_zero(), scaled=learned
     )
-    optimizer, fit_optimizer = (adam(setup.reward_learning_rate, setup.steps) for _ in range(2))
     if learned:
         schedule = optax.linear_schedule(0.0, price.scale_learning_rate, setup.hold)
-        optimizer = scale_optimizer(optimizer, optax.adam(schedule))
-        fit_optimizer = scale_optimizer(fit_optimizer, optax.set_to_zero())
-    solver = bilevel.tangent(adam(rates.policy, setup.steps, setup.hold), optax.set_to_zero(), steps=setup.lower_steps)
-
-    def scaled_at(problem, beta):
-        return learn_scale(problem, beta=beta) if learned else problem
+        parts = parts._replace(
+            reward_optimizer=scale_optimizer(parts.reward_optimizer, optax.adam(schedule)),
+            fit_optimizer=scale_optimizer(parts.fit_optimizer, optax.set_to_zero()),
+        )
 
     def make(beta):
-        descent = bilevel.bilevel_descent(scaled_at(problem, beta), bilevel.boltzmann(), solver, optimizer, beta=beta)
-        return refitted(
-            descent,
-            reward_learning(scaled_at(fitted, beta), fit_optimizer),
-            setup.shapes(problem),
-            capacity=setup.buffer,
-            size=setup.batch,
-            updates=setup.fit_updates,
-            held_out=True,
-        )
+        return reusing(method, method.assemble(parts, beta), parts, beta, setup)
 
     return Method(make, rates, has_reward=True)
 

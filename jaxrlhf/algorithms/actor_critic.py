@@ -58,7 +58,7 @@ def advantages(reward: jax.Array, value: jax.Array, discount: jax.Array, *, trac
 def actor_critic(
     problem: BilevelProblem,
     value: Callable[[Params, Sample, Params], jax.Array],
-    critic: Params,
+    critic: Params | Callable[[Params], Params],
     optimizer: optax.GradientTransformation,
     *,
     beta: float | jax.Array,
@@ -72,7 +72,7 @@ def actor_critic(
         problem: for its `reward` and `log_prob`.
         value: `(critic, sample, frozen) -> [B, M, 2, T]`, the value of each step's state; slots that the reference filled
             may hold anything.
-        critic: the first parameters.
+        critic: the first parameters, or `(policy) -> ` them, for a critic that starts from the policy's own weights.
         optimizer: of the critic.
         beta: weight of the lower level's KL, as in `bilevel_descent`.
         trace: lambda of the advantages.
@@ -114,8 +114,8 @@ def actor_critic(
         move, optimizer_state = optimizer.update(jax.grad(critic_loss)(state.critic), state.optimizer, state.critic)
         return jax.grad(actor_loss)(policy), CriticState(optax.apply_updates(state.critic, move), optimizer_state)
 
-    def init():
-        params = owned(critic)
+    def init(policy: Params = ()):
+        params = owned(critic(policy) if callable(critic) else critic)
         return CriticState(params, optimizer.init(params))
 
     return PolicyGradientEstimator(init, step)

@@ -60,7 +60,7 @@ def group_relative(
 
         return jax.grad(loss)(policy), state
 
-    return PolicyGradientEstimator(lambda: (), step)
+    return PolicyGradientEstimator(lambda policy: (), step)
 
 
 def group_advantages(returns: jax.Array, sample: Sample, *, scaled: bool = True) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxrlhf.algorithms.reward_learning import RewardAlgorithm, fit
 from jaxrlhf.base.algorithm import Algorithm, Annotator, compose, label_by
 from jaxrlhf.base.problem import Sample
-from jaxrlhf.base.types import Params
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.preferences import buffer as preference_buffer
 from jaxrlhf.preferences.buffer import PreferenceBuffer
 
@@ -105,15 +105,12 @@ def replayed(
         buffer = preference_buffer.add(state.buffer, labelled, step=state.step)
         inner, info = algorithm.update(fresh_key, state.inner, labelled, frozen)
 
-        def replay(inner, key):
-            draw_key, update_key = jax.random.split(key)
-            old = preference_buffer.draw(draw_key, buffer, size=size)
-            inner, info = algorithm.update(update_key, inner, old, frozen)
-            return inner, info.ess_fraction
+        def again(inner, key):
+            return replay(key, algorithm, inner, buffer, frozen, size=size)
 
         ess_fraction = jnp.ones(())
         if updates:
-            inner, ess_fractions = jax.lax.scan(replay, inner, jnp.stack(keys))
+            inner, ess_fractions = jax.lax.scan(again, inner, jnp.stack(keys))
             ess_fraction = jnp.min(ess_fractions)
         report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), ess_fraction)
         return ReplayedState(state.step + 1, inner, (), buffer), report
@@ -165,22 +162,40 @@ def refitted(
         fit_key, update_key = jax.random.split(key)
         buffer = preference_buffer.add(state.buffer, labelled, step=state.step)
 
-        def refit(inner):
-            # The fit starts from the reward as the algorithm left it.
-            start = state.fitted._replace(upper=inner.upper)
-            fitted, _ = fit(fit_key, learning, start, buffer, frozen, size=size, steps=updates)
-            return inner._replace(upper=fitted.upper), fitted
+        def refit_with(inner):
+            before = state._replace(inner=inner, buffer=buffer)
+            return refit(fit_key, learning, before, frozen, size=size, updates=updates)
 
         if held_out:
             inner, info = algorithm.update(update_key, state.inner, labelled, frozen)
-            inner, fitted = refit(inner)
+            after = refit_with(inner)
         else:
-            inner, fitted = refit(state.inner)
-            inner, info = algorithm.update(update_key, inner, labelled, frozen)
+            fitted = refit_with(state.inner)
+            inner, info = algorithm.update(update_key, fitted.inner, labelled, frozen)
+            after = fitted._replace(inner=inner)
         report = ReplayedInfo(info, info.kl, info.labels, buffer.age(state.step), info.ess_fraction)
-        return ReplayedState(state.step + 1, inner, fitted._replace(upper=()), buffer), report
+        return after._replace(step=state.step + 1), report
 
     return _wrapped(algorithm, init, update, annotate)
+
+
+def replay(
+    key: Key, algorithm: Algorithm, inner: Any, buffer: PreferenceBuffer, frozen: Params, *, size: int
+) -> tuple[Any, jax.Array]:
+    """Returns the inner algorithm's state after one update on `size` prompts of the buffer, and the `ess_fraction`."""
+    draw_key, update_key = jax.random.split(key)
+    old = preference_buffer.draw(draw_key, buffer, size=size)
+    inner, info = algorithm.update(update_key, inner, old, frozen)
+    return inner, info.ess_fraction
+
+
+def refit(
+    key: Key, learning: RewardAlgorithm, state: ReplayedState, frozen: Params, *, size: int, updates: int
+) -> ReplayedState:
+    """Returns a state of `refitted` after updates of its reward on the buffer alone, from the reward as it is."""
+    start = state.fitted._replace(upper=state.upper)
+    fitted, _ = fit(key, learning, start, state.buffer, frozen, size=size, steps=updates)
+    return state._replace(inner=state.inner._replace(upper=fitted.upper), fitted=fitted._replace(upper=()))
 
 
 def _wrapped(algorithm: Algorithm, init, update, annotate: Annotator | None) -> Algorithm:

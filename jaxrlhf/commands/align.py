@@ -1,44 +1,47 @@
-"""Online RLHF as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
+"""Online RLHF, by default as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
 
-import itertools
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jaxrlhf.annotation.label_cache import cached_annotator
 from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, check_config
-from jaxrlhf.commands.align_report import Recorder, print_plan, write_align_report
+from jaxrlhf.commands.align_inputs import (
+    PromptSplits,
+    annotator_of,
+    column_multiple,
+    prompt_columns,
+    read_prompts,
+    reward_of,
+    with_label_cache,
+)
+from jaxrlhf.commands.align_report import Recorder, method_notes, print_plan, write_align_report
 from jaxrlhf.commands.align_setup import AlignSetup, build_setup, scale_notes
 from jaxrlhf.commands.annotators import (
     JUDGE_SETTINGS,
-    LABELS,
     ComparisonAnnotator,
-    judge_settings,
-    open_annotator,
 )
 from jaxrlhf.commands.comparison import policy_comparer
-from jaxrlhf.commands.data import open_records, skipped_lines
+from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_existing
+from jaxrlhf.commands.methods import ask_about_some
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
-from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on, save_model
+from jaxrlhf.commands.models import Model, open_model, save_model
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
 from jaxrlhf.data.pipelines import prompt_batches
-from jaxrlhf.data.tokenization import describe_rows, tokenize_prompts
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.memory import plan_bilevel
 from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.problem import LanguageFrozen
 from jaxrlhf.lm.transformer.axes import decoder_names
 from jaxrlhf.training.guard import guarded
-from jaxrlhf.training.processes import broadcast_array, gathered, is_first_process
+from jaxrlhf.training.processes import gathered, is_first_process
 from jaxrlhf.training.resume import RunCheckpointer
 from jaxrlhf.training.run_folder import RunFolder
 from jaxrlhf.training.sharding import make_mesh, parse_mesh, shardings
@@ -53,21 +56,13 @@ from jaxrlhf.training.step import (
 from jaxrlhf.training.tracking import Tracker, tracker
 
 
-class PromptSplits(NamedTuple):
-    """Token rows `[P]` to train on and to compare policies on, and notes for the report."""
-
-    training: list[np.ndarray]
-    held_out: list[np.ndarray]
-    notes: list[str]
-
-
 class Run(NamedTuple):
     """A run before its first step.
 
     Attributes:
         folder, tracker: where measurements go.
         policy: the model to align, which is also the reference.
-        reward: configuration and tokenizer of the reward model; its parameters are in the state.
+        reward: configuration and tokenizer of the reward model; its parameters are in the state, if the method learns one.
         setup: the algorithm; its initial parameters are in `InitialParams`.
         annotator: labels the pairs.
         prompts: the data.
@@ -75,6 +70,7 @@ class Run(NamedTuple):
         frozen: placed on the mesh.
         state_where, frozen_where: shardings.
         units: of the scores of --rewards, once measured.
+        existing: the pairs of --from-preferences.
     """
 
     folder: RunFolder
@@ -89,6 +85,7 @@ class Run(NamedTuple):
     state_where: Any
     frozen_where: Any
     units: Units | None = None
+    existing: Existing | None = None
 
 
 class InitialParams(NamedTuple):
@@ -104,14 +101,16 @@ class InitialParams(NamedTuple):
 
 
 def main(config: Align) -> pathlib.Path:
-    """Trains, evaluates and reports; returns the run's folder, with the models in `policy` and `reward`.
+    """Trains, evaluates and reports; returns the run's folder, with the models in `policy` and, if there is one, `reward`.
 
     Raises:
         ValueError, DataError: a setting, a model or the data cannot be used; the message says what to change.
     """
     began = time.monotonic()
     run, initial = prepare(config)
-    free = ("steps", "evaluations", "annotator_timeout", *JUDGE_SETTINGS)
+    free = ["evaluations", "annotator_timeout", *JUDGE_SETTINGS]
+    # How the KL rises to its target depends on the number of steps.
+    free += ["steps"] if config.target_kl is None else []
     with open_checkpointer(config, run.folder, initial.models, free=free) as checkpointer:
         state, restored = checkpointer.restore_or_init(run.setup.algorithm.init, initial.arguments, run.state_where)
         del initial
@@ -120,12 +119,14 @@ def main(config: Align) -> pathlib.Path:
         if run.setup.mixture is not None:
             run = run._replace(units=measure_units(run.setup.mixture, recorder.unchanged()["reference"], run.folder))
         _rehearse(config, run, recorder, state)
+        if run.existing is not None and not restored:
+            state = _begin_with_existing(config, run, run.existing, state)
         result = train(config, run, recorder, checkpointer, state, restored)
     run.tracker.close()
     comparisons = recorder.comparisons(result.state)
     save(run, result, save_model)
     if is_first_process():
-        last = [*scale_notes(config, result.state), *run.annotator.notes()]
+        last = [*scale_notes(config, result.state), *method_notes(recorder.rows), *run.annotator.notes()]
         for note in last:
             Console().print(note, markup=False, highlight=False)
         notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *last, *result.notes]
@@ -135,13 +136,33 @@ def main(config: Align) -> pathlib.Path:
     return run.folder.path
 
 
+def _begin_with_existing(config: Align, run: Run, existing: Existing, state: Any) -> Any:
+    assert run.setup.review is not None
+    return begin_with(
+        config,
+        run.policy._replace(params={}),
+        existing,
+        state,
+        run.frozen,
+        run.setup.review,
+        run.mesh,
+        state_where=run.state_where,
+    )
+
+
 def prepare(config: Align) -> tuple[Run, InitialParams]:
     """Reads models and data, prints the plan and places parameters on the mesh."""
     check_config(config)
     policy = open_model(config.policy, "policy", dtype=dtype_of(config.dtype, config.lora_rank))
-    reward, annotator = _open_reward(config, policy), _open_annotator(config, policy)
-    setup = build_setup(config, policy, reward, annotator)
-    prompts = _read_prompts(config, policy)
+    reward, annotator = reward_of(config, policy), annotator_of(config, policy)
+    prompts, existing = read_prompts(config, policy), read_existing(config, policy)
+    if existing is not None:
+        prompts = prompts._replace(notes=[*prompts.notes, existing.note])
+    columns, rows = (
+        prompt_columns(config, prompts, existing),
+        chunks_of(existing, config.batch_size) * config.batch_size,
+    )
+    setup = build_setup(config, policy, reward, annotator, prompt_length=columns, existing_rows=rows)
     mesh = make_mesh(parse_mesh(config.mesh))
     check_batch(config.batch_size, mesh)
     arguments = jax.random.key(config.seed), setup.upper, setup.lower
@@ -160,12 +181,13 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
         policy=policy,
         reward=reward._replace(params={}),
         setup=setup._replace(upper=(), lower=()),
-        annotator=_with_label_cache(annotator, folder),
+        annotator=with_label_cache(annotator, folder),
         prompts=prompts,
         mesh=mesh,
         frozen=put_on_devices(setup.frozen, frozen_where),
         state_where=state_where,
         frozen_where=frozen_where,
+        existing=existing,
     )
     models = {"weights": policy.params} | ({} if config.reward is None else {"reward": reward.params})
     return run, InitialParams(models, put_on_devices(arguments, (_everywhere(mesh), upper_where, lower_where)))
@@ -185,18 +207,19 @@ def train(
     algorithm = run.setup.algorithm
     safe = algorithm._replace(**{name: guarded(getattr(algorithm, name), state=1) for name in ("step", "update")})
     compiled = compile_algorithm(safe, run.mesh, state=run.state_where, frozen=run.frozen_where)
-    multiple = min(32, config.max_prompt)
+    # Kept pairs are arrays of one shape.
+    multiple = prompt_columns(config, run.prompts, run.existing) if config.reuse else column_multiple(config)
     batches = prompt_batches(run.prompts.training, batch_size=config.batch_size, seed=config.seed, multiple=multiple)
     loop = LoopSettings(
         name="align",
         unit="completions",
         steps=config.steps,
-        step=_outer_step(run, compiled),
+        step=_outer_step(config, run, compiled),
         batches=iter(batches),
         place_batch=lambda batch: Prompts(*put_on_devices(tuple(batch), batch_sharding(run.mesh))),
         frozen=run.frozen,
         key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        # One completion by the policy and one by the reference for each pair.
+        # Two completions for each pair.
         count=lambda batch: 2 * config.batch_size * config.pairs,
         log_step=recorder.log_step,
         evaluate=recorder.evaluate,
@@ -205,18 +228,20 @@ def train(
     return run_loop(config, loop, run.folder, checkpointer, state, restored)
 
 
-def _outer_step(run: Run, compiled: Algorithm) -> Callable:
-    mixture, traced, score = run.setup.mixture, None, None
+def _outer_step(config: Align, run: Run, compiled: Algorithm) -> Callable:
+    mixture, annotate, traced, score = run.setup.mixture, run.annotator.host, None, None
+    if annotate is not None and config.labels_per_step is not None:
+        annotate = ask_about_some(annotate, config.labels_per_step)
     if mixture is not None:
         assert run.units is not None
         score = scorer(mixture, run.units, run.policy, run.folder)
         if run.annotator.traced is not None:
             traced = compile_annotator(run.annotator.traced, run.mesh, frozen=run.frozen_where)
-    return make_outer_step(compiled, run.annotator.host, traced=traced, score=score)
+    return make_outer_step(compiled, annotate, traced=traced, score=score)
 
 
 def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kind], Any]) -> None:
-    """Saves policy and reward of the last state with `write`, and those of the best evaluated one in `best` where kept."""
+    """Saves the models of the last state with `write`, and those of the best evaluated one in `best` where kept."""
     for name, state in {"": result.state, "best": result.best}.items():
         on_host = gathered(state)
         if is_first_process() and state is not None:
@@ -263,63 +288,3 @@ def _recorder(config: Align, run: Run) -> Recorder:
 
 def _everywhere(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def _open_annotator(config: Align, policy: Model) -> ComparisonAnnotator:
-    # Each of several processes labels its own share of the pairs, and has its own journal.
-    labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
-    return open_annotator(
-        config.annotator,
-        config.score,
-        policy,
-        journal=config.data_dir / labels,
-        seconds=config.annotator_timeout,
-        judge=judge_settings(config),
-    )
-
-
-def _with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> ComparisonAnnotator:
-    if annotator.host is None:
-        return annotator
-    path = folder.path / "labels.jsonl" if is_first_process() else None
-    agreed = broadcast_array if jax.process_count() > 1 else None
-    host: Any = cached_annotator(annotator.host, path, agreed=agreed, complete=annotator.judge is not None)
-    return annotator._replace(host=host)
-
-
-def _open_reward(config: Align, policy: Model) -> Model:
-    if config.lora_rank:
-        # The reward is an adapter on the policy's own weights, which are not copied.
-        return policy
-    if config.rewards and not config.reward_network:
-        return policy  # there is no reward model
-    if config.reward is None:
-        return reward_on(policy)
-    reward = open_model(config.reward, "reward")
-    check_tokens(policy.bundle, reward.bundle, "--reward")
-    return reward
-
-
-def _read_prompts(config: Align, policy: Model) -> PromptSplits:
-    context = policy.config.context_length
-    room = context - config.max_new_tokens
-    if room < 2:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is {context}."
-        )
-    prepared = open_records(
-        config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
-    )
-    tokenizer, notes, rows = policy.bundle.chat_tokenizer(), skipped_lines(prepared), {}
-    for name, title in (("train", "Prompts"), ("test", "Held-out prompts")):
-        # With too few prompts to hold any out, policies are compared on the training prompts.
-        records = prepared.splits.get(name)
-        if records is None:
-            records, title = next(iter(prepared.splits.values())), f"{title} (none is held out: the same)"
-        tokenized = tokenize_prompts(
-            tokenizer, records, max_length=min(config.max_prompt, room), cut_prompts=config.cut_prompts
-        )
-        rows[name] = tokenized.rows
-        notes.append(f"{title}: {describe_rows(tokenized)}.")
-    held_out = itertools.islice(itertools.cycle(rows["test"]), config.evaluation_answers)
-    return PromptSplits(rows["train"], list(held_out), notes)

@@ -10,6 +10,7 @@ import tyro
 from jaxrlhf.commands.annotators import AnnotatorConfig
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import check_flags, refuse_unused
+from jaxrlhf.commands.method_flags import MethodName, check_method
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import RunConfig
 
@@ -18,28 +19,37 @@ Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"
 
 @dataclasses.dataclass(frozen=True)
 class Align(AnnotatorConfig, RunConfig):
-    """Trains a policy and a reward model together, from labels requested during training.
+    """Trains a policy, and with most methods a reward model, from labels requested during training.
 
-    In each step the policy completes prompts, an annotator compares its completions with the reference's, and reward and
-    policy are updated; the reward's gradient accounts for the policy's response to the reward. With --estimator decoupled
-    it does not, which is iterated RLHF.
+    In each step the policy completes prompts, an annotator compares completions in pairs, and reward and policy are
+    updated. By default the reward's gradient accounts for the policy's response to the reward; --method names others.
     """
 
     GROUPS: ClassVar[Groups] = {
         "main settings": (
-            *("policy", "data", "annotator", "score", "reward", "steps", "batch_size", "pairs", "max_new_tokens"),
-            *("kl_price", "lora_rank"),
+            *("policy", "data", "annotator", "score", "reward", "method", "reuse", "steps", "batch_size", "pairs"),
+            *("max_new_tokens", "kl_price", "lora_rank"),
         ),
         "data": ("format", "skip_bad", "held_out", "max_prompt", "cut_prompts"),
-        "the reward and the policy's response": ("beta", "estimator", "relative_sigma", "utility_weight"),
+        "labels": ("from_preferences", "kept_labels", "labels_per_step", "annotator_timeout"),
+        "the trade-off with KL, and the policy's response to the reward": (
+            *("beta", "target_kl", "utility_weight", "estimator", "relative_sigma"),
+        ),
         "a learned scale, and a mixture of rewards": (
             *("learn_scale", "scale_learning_rate"),
             *("rewards", "reward_weights", "reward_network", "weights_learning_rate"),
         ),
-        "learning rates": ("policy_learning_rate", "reward_learning_rate", "tangent_learning_rate", "warmup"),
+        "learning rates": (
+            *(
+                "policy_learning_rate",
+                "reward_learning_rate",
+                "tangent_learning_rate",
+                "critic_learning_rate",
+                "warmup",
+            ),
+        ),
         "evaluation and logging": ("evaluations", "evaluation_answers"),
         "devices and memory": ("rollout_dtype",),
-        "the annotator": ("annotator_timeout",),
     }
 
     policy: pathlib.Path
@@ -48,6 +58,9 @@ class Align(AnnotatorConfig, RunConfig):
     """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records only prompts are used."""
     reward: pathlib.Path | None = None
     """Reward model to start from; by default the policy's trunk with a zero head."""
+    method: MethodName = "bilevel"
+    """How labels train the policy. bilevel, iterated, rloo, grpo and ppo learn a reward model from them and follow it;
+    implicit-bilevel, online-dpo, online-ipo and sail have the policy's log-ratio for a reward, label-gradient has none."""
     rewards: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A score, `module:function` of (prompts, completions); the reward is then their mixture, with learned weights."""
     reward_weights: tuple[float, ...] = ()
@@ -74,14 +87,27 @@ class Align(AnnotatorConfig, RunConfig):
     """Maximum length of a completion in tokens."""
     beta: float = 0.2
     """Weight of the KL to the reference, in units of the reward per nat."""
+    target_kl: float | None = None
+    """KL to the reference in nats to arrive at, over two thirds of the run; --beta is then where its weight starts.
+    label-gradient has no beta: --kl-price is moved."""
+    labels_per_step: int | None = None
+    """Labels per step, of pairs drawn at random; the others serve what needs no label. By default every pair has one."""
+    reuse: int = 0
+    """Updates from kept labels per update from fresh ones: of the reward model where the method learns one, else of the
+    policy, by importance weights."""
+    kept_labels: int = 10_000
+    """Labels kept for --reuse; the oldest are overwritten."""
+    from_preferences: str | None = None
+    """Pairs with known preferences, as `jaxrlhf reward` reads them, that are among the kept labels from the beginning and
+    are learned from once before the first step; needs --reuse."""
     estimator: Estimator = "central"
-    """How the reward's gradient accounts for the policy's response to the reward; decoupled ignores it."""
+    """How the reward's gradient accounts for the policy's response to it, with --method bilevel; decoupled ignores it."""
     relative_sigma: float = 0.2
     """Perturbation of the finite-difference stencils, sigma / beta."""
     utility_weight: float = 1.0
     """Weight of the coupled utility (win rate minus KL cost) beside the uncoupled likelihood."""
     kl_price: float = 0.05
-    """What a nat of KL is worth, in win rate against the reference."""
+    """What a nat of KL is worth, in win rate against the reference; also in the score of an evaluation."""
     learn_scale: bool = False
     """Learns how far the reward is followed from --kl-price, so that --beta is only where it starts."""
     scale_learning_rate: float | None = None
@@ -94,8 +120,10 @@ class Align(AnnotatorConfig, RunConfig):
     """Learning rate of the policy's response to the reward; by default a twentieth of the policy's."""
     reward_learning_rate: float | None = None
     """Learning rate of the reward model; by default 1e-3, or 2e-3 with adapters."""
+    critic_learning_rate: float | None = None
+    """Learning rate of PPO's critic; by default the reward model's."""
     warmup: int = 10
-    """Steps over which the three learning rates rise from 0.
+    """Steps over which the learning rates rise from 0.
     Without it Adam turns the first gradients, tiny because the reward still is, into full steps."""
     lora_rank: int = 0
     """Trains LoRA adapters of this rank for the policy and the reward, merged at the end; 0 trains all weights."""
@@ -114,6 +142,7 @@ class Align(AnnotatorConfig, RunConfig):
 def check_config(config: Align) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
     check_flags(config)
+    check_method(config)
     if config.estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
         refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")

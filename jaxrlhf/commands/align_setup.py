@@ -1,5 +1,6 @@
-"""The bilevel algorithm of `jaxrlhf align`, and the parameters that it starts from."""
+"""What `jaxrlhf align` trains: the problem of its models, the algorithm, and the parameters that it starts from."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,35 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import bilevel
+from jaxrlhf.algorithms.methods import METHODS, Critic
 from jaxrlhf.base.types import Params
-from jaxrlhf.bilevel import Algorithm, BilevelProblem, bilevel_descent, tangent
+from jaxrlhf.bilevel import Algorithm, BilevelProblem
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import ComparisonAnnotator
-from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture, weights_of
+from jaxrlhf.commands.methods import build_algorithm
+from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture
 from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
+from jaxrlhf.lm.critic import token_critic
 from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives
-from jaxrlhf.preferences.mixture import mixture_optimizer, mixture_problem, report_mixture
-from jaxrlhf.preferences.scale import learn_scale, scale_optimizer, with_scale
-from jaxrlhf.training.sharding import parse_mesh
+from jaxrlhf.preferences.mixture import mixture_problem, without_scores
+from jaxrlhf.preferences.scale import with_scale
 
 
 class AlignSetup(NamedTuple):
     """What a run trains.
 
     Attributes:
-        algorithm: the bilevel algorithm.
-        upper: initial parameters of the reward.
+        algorithm: of the method.
+        upper: initial upper parameters: of the reward, of a policy whose log-ratio is the reward, or `()`.
         lower: initial parameters of the policy.
         frozen: the reference, and the parameters of a traced annotator.
         policy_of: `(state) -> ` plain parameters of the deployed policy.
         reward_of: `(state) -> ` plain parameters of the reward model; None where there is none.
         mixture: the functions of --rewards, if any.
+        review: of `methods.Reusing`, where labels are kept.
     """
 
     algorithm: Algorithm
@@ -46,16 +49,46 @@ class AlignSetup(NamedTuple):
     policy_of: Callable[[Any], Params]
     reward_of: Callable[[Any], Params | None]
     mixture: Mixture | None = None
+    review: Callable[[Any, Any, Params], Any] | None = None
 
 
-def build_setup(config: Align, policy: Model, reward: Model, annotator: ComparisonAnnotator) -> AlignSetup:
+class _Trained(NamedTuple):
+    """What is trained: all weights or adapters.
+
+    Attributes:
+        lower, reward: initial parameters of the policy and of the reward model.
+        policy_of: of `AlignSetup`.
+        reward_of: `(reward) -> ` plain parameters of the reward model.
+        critic: `(policy) -> ` initial parameters of a critic.
+        params: keywords of `language_problem`, from trained parameters to the models'.
+    """
+
+    lower: Params
+    reward: Params
+    policy_of: Callable[[Any], Params]
+    reward_of: Callable[[Params], Params]
+    critic: Callable[[Params], Params]
+    params: dict[str, Any]
+
+
+def build_setup(
+    config: Align,
+    policy: Model,
+    reward: Model,
+    annotator: ComparisonAnnotator,
+    *,
+    prompt_length: int | None = None,
+    existing_rows: int = 0,
+) -> AlignSetup:
     """Returns the algorithm and initial parameters, for full training or for adapters.
 
     Args:
         config: of the run.
         policy: the policy, which is also the reference.
-        reward: the reward model to start from; with adapters only its configuration is used.
+        reward: the reward model to start from; with adapters, and for methods without one, only its configuration is used.
         annotator: labels the pairs.
+        prompt_length: columns of every step's prompts, where labels are kept; --max-prompt by default.
+        existing_rows: rows for the labels of --from-preferences.
 
     Raises:
         ValueError: the reward does not read the policy's tokens, or a setting is out of range.
@@ -67,18 +100,25 @@ def build_setup(config: Align, policy: Model, reward: Model, annotator: Comparis
             f"{policy.config.vocabulary_size}; take models of one tokenizer."
         )
     frozen, mixture = LanguageFrozen(policy.params, annotator.params), open_mixture(config)
-    if config.lora_rank:
-        return _adapters(config, policy, reward, annotator, frozen, mixture)
-    algorithm = _algorithm(config, _problem(config, policy, reward), annotator)
-    return AlignSetup(
-        algorithm,
-        _upper(config, reward.params, mixture),
-        policy.params,
-        frozen,
-        lambda state: state.policy,
-        lambda state: _reward_part(config, state.upper),
-        mixture,
+    trained = (_adapters if config.lora_rank else _all_weights)(config, policy, reward)
+    learns = METHODS[config.method].learns
+    uppers = {"reward": lambda: _upper(config, trained.reward, mixture), "log-ratio": lambda: trained.lower}
+    upper = uppers.get(learns, tuple)()
+    algorithm, review = build_algorithm(
+        config,
+        functools.partial(_problem, config, policy, reward, **trained.params),
+        functools.partial(_critic, config, policy, trained),
+        annotator.traced,
+        (upper, trained.lower, frozen),
+        prompt_length=prompt_length or config.max_prompt,
+        existing_rows=existing_rows,
     )
+
+    def reward_of(state):
+        learned = _reward_part(config, state.upper) if learns == "reward" else None
+        return None if learned is None else trained.reward_of(learned)
+
+    return AlignSetup(algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture, review)
 
 
 def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:
@@ -103,43 +143,43 @@ def scale_notes(config: Align, state: Any) -> list[str]:
     return [f"The reward's learned scale is {scale:.3g} at the end: an effective beta of {beta:.3g}."]
 
 
-def _adapters(
-    config: Align,
-    policy: Model,
-    reward: Model,
-    annotator: ComparisonAnnotator,
-    frozen: LanguageFrozen,
-    mixture: Mixture | None,
-) -> AlignSetup:
+def _all_weights(config: Align, policy: Model, reward: Model) -> _Trained:
+    def critic(params):
+        trunk = {name: leaf for name, leaf in params.items() if name not in NOT_IN_TRUNK}
+        return {"trunk": trunk, "head": jnp.zeros(policy.config.width, jnp.float32)}
+
+    return _Trained(policy.params, reward.params, lambda state: state.policy, lambda learned: learned, critic, {})
+
+
+def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
+    del reward
     base, keys = policy.params, jax.random.split(jax.random.key(config.seed))
     lower, adapter = (lora.init_adapter(key, base, rank=config.lora_rank) for key in keys)
-    problem = _problem(
-        config,
-        policy,
-        reward,
-        policy_params=lora.policy_on_reference,
-        reward_params=lora.reward_on_reference,
-    )
+    head = jnp.zeros(policy.config.width, jnp.float32)
 
     def policy_of(state):
         return lora.merge(base, state.policy)
 
-    def reward_of(state):
+    def reward_of(learned):
         trunk = {name: leaf for name, leaf in base.items() if name not in NOT_IN_TRUNK}
-        upper = _reward_part(config, state.upper)
-        if upper is None:
-            return None
-        return {"trunk": lora.merge(trunk, upper["adapter"]), "head": upper["head"]}
+        return {"trunk": lora.merge(trunk, learned["adapter"]), "head": learned["head"]}
 
-    upper = _upper(config, {"adapter": adapter, "head": jnp.zeros(policy.config.width, jnp.float32)}, mixture)
-    return AlignSetup(_algorithm(config, problem, annotator), upper, lower, frozen, policy_of, reward_of, mixture)
+    params = {"policy_params": lora.policy_on_reference, "reward_params": lora.reward_on_reference}
+    start = {"adapter": adapter, "head": head}
+    # An adapter that has not been trained adds nothing, whose ever it is.
+    return _Trained(lower, start, policy_of, reward_of, lambda adapter: {"adapter": adapter, "head": head}, params)
 
 
-def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> BilevelProblem:
-    objective = objectives.add(
-        objectives.likelihood(coupled=False),
-        objectives.utility(weight=config.utility_weight, kl_price=config.kl_price),
-    )
+def _critic(config: Align, policy: Model, trained: _Trained, optimizer: optax.GradientTransformation) -> Critic:
+    on_frozen = {"params_of": trained.params["reward_params"]} if trained.params else {}
+    model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
+    value = token_critic(model, microbatches=config.microbatches, **on_frozen)
+    return Critic(without_scores(value) if config.rewards else value, trained.critic, optimizer)
+
+
+def _problem(
+    config: Align, policy: Model, reward: Model, objective: objectives.Objective, **keywords: Any
+) -> BilevelProblem:
     # Float32 whatever the weights are stored in: the reference must compute as the policy does, or rounding counts as KL.
     policy_model, reward_trunk = (
         decoder(model.config, dtype=jnp.float32, remat=config.remat) for model in (policy, reward)
@@ -153,7 +193,7 @@ def _problem(config: Align, policy: Model, reward: Model, **params: Any) -> Bile
         generation=Generation(config.max_new_tokens, stop_ids=policy.bundle.stop_ids, pad_id=policy.bundle.pad_id),
         microbatches=config.microbatches,
         rollout=_rollout_model(config, policy),
-        **params,
+        **keywords,
     )
     return mixture_problem(problem, with_network=config.reward_network) if config.rewards else problem
 
@@ -163,50 +203,3 @@ def _rollout_model(config: Align, policy: Model) -> RolloutModel | None:
         return None
     dtype = jnp.dtype(config.rollout_dtype)
     return RolloutModel(decoder(policy.config, dtype=dtype), lambda params: optax.tree.cast(params, dtype))
-
-
-def _algorithm(config: Align, problem: BilevelProblem, annotator: ComparisonAnnotator) -> Algorithm:
-    rules = {
-        "central": lambda: bilevel.central(relative_sigma=config.relative_sigma),
-        "forward": lambda: bilevel.forward(config.relative_sigma),
-        "five_point": lambda: bilevel.five_point(config.relative_sigma),
-        "boltzmann": bilevel.boltzmann,
-        "decoupled": bilevel.decoupled,
-    }
-
-    def adam(rate):
-        return optax.adam(optax.linear_schedule(0.0, rate, config.warmup) if config.warmup else rate)
-
-    rates = learning_rates(config)
-    solver = tangent(adam(rates.policy), adam(rates.tangent))
-    rule, optimizer = rules[config.estimator](), adam(rates.reward)
-    if config.rewards:
-        optimizer = mixture_optimizer(adam(_given(config.weights_learning_rate, 0.02)), optimizer)
-    if config.learn_scale:
-        problem = learn_scale(problem, beta=config.beta)
-        optimizer = scale_optimizer(optimizer, adam(_given(config.scale_learning_rate, 0.1)))
-    # In parallel only where the mesh splits the tilts.
-    sequential = parse_mesh(config.mesh).get("stencil", 1) == 1
-    algorithm = bilevel_descent(
-        problem, rule, solver, optimizer, beta=config.beta, annotate=annotator.traced, sequential=sequential
-    )
-    return report_mixture(algorithm, weights_of, kl_price=config.kl_price) if config.rewards else algorithm
-
-
-class LearningRates(NamedTuple):
-    """Of the policy, of its response to the reward, and of the reward model."""
-
-    policy: float
-    tangent: float
-    reward: float
-
-
-def learning_rates(config: Align) -> LearningRates:
-    """Returns the learning rates given, or their defaults; a rate of 0 is one, and keeps its parameters fixed."""
-    policy = _given(config.policy_learning_rate, 1e-3 if config.lora_rank else 2e-4)
-    reward = _given(config.reward_learning_rate, 2e-3 if config.lora_rank else 1e-3)
-    return LearningRates(policy, _given(config.tangent_learning_rate, policy / 20), reward)
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

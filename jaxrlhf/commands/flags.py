@@ -18,6 +18,8 @@ AT_LEAST = {
     "judge_tokens": 1,
     "keep_best": 0,
     "layers": 1,
+    "kept_labels": 1,
+    "labels_per_step": 1,
     "lora_rank": 0,
     "max_length": 2,
     "max_new_tokens": 1,
@@ -26,6 +28,7 @@ AT_LEAST = {
     "pairs": 1,
     "patience": 1,
     "prompts": 1,
+    "reuse": 0,
     "seed": 0,
     "steps": 1,
     "width": 1,
@@ -33,6 +36,7 @@ AT_LEAST = {
 """Smallest values of flags that are whole numbers."""
 NOT_NEGATIVE = (
     "centre",
+    "critic_learning_rate",
     "gamma",
     "judge_temperature",
     "kl_price",
@@ -47,7 +51,15 @@ NOT_NEGATIVE = (
     "weight_decay",
     "weights_learning_rate",
 )
-POSITIVE = ("annotator_timeout", "beta", "checkpoint_minutes", "epochs", "largest_gradient", "relative_sigma")
+POSITIVE = (
+    "annotator_timeout",
+    "beta",
+    "checkpoint_minutes",
+    "epochs",
+    "largest_gradient",
+    "relative_sigma",
+    "target_kl",
+)
 LARGEST_SEED = 2**32 - 1
 
 
@@ -65,7 +77,7 @@ def check_flags(config: Any) -> None:
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, pathlib.PurePath) or (name == "data" and isinstance(part, str)):
+            if isinstance(part, pathlib.PurePath) or (name in ("data", "from_preferences") and isinstance(part, str)):
                 check_local(part, flag(name))
                 _check_name(part, name)
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):

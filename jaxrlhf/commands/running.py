@@ -32,8 +32,8 @@ class RunConfig:
     """Settings common to all training runs: folder, checkpoints, devices, logging."""
 
     GROUPS: ClassVar[Groups] = {
-        "main settings": ("output", "run", "resume", "seed"),
-        "checkpoints": ("checkpoint_minutes", "checkpoint_steps", "keep_best"),
+        "main settings": ("output", "run", "seed"),
+        "checkpoints": ("resume", "checkpoint_minutes", "checkpoint_steps", "keep_best"),
         "devices and memory": ("mesh", "processes", "microbatches", "remat", "dtype"),
         "data": ("data_dir",),
         "evaluation and logging": ("evaluations", "track", "patience"),

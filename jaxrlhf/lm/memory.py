@@ -27,12 +27,12 @@ def tree_bytes(tree: Any) -> int:
 
 
 def plan_bilevel(init: Callable[..., Any], key: Any, upper: Any, lower: Any, frozen: Any) -> MemoryPlan:
-    """Returns the plan of a bilevel state and its frozen arrays.
+    """Returns the plan of an algorithm's state and its frozen arrays.
 
     Temporaries of a step (activations, samples, the sampler's cache) are not included.
 
     Args:
-        init: of a bilevel algorithm.
+        init: of the algorithm.
         key: PRNG key, or its shape.
         upper: the reward's parameters, or their shapes.
         lower: the policy's.
@@ -42,15 +42,32 @@ def plan_bilevel(init: Callable[..., Any], key: Any, upper: Any, lower: Any, fro
     return plan_of(state, frozen)
 
 
+PURPOSES = {
+    "upper": "reward",
+    "upper_optimizer": "reward's optimiser",
+    "fitted": "reward's optimiser",
+    "lowers": "lower iterates",
+    "solver": "lower solver",
+    "policy": "policy",
+    "optimizer": "policy's optimiser",
+    "buffer": "kept labels",
+}
+"""What a field of an algorithm's state is for; of the state of replay or of a controller, those inside it count."""
+
+
 def plan_of(state: Any, frozen: Any) -> MemoryPlan:
-    """Returns the plan of a `BilevelState` and `LanguageFrozen`, of arrays or shapes."""
-    sizes = {
-        "reference": tree_bytes(frozen.reference),
-        "annotator": tree_bytes(frozen.annotator),
-        "reward": tree_bytes(state.upper),
-        "reward's optimiser": tree_bytes(state.upper_optimizer),
-        "lower iterates": tree_bytes(state.lowers),
-        "lower solver": tree_bytes(state.solver),
-        "counters": tree_bytes((state.step, state.inner_error)),
-    }
+    """Returns the plan of an algorithm's state and of `LanguageFrozen`, of arrays or shapes."""
+    sizes = {"reference": tree_bytes(frozen.reference), "annotator": tree_bytes(frozen.annotator)}
+    sizes |= dict.fromkeys(PURPOSES.values(), 0)
+    _add_sizes(state, sizes)
     return MemoryPlan({purpose: size for purpose, size in sizes.items() if size})
+
+
+def _add_sizes(state: Any, sizes: dict[str, int]) -> None:
+    for name in state._fields:
+        part = getattr(state, name)
+        if name == "inner":
+            _add_sizes(part, sizes)
+        else:
+            purpose = PURPOSES.get(name, "counters")
+            sizes[purpose] = sizes.get(purpose, 0) + tree_bytes(part)

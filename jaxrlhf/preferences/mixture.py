@@ -134,41 +134,51 @@ class MixtureInfo(NamedTuple):
 
 
 def report_mixture(
-    algorithm: Algorithm, weights_of: Callable[[Any], jax.Array], *, kl_price: float | jax.Array
+    algorithm: Algorithm,
+    weights_of: Callable[[Any], jax.Array],
+    *,
+    kl_price: float | jax.Array,
+    label_weight: float | jax.Array = 1.0,
 ) -> Algorithm:
     """Returns the algorithm, whose info is a `MixtureInfo`.
 
     Args:
         algorithm: updates from samples with scores.
         weights_of: `(state) -> [K]`.
-        kl_price: kappa.
+        kl_price, label_weight: of `marginal_gains`.
     """
 
     def informed(update: Callable) -> Callable:
         def run(key: Key, state: Any, labelled: Labelled, frozen: Params):
             after, info = update(key, state, labelled, frozen)
-            return after, MixtureInfo(info, weights_of(state), marginal_gains(labelled, kl_price=kl_price))
+            gains = marginal_gains(labelled, kl_price=kl_price, label_weight=label_weight)
+            return after, MixtureInfo(info, weights_of(state), gains)
 
         return run
 
     return algorithm._replace(update=informed(algorithm.update))
 
 
-def marginal_gains(labelled: Labelled, *, kl_price: float | jax.Array) -> jax.Array:
+def marginal_gains(
+    labelled: Labelled, *, kl_price: float | jax.Array, label_weight: float | jax.Array = 1.0
+) -> jax.Array:
     """Returns `[K]`: Cov(win - kl_price log(pi / reference), s_k) within prompts, in win rate for a unit of tilt.
 
     Unbiased for the policy that drew the sample; 0 where a prompt has a single pair. A pair without a label is a tie.
 
     Args:
-        labelled: pairs against the reference, with scores.
+        labelled: pairs with scores; the second response of each says against whom the win rate is.
         kl_price: kappa.
+        label_weight: pairs over labels, where only some pairs, drawn at random, are labelled: the win of each then counts
+            for several.
     """
     sample = labelled.sample
     _without_scores(sample)
     first = jnp.mean(labelled.labels, axis=-1)
     log_ratio = importance.policy_log_ratio(sample.behaviour_log_prob, sample)
     kl = jnp.sum(sample.cumulative_discount * log_ratio, axis=-1)[..., 0]
-    utility = jnp.where(first < 0, 0.5, first) - kl_price * kl
+    win = 0.5 + label_weight * jnp.where(first < 0, 0.0, first - 0.5)
+    utility = win - kl_price * kl
     centred = utility - importance.others_mean(utility, sample)
     gains = jax.vmap(lambda score: importance.expectation(centred * score, sample), in_axes=-1)(
         sample.responses.scores[:, :, 0]

@@ -40,9 +40,16 @@ def guarded(update: Callable[..., tuple[Any, Any]], *, state: int) -> Callable[.
         ]
         bad = jnp.any(jnp.stack(became_non_finite))
         kept = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
-        return kept._replace(step=after.step), Guarded(info, bad)
+        return _with_step(kept, after), Guarded(info, bad)
 
     return run
+
+
+def _with_step(kept: Any, after: Any) -> Any:
+    if "step" in kept._fields:
+        return kept._replace(step=after.step)
+    # A controller's state counts by the state inside it.
+    return kept._replace(inner=_with_step(kept.inner, after.inner))
 
 
 class SkippedSteps:

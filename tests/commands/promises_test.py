@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.annotation import chat, judge
 from jaxrlhf.bilevel import BilevelInfo
-from jaxrlhf.commands import align, align_setup, annotators, evaluate, reward, stage, supervised
+from jaxrlhf.commands import align, annotators, evaluate, methods, reward, stage, supervised
 from jaxrlhf.commands.running import FREE
 from jaxrlhf.lm.transformer import trunk
 
@@ -22,7 +22,7 @@ RUNS = (SFT, REWARD, ALIGN)
 
 
 def rates(**settings):
-    return align_setup.learning_rates(dataclasses.replace(ALIGN, **settings))
+    return methods.learning_rates(dataclasses.replace(ALIGN, **settings))[:3]
 
 
 PROMISES = {

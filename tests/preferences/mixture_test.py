@@ -1,5 +1,7 @@
 """What a mixture of scores reports of each, against exact derivatives."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,22 @@ def test_a_pair_without_a_label_counts_as_a_tie():
     np.testing.assert_array_equal(*gains)
     with pytest.raises(ValueError, match="attach_scores"):
         marginal_gains(Labelled(sample, labels), kl_price=KAPPA)
+
+
+def test_gains_of_some_labels_are_those_of_all_on_average(x64):
+    """The mean over every choice of two pairs of four to label."""
+    frozen, policy = setting(1)
+    problem = bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=4)
+    sample = problem.sample(jax.random.key(0), policy, None, frozen)
+    labels = jax.random.uniform(jax.random.key(1), (3, 4, 1))
+
+    def gains(given, weight):
+        labelled = attach_scores(Labelled(sample, given), score_of(sample, frozen))
+        return marginal_gains(labelled, kl_price=KAPPA, label_weight=weight)
+
+    chosen = [jnp.isin(jnp.arange(4), jnp.array(pair))[None, :, None] for pair in itertools.combinations(range(4), 2)]
+    some = [gains(jnp.where(pairs, labels, -1.0), 2.0) for pairs in chosen]
+    np.testing.assert_allclose(np.mean(some, axis=0), gains(labels, 1.0), rtol=1e-12)
 
 
 def test_gains_vanish_where_the_mixture_is_the_best_of_its_class(x64):

@@ -5,19 +5,35 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
+from jaxrlhf.algorithms.methods import METHODS
+
 KILLS = pathlib.Path(__file__).parents[2] / "experiments" / "kills.py"
 
 
-def test_three_kills_change_nothing(tmp_path, make_world):
+def killed(tmp_path, make_world, *options, seed=7):
+    """The results of a study with three kills."""
     (tmp_path / "world").mkdir()
     world = make_world(tmp_path / "world")
     command = [sys.executable, KILLS, "--policy", world / "base", "--kills", "3", "--most", "3", "--steps", "12"]
-    # With this seed each of the three moments that are waited for occurs once.
-    command += ["--seed", "7", "--output", tmp_path / "runs"]
+    command += ["--seed", seed, "--output", tmp_path / "runs", *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     (found,) = (tmp_path / "runs").glob("kills-*/results.json")
-    results = json.loads(found.read_text())
+    return json.loads(found.read_text())
+
+
+def test_three_kills_change_nothing(tmp_path, make_world):
+    # With this seed each of the three moments that are waited for occurs once.
+    results = killed(tmp_path, make_world)
     assert results["differences"] == []
     moments = [kill["moment"] for kill in results["kills"]]
     assert sorted(moments) == ["in a checkpoint", "labels written", "while labelling"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "bilevel"])
+def test_three_kills_change_nothing_of_other_methods_and_kept_labels(tmp_path, make_world, method):
+    results = killed(tmp_path, make_world, "--method", method, "--reuse", "1")
+    assert results["differences"] == [] and len(results["kills"]) == 3

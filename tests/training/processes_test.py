@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.training.processes import (
     ProcessAddress,
     connect,
@@ -149,6 +150,20 @@ def test_a_run_resumes_on_another_number_of_devices(world):
         for ours, theirs in zip(models_of(world, name), models_of(world, "one-device"), strict=True):
             for path in theirs:
                 np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "bilevel"])
+def test_every_method_does_on_two_devices_what_it_does_on_one(world, method):
+    options = ("--method", method, "--reuse", "1", "--labels-per-step", "6")
+    for devices, mesh in ((1, ()), (2, ("--mesh", "fsdp=2"))):
+        started = begin(world, f"{method}-{devices}", 1, *options, *mesh, devices=devices)
+        assert finish(world, f"{method}-{devices}", started) == [0], said(world, f"{method}-{devices}", 0)
+    one, two = (sorted((world / "runs" / f"{method}-{devices}").rglob("*.safetensors")) for devices in (1, 2))
+    assert len(one) == len(two) == 1 + (METHODS[method].learns == "reward")
+    for ours, theirs in zip(map(load_file, two), map(load_file, one), strict=True):
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
 def test_process_addresses_are_parsed():

@@ -18,17 +18,19 @@ class PolicyGradientEstimator(NamedTuple):
     """A way to estimate the gradient of -J at the policy, with a state of its own (a critic, say).
 
     Attributes:
-        init: `() -> state`.
+        init: `(policy) -> state`, from the first policy.
         step: `(policy, state, task) -> (gradient, state)`.
     """
 
-    init: Callable[[], Any]
+    init: Callable[[Params], Any]
     step: Callable[[Params, Any, LowerTask], tuple[Params, Any]]
 
 
 def loss_gradient() -> PolicyGradientEstimator:
     """Returns the gradient of the task's own loss at tilt 0: score functions with leave-one-out baselines."""
-    return PolicyGradientEstimator(lambda: (), lambda policy, state, task: (jax.grad(task.loss)(policy, 0), state))
+    return PolicyGradientEstimator(
+        lambda policy: (), lambda policy, state, task: (jax.grad(task.loss)(policy, 0), state)
+    )
 
 
 class TangentState(NamedTuple):
@@ -82,7 +84,7 @@ def tangent(
     def init(lowers):
         policy = first(lowers)
         zero = jax.tree.map(jnp.zeros_like, policy)
-        return TangentState(policy_optimizer.init(policy), tangent_optimizer.init(zero), estimator.init(), zero)
+        return TangentState(policy_optimizer.init(policy), tangent_optimizer.init(zero), estimator.init(policy), zero)
 
     def step(key, lowers, solver_state, task):
         del key

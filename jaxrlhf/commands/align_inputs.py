@@ -1,0 +1,111 @@
+"""What `jaxrlhf align` reads before it begins: prompts, the reward model to start from, the annotator."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrlhf.algorithms.methods import METHODS
+from jaxrlhf.annotation.label_cache import cached_annotator
+from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_settings, open_annotator
+from jaxrlhf.commands.data import open_records, skipped_lines
+from jaxrlhf.commands.existing import Existing
+from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on
+from jaxrlhf.data.tokenization import describe_rows, tokenize_prompts
+from jaxrlhf.training.processes import broadcast_array, is_first_process
+from jaxrlhf.training.run_folder import RunFolder
+
+
+class PromptSplits(NamedTuple):
+    """Token rows `[P]` to train on and to compare policies on, and notes for the report."""
+
+    training: list[np.ndarray]
+    held_out: list[np.ndarray]
+    notes: list[str]
+
+
+def read_prompts(config: Align, policy: Model) -> PromptSplits:
+    """Returns the prompts of --data.
+
+    Raises:
+        ValueError, DataError: they cannot be read, or there is no room for one.
+    """
+    context = policy.config.context_length
+    room = context - config.max_new_tokens
+    if room < 2:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is {context}."
+        )
+    prepared = open_records(
+        config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
+    )
+    tokenizer, notes, rows = policy.bundle.chat_tokenizer(), skipped_lines(prepared), {}
+    for name, title in (("train", "Prompts"), ("test", "Held-out prompts")):
+        # With too few prompts to hold any out, policies are compared on the training prompts.
+        records = prepared.splits.get(name)
+        if records is None:
+            records, title = next(iter(prepared.splits.values())), f"{title} (none is held out: the same)"
+        tokenized = tokenize_prompts(
+            tokenizer, records, max_length=min(config.max_prompt, room), cut_prompts=config.cut_prompts
+        )
+        rows[name] = tokenized.rows
+        notes.append(f"{title}: {describe_rows(tokenized)}.")
+    held_out = itertools.islice(itertools.cycle(rows["test"]), config.evaluation_answers)
+    return PromptSplits(rows["train"], list(held_out), notes)
+
+
+def column_multiple(config: Align) -> int:
+    """Returns the number that columns of prompts are a multiple of."""
+    return min(32, config.max_prompt)
+
+
+def prompt_columns(config: Align, prompts: PromptSplits, existing: Existing | None) -> int:
+    """Returns the columns of the longest prompt."""
+    multiple, longest = column_multiple(config), max(map(len, prompts.training))
+    if existing is not None:
+        longest = max(longest, existing.prompts.tokens.shape[1])
+    return -(-longest // multiple) * multiple
+
+
+def annotator_of(config: Align, policy: Model) -> ComparisonAnnotator:
+    """Returns the annotator of --annotator or --score, with this process's own journal."""
+    # Each of several processes labels its own share of the pairs, and has its own journal.
+    labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
+    return open_annotator(
+        config.annotator,
+        config.score,
+        policy,
+        journal=config.data_dir / labels,
+        seconds=config.annotator_timeout,
+        judge=judge_settings(config),
+    )
+
+
+def with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> ComparisonAnnotator:
+    """Returns the annotator with its labels cached in the run's folder, the same in all processes."""
+    if annotator.host is None:
+        return annotator
+    path = folder.path / "labels.jsonl" if is_first_process() else None
+    agreed = broadcast_array if jax.process_count() > 1 else None
+    host: Any = cached_annotator(annotator.host, path, agreed=agreed, complete=annotator.judge is not None)
+    return annotator._replace(host=host)
+
+
+def reward_of(config: Align, policy: Model) -> Model:
+    """Returns the reward model to start from; the policy itself where there is none, or where it is an adapter on it.
+
+    Raises:
+        ValueError: it cannot be read, or has other tokens.
+    """
+    if config.lora_rank or METHODS[config.method].learns != "reward":
+        # The reward is an adapter on the policy's own weights, which are not copied; or there is none.
+        return policy
+    if config.rewards and not config.reward_network:
+        return policy  # there is no reward model
+    if config.reward is None:
+        return reward_on(policy)
+    reward = open_model(config.reward, "reward")
+    check_tokens(policy.bundle, reward.bundle, "--reward")
+    return reward
