@@ -88,7 +88,9 @@ def evaluate_policies(
 def _open_policy(path: pathlib.Path, reference: Model) -> Model:
     model = open_model(path, "policy")
     if model.config != reference.config:
-        raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
+        raise ValueError(
+            f"The policy {path} and the reference are of different shapes; the KL between them needs one model."
+        )
     check_tokens(model.bundle, reference.bundle, "--reference")
     return model
 

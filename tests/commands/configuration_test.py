@@ -16,7 +16,7 @@ import pytest
 from jaxrlhf.commands import configuration
 from jaxrlhf.commands.align import Align
 from jaxrlhf.commands.configuration import config_text, config_values, parse
-from jaxrlhf.commands.main import COMMANDS, main
+from jaxrlhf.commands.main import COMMANDS, main, run_command
 from jaxrlhf.commands.options import MAIN, OTHER, Option, alternatives, groups_of, options_of
 from jaxrlhf.commands.running import open_folder
 from jaxrlhf.commands.supervised import Supervised
@@ -144,6 +144,19 @@ def test_a_run_is_repeated_by_naming_it(tmp_path):
     for named in (folder, folder / "config.json"):
         repeated = parse(Supervised, ["--config", str(named), "--output", "other"], "sft")
         assert repeated == dataclasses.replace(config, output=pathlib.Path("other"))
+
+
+@pytest.mark.slow
+def test_a_repeated_run_has_the_same_model(here, tmp_path):
+    (tmp_path / "sft.yaml").write_text(
+        "policy: base\ndata: pairs.jsonl\nsteps: 4\nbatch-size: 8\nmax_length: 24\nheld_out: 0.25\nseed: 3\n"
+        f"learning_rate: 1e-2\nevaluations: 1\noutput: {tmp_path / 'one'}\n"
+    )
+    first = run_command("sft", ["--config", str(tmp_path / "sft.yaml")])
+    again = run_command("sft", ["--config", str(first), "--output", str(tmp_path / "two")])
+    assert again.parent == tmp_path / "two"
+    for name in ("metrics.jsonl", "policy/model.safetensors"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
 
 
 REFUSED = {
