@@ -116,8 +116,6 @@ def read_settings(path: pathlib.Path, kind: type, name: str) -> dict[str, Any]:
         if setting in given:
             raise ValueError(f"{path} gives {setting} twice.")
         option = options[setting]
-        # An option that may be repeated may also be given once.
-        value = [value] if option.repeatable and isinstance(value, str) else value
         if value is not None:
             settings[setting] = _typed(option.kind, value, f"{setting} in {path}")
         given.add(setting)
@@ -176,9 +174,10 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
                 return each(value)
         if typing.get_origin(each) is Literal and value in typing.get_args(each) and isinstance(value, str):
             return value
-        if typing.get_origin(each) is tuple and isinstance(value, list):
-            member = typing.get_args(each)[0]
-            return tuple(_typed(member, part, f"value {number} of {place}") for number, part in enumerate(value, 1))
+        if typing.get_origin(each) is tuple:
+            # One value may stand alone.
+            parts, member = value if isinstance(value, list) else [value], typing.get_args(each)[0]
+            return tuple(_typed(member, part, f"value {number} of {place}") for number, part in enumerate(parts, 1))
     expected = " or ".join(_expected(each) for each in kinds if each is not types.NoneType)
     hint = "; put it in quotes" if str in kinds and not isinstance(value, (list, dict)) else ""
     raise ValueError(f"{place} must be {expected}, got {_shown(value)}{hint}.")
@@ -187,8 +186,6 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
 def _expected(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return f"a list, each {EXPECTED[typing.get_args(kind)[0]]}"
     return EXPECTED[kind]
 
 
