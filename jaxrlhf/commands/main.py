@@ -87,6 +87,8 @@ def run_command(name: str, arguments: Sequence[str]) -> Any:
     try:
         config = parse(COMMANDS[name][0], arguments, name)
     except ValueError as error:
+        if os.environ.get("JAXRLHF_TRACEBACK"):
+            raise
         print(f"jaxrlhf: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     return run(config)

@@ -122,20 +122,14 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     config = parse(Align, file, "align")
     assert (config.steps, config.beta, config.rewards, config.reward_weights) == (7, 1e-3, ("a:b", "c:d"), (1.0, 0.5))
     assert (config.data, config.policy, config.run) == ("d", pathlib.Path("p"), None)
-    again = [
-        "--steps",
-        "9",
-        "--no-learn-scale",
-        "--rewards",
-        "e:f",
-        "--reward-weights",
-        "2",
-        "--judge-temperature",
-        "None",
-    ]
+    again = "--steps 9 --no-learn-scale --rewards e:f --reward-weights 2 --judge-temperature None".split()
     config = parse(Align, [*again, *file, "--data", "e"], "align")
     assert (config.steps, config.rewards, config.reward_weights, config.data) == (9, ("e:f",), (2.0,), "e")
     assert (config.learn_scale, config.judge_temperature, config.beta) == (False, None, 1e-3)
+    # One value of several may stand alone.
+    path.write_text("data: d\nrewards: a:b\nreward_weights: 2\n")
+    config = parse(Align, file, "align")
+    assert (config.rewards, config.reward_weights) == (("a:b",), (2.0,))
 
 
 def test_a_run_is_repeated_by_naming_it(tmp_path):
@@ -198,7 +192,7 @@ JSON = {
     "half": ('{"steps": 1', "FILE is not JSON that can be read: "),
     "deep": ("[" * 100_000, "FILE is not JSON that can be read: "),
     "member": ('{"command": "align", "rewards": ["a:b", 3]}', "value 2 of rewards in FILE must be text, got 3"),
-    "scalar": ('{"command": "align", "rewards": 3}', "rewards in FILE must be a list, each text, got 3"),
+    "scalar": ('{"command": "align", "rewards": 3}', "value 1 of rewards in FILE must be text, got 3"),
 }
 CASES = [(text, ".yaml", message) for text, message in REFUSED.values()] + [
     (text, ".json", message) for text, message in JSON.values()
