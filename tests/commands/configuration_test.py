@@ -122,8 +122,8 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     config = parse(Align, file, "align")
     assert (config.steps, config.beta, config.rewards, config.reward_weights) == (7, 1e-3, ("a:b", "c:d"), (1.0, 0.5))
     assert (config.data, config.policy, config.run) == ("d", pathlib.Path("p"), None)
-    again = "--steps 9 --no-learn-scale --rewards e:f --reward-weights 2 --judge-temperature None".split()
-    config = parse(Align, [*again, *file, "--data", "e"], "align")
+    again = ["--steps", "9", "--no-learn-scale", "--rewards", "e:f", "--reward-weights", "2"]
+    config = parse(Align, [*again, "--judge-temperature", "None", *file, "--data", "e"], "align")
     assert (config.steps, config.rewards, config.reward_weights, config.data) == (9, ("e:f",), (2.0,), "e")
     assert (config.learn_scale, config.judge_temperature, config.beta) == (False, None, 1e-3)
     # One value of several may stand alone.
