@@ -5,10 +5,9 @@
 Every stage accepts the folder of the previous stage, or a Hugging Face directory.
 """
 
-import tyro
+import sys
 
-from jaxrlhf.commands.main import run
-from jaxrlhf.commands.reward import Reward
+from jaxrlhf.commands.main import run_command
 
 if __name__ == "__main__":
-    run(tyro.cli(Reward, description=__doc__))
+    run_command("reward", sys.argv[1:])

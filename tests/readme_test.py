@@ -13,6 +13,7 @@ import pytest
 import tyro
 
 from jaxrlhf.commands.main import COMMANDS
+from jaxrlhf.commands.options import OWN
 from jaxrlhf.lm import DecoderConfig, Prompts, decoder, save_decoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def test_every_command_that_is_shown_is_understood():
 def test_every_option_that_a_page_names_exists():
     # Pages also name options of the scripts, whose configurations are dataclasses of their own.
     scripts = " ".join(path.read_text() for name in FOLDERS[1:] for path in (ROOT / name).glob("*.py"))
-    fields = {name for kind, _ in COMMANDS.values() for name in kind.__dataclass_fields__} | {"help"}
+    fields = {name for kind, _ in COMMANDS.values() for name in kind.__dataclass_fields__} | set(OWN)
     for page in (README, *(ROOT / "docs").glob("*.md")):
         for option in re.findall(r"`--([a-z][a-z-]+)", page.read_text()):
             name = option.replace("-", "_")

@@ -31,30 +31,39 @@ PairLoss = Callable[[jax.Array, Labelled], jax.Array]
 """`(log_prob [B, M, 2, T] of the policy, labelled) -> ` the cost of each pair `[B, M]`, as if none had been skipped."""
 
 
-def dpo(*, beta: float | jax.Array, label_smoothing: float = 0.0) -> PairLoss:
+def dpo(*, beta: float | jax.Array, label_smoothing: float = 0.0, unbiased: bool = False) -> PairLoss:
     """Returns direct preference optimisation's loss, in nats; log 2 at the reference.
 
     Args:
         beta: weight of the KL, in units of the reward a nat.
-        label_smoothing: fraction in [0, 1/2) of labels assumed to be wrong.
+        label_smoothing: fraction e in [0, 1/2) of labels assumed to be wrong; a label z counts as (1 - e) z + e (1 - z).
+        unbiased: with smoothing, counts it as (z - e) / (1 - 2 e) in place, so that the expected loss under labels of
+            which e are flipped is that of the true ones (arXiv 2403.00409, TRL's "robust").
 
     Raises:
         ValueError: beta is not positive, or the smoothing is out of range.
     """
     _check_positive("beta", beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 1/2), got {label_smoothing:g}.")
+    _check_smoothing(label_smoothing)
 
     def loss(log_prob, labelled):
-        return _logistic(beta * log_ratio_difference(log_prob, labelled.sample), labelled, label_smoothing)
+        difference = beta * log_ratio_difference(log_prob, labelled.sample)
+        label = _mean_label(labelled)
+        if unbiased:
+            label = (label - label_smoothing) / (1.0 - 2.0 * label_smoothing)
+        else:
+            label = _smoothed(label, 1.0 - label, label_smoothing)
+        return jax.nn.softplus(difference) - label * difference
 
     return loss
 
 
-def ipo(*, beta: float | jax.Array) -> PairLoss:
+def ipo(*, beta: float | jax.Array, average: bool = False) -> PairLoss:
     """Returns identity preference optimisation's loss, which keeps `h` finite where a pair's labels always agree.
 
-    Departure: log-ratios are summed over a response's steps, as published; some systems average them.
+    Args:
+        beta: sets the target 1/(2 beta) of h.
+        average: divides a response's log-ratio by its number of steps, as TRL does; by default it is summed, as published.
 
     Raises:
         ValueError: beta is not positive.
@@ -62,8 +71,11 @@ def ipo(*, beta: float | jax.Array) -> PairLoss:
     _check_positive("beta", beta)
 
     def loss(log_prob, labelled):
-        difference, target = log_ratio_difference(log_prob, labelled.sample), 0.5 / beta
-        label = jnp.mean(jnp.maximum(labelled.labels, 0.0), axis=-1)
+        sample, target = labelled.sample, 0.5 / beta
+        ratio = jnp.sum(log_prob - sample.reference_log_prob, axis=-1)
+        ratio = ratio / _steps_taken(sample) if average else ratio
+        difference = ratio[..., 0] - ratio[..., 1]
+        label = _mean_label(labelled)
         return label * jnp.square(difference - target) + (1.0 - label) * jnp.square(difference + target)
 
     return loss
@@ -74,6 +86,7 @@ def simpo(
     beta: float | jax.Array,
     margin: float = 0.5,
     lengths: Callable[[Sample], jax.Array] | None = None,
+    label_smoothing: float = 0.0,
 ) -> PairLoss:
     """Returns SimPO's loss, `-log s(beta (a_w - a_l) - beta margin)`, a the mean log-probability of a step, w preferred.
 
@@ -83,21 +96,23 @@ def simpo(
         beta: scale; published ones are 2 to 10.
         margin: in units of the log-probability a step (published: gamma / beta, 0.3 to 1.6).
         lengths: `sample -> [B, M, 2]`, steps of each response; those with a discount by default.
+        label_smoothing: as in `dpo`.
 
     Raises:
-        ValueError: beta is not positive.
+        ValueError: beta is not positive, or the smoothing is out of range.
     """
     _check_positive("beta", beta)
-
-    def taken(sample):
-        return jnp.sum(sample.cumulative_discount > 0, axis=-1)
+    _check_smoothing(label_smoothing)
 
     def loss(log_prob, labelled):
-        count = jnp.maximum((lengths or taken)(labelled.sample), 1)
-        mean = jnp.sum(log_prob, axis=-1) / count
+        mean = jnp.sum(log_prob, axis=-1) / jnp.maximum((lengths or _steps_taken)(labelled.sample), 1)
         difference = mean[..., 0] - mean[..., 1]
-        label = jnp.mean(jnp.maximum(labelled.labels, 0.0), axis=-1)
-        first, second = jax.nn.softplus(-beta * (difference - margin)), jax.nn.softplus(beta * (difference + margin))
+        label = _mean_label(labelled)
+        # The margin stays on the preferred side where a label is smoothed.
+        first, second = (
+            _smoothed(jax.nn.softplus(-beta * excess), jax.nn.softplus(beta * excess), label_smoothing)
+            for excess in (difference - margin, -difference - margin)
+        )
         return label * first + (1.0 - label) * second
 
     return loss
@@ -177,10 +192,21 @@ def log_ratio_difference(log_prob: jax.Array, sample: Sample) -> jax.Array:
     return total[..., 0] - total[..., 1]
 
 
-def _logistic(difference: jax.Array, labelled: Labelled, smoothing: float) -> jax.Array:
-    label = jnp.mean(jnp.maximum(labelled.labels, 0.0), axis=-1)
-    label = (1.0 - smoothing) * label + smoothing * (1.0 - label)
-    return jax.nn.softplus(difference) - label * difference
+def _mean_label(labelled: Labelled) -> jax.Array:
+    return jnp.mean(jnp.maximum(labelled.labels, 0.0), axis=-1)
+
+
+def _smoothed(value: jax.Array, flipped: jax.Array, smoothing: float) -> jax.Array:
+    return (1.0 - smoothing) * value + smoothing * flipped
+
+
+def _steps_taken(sample: Sample) -> jax.Array:
+    return jnp.maximum(jnp.sum(sample.cumulative_discount > 0, axis=-1), 1)
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 1/2), got {smoothing:g}.")
 
 
 def _check_positive(name: str, value: float | jax.Array) -> None:

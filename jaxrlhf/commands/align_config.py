@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -11,6 +11,7 @@ from jaxrlhf.commands.annotators import AnnotatorConfig
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.method_flags import MethodName, check_method
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import RunConfig
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
@@ -23,6 +24,33 @@ class Align(AnnotatorConfig, RunConfig):
     In each step the policy completes prompts, an annotator compares completions in pairs, and reward and policy are
     updated. By default the reward's gradient accounts for the policy's response to the reward; --method names others.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": (
+            *("policy", "data", "annotator", "score", "reward", "method", "reuse", "steps", "batch_size", "pairs"),
+            *("max_new_tokens", "kl_price", "lora_rank"),
+        ),
+        "data": ("format", "skip_bad", "held_out", "max_prompt", "cut_prompts"),
+        "labels": ("from_preferences", "kept_labels", "labels_per_step", "annotator_timeout"),
+        "the trade-off with KL, and the policy's response to the reward": (
+            *("beta", "target_kl", "utility_weight", "estimator", "relative_sigma"),
+        ),
+        "a learned scale, and a mixture of rewards": (
+            *("learn_scale", "scale_learning_rate"),
+            *("rewards", "reward_weights", "reward_network", "weights_learning_rate"),
+        ),
+        "learning rates": (
+            *(
+                "policy_learning_rate",
+                "reward_learning_rate",
+                "tangent_learning_rate",
+                "critic_learning_rate",
+                "warmup",
+            ),
+        ),
+        "evaluation and logging": ("evaluations", "evaluation_answers"),
+        "devices and memory": ("rollout_dtype",),
+    }
 
     policy: pathlib.Path
     """Model to align, and its reference: a Hugging Face directory, or a run's folder."""

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxrlhf.base.problem import Sample
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.flags import refuse_unused
 from jaxrlhf.commands.models import Model, check_tokens, open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.lm.annotators import reward_model_annotator
 from jaxrlhf.training.processes import split_over_processes
 
@@ -33,6 +34,11 @@ SILENCE = 64
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotatorConfig:
     """Settings of the annotator, common to alignment and evaluation."""
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("annotator", "score"),
+        "an LLM judge": ("judge_tokens", "judge_tokens_name", "judge_temperature", "judge_verdict"),
+    }
 
     annotator: str | None = None
     """Compares completions: `module:function` of (prompts, firsts, seconds), a reward model's directory, or an LLM judge.

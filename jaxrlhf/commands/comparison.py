@@ -30,6 +30,8 @@ BATCH_SIZE = 64
 
 Complete = Callable[[Params, Params, Key, Prompts], tuple[Completions, jax.Array]]
 """`(params, reference params, key, prompts) -> ` completions and `log pi / pi_ref` `[N]` in nats."""
+Respond = Callable[[int, Key, Prompts], tuple[Completions, np.ndarray]]
+"""`(number of the first prompt, key, prompts) -> ` completions to compare with the reference's, and log-ratios `[N]`."""
 LabelFunction = Callable[[Key, Sample], np.ndarray]
 """`(key, sample) -> labels [N]`, one pair per prompt."""
 
@@ -65,6 +67,18 @@ class Comparison(NamedTuple):
         return f"{len(self.wins)} pairs were compared: {ties} ties, {missing} without a label."
 
 
+class Comparer(NamedTuple):
+    """Comparisons with a reference on the same prompts and with the same completions of the reference.
+
+    Attributes:
+        compare: `(respond) -> Comparison`.
+        complete: samples completions, and computes their log-ratios; compiled once.
+    """
+
+    compare: Callable[[Respond], Comparison]
+    complete: Complete
+
+
 def policy_comparer(
     reference: Model,
     prompts: Sequence[np.ndarray],
@@ -76,6 +90,37 @@ def policy_comparer(
     everywhere: Any = None,
 ) -> Callable[[Params], Comparison]:
     """Returns `(params) -> Comparison`: a policy against its reference, with one completion of each per prompt.
+
+    The arguments are those of `open_comparer`.
+    """
+    comparer = open_comparer(
+        reference,
+        prompts,
+        annotator,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        everywhere=everywhere,
+    )
+    return lambda params: comparer.compare(policy_responder(comparer, params, reference.params))
+
+
+def policy_responder(comparer: Comparer, params: Params, reference_params: Params) -> Respond:
+    """Returns what samples a policy's completions."""
+    return lambda start, key, rows: gathered(comparer.complete(params, reference_params, key, rows))
+
+
+def open_comparer(
+    reference: Model,
+    prompts: Sequence[np.ndarray],
+    annotator: ComparisonAnnotator,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    everywhere: Any = None,
+) -> Comparer:
+    """Returns what compares completions with the reference's.
 
     Args:
         reference: the model, with the reference's parameters.
@@ -90,7 +135,7 @@ def policy_comparer(
     label, tokenizer = _label_function(annotator), reference.bundle.tokenizer
     length = max(len(prompt) for prompt in prompts)
 
-    def compare(params: Params) -> Comparison:
+    def compare(respond: Respond) -> Comparison:
         batches = []
         for start in range(0, len(prompts), BATCH_SIZE):
             policy_key, reference_key, order_key, label_key = jax.random.split(jax.random.key(seed + start), 4)
@@ -100,7 +145,7 @@ def policy_comparer(
             rows = Prompts(*(jnp.asarray(part) for part in padded))
             if everywhere is not None:
                 rows, policy_key, reference_key = put_on_devices((rows, policy_key, reference_key), everywhere)
-            own, log_ratio = gathered(complete(params, reference.params, policy_key, rows))
+            own, log_ratio = respond(start, policy_key, rows)
             other, _ = gathered(complete(reference.params, reference.params, reference_key, rows))
             completed = _Completed(gathered(rows), own, other, log_ratio)
             # Filler is not shown to the annotator: labels may cost money.
@@ -109,7 +154,7 @@ def policy_comparer(
         arrays = [np.concatenate(column) for column in zip(*(batch[:3] for batch in batches), strict=True)]
         return Comparison(*arrays, samples=[sample for batch in batches for sample in batch.samples])
 
-    return compare
+    return Comparer(compare, complete)
 
 
 class _Completed(NamedTuple):

@@ -2,23 +2,23 @@
 
 import dataclasses
 import pathlib
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import jax
-import numpy as np
+import tyro
 from rich.console import Console
 
 from jaxrlhf.commands.annotators import (
     JUDGE_SETTINGS,
-    LABELS,
     AnnotatorConfig,
-    judge_settings,
-    open_annotator,
 )
-from jaxrlhf.commands.comparison import comparison_table, policy_comparer
+from jaxrlhf.commands.best_of import LARGEST
 from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
 from jaxrlhf.commands.flags import check_flags, refuse_unused
-from jaxrlhf.commands.models import Model, check_tokens, open_model
+from jaxrlhf.commands.models import Model, open_model
+from jaxrlhf.commands.options import Groups
+from jaxrlhf.commands.policies import evaluate_policies
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
     accuracy_table,
@@ -27,31 +27,42 @@ from jaxrlhf.commands.reward_report import (
     score_pairs,
 )
 from jaxrlhf.commands.running import finish, open_folder
-from jaxrlhf.data.tokenization import describe_rows, tokenize_pairs, tokenize_prompts
+from jaxrlhf.data.tokenization import describe_rows, tokenize_pairs
 from jaxrlhf.lm.learning import pair_scores
 from jaxrlhf.lm.memory import tree_bytes
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.progress import bytes_text, count_text, print_table
-from jaxrlhf.training.report import Samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(AnnotatorConfig):
-    """Compares a policy with its reference, or evaluates a reward model on preferences.
+    """Compares policies with a reference, or evaluates a reward model on preferences.
 
-    With --policy, --reference and --annotator or --score: win rate, KL and length on the prompts of --data. With --reward:
-    accuracy and calibration on the pairs of --data.
+    With --policy, --reference and --annotator or --score: win rate, KL and length on the prompts of --data. With --reward
+    alone: accuracy and calibration on the pairs of --data.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": (
+            *("data", "policy", "reference", "reward", "best_of", "prompts", "completions", "max_new_tokens"),
+            *("seed", "output"),
+        ),
+        "data": ("split", "held_out", "format", "skip_bad", "max_length", "cut_prompts", "batch_size", "data_dir"),
+    }
 
     data: str
     """A .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME for a published file."""
-    policy: pathlib.Path | None = None
-    """Policy to evaluate: a Hugging Face directory, or a run's folder."""
+    policy: tyro.conf.UseAppendAction[tuple[pathlib.Path, ...]] = ()
+    """Policy to evaluate: a Hugging Face directory, or a run's folder. Several are compared in one table."""
     reference: pathlib.Path | None = None
     """Policy to compare with."""
     reward: pathlib.Path | None = None
-    """Reward model to evaluate: a Hugging Face directory, or a run's folder."""
+    """Reward model to evaluate: a Hugging Face directory, or a run's folder. With --best-of the one that chooses."""
+    best_of: tuple[int, ...] = ()
+    """Also compares the best of n completions of the reference by --reward, for each n, such as 2 4 8 16 32 64."""
+    completions: int = 1
+    """Completions of each prompt by each policy; each costs a label."""
     split: Literal["all", "train", "test"] = "all"
     """Part of the data to use; test is what a training run with the same --held-out held out."""
     held_out: float = 0.1
@@ -85,15 +96,9 @@ def main(config: Evaluate) -> pathlib.Path:
         ValueError, DataError: a setting, a model or the data cannot be used; the message says what to change.
     """
     check_flags(config)
-    if config.prompts < 1 or config.batch_size < 1:
-        raise ValueError("--prompts and --batch-size must be at least 1.")
-    if (config.reward is None) == (config.policy is None):
-        raise ValueError("Give --policy with --reference, or --reward: one thing is evaluated at a time.")
-    if config.reward is None:
-        refuse_unused(config, ["batch_size"], "with --policy")
-    else:
-        unused = ["reference", "annotator", "score", *JUDGE_SETTINGS, "prompts", "max_new_tokens"]
-        refuse_unused(config, unused, "with --reward")
+    # From Python a single path will do.
+    policies = config.policy if isinstance(config.policy, tuple) else (config.policy,)
+    _check(config, policies)
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
@@ -103,8 +108,31 @@ def main(config: Evaluate) -> pathlib.Path:
         raise ValueError(f"No record is in --split {config.split}; give another --split or --held-out.")
     if prepared.unread:
         print_table(Console(), "Data", unread_rows(prepared))
-    evaluate = _evaluate_policy if config.reward is None else _evaluate_reward
-    return evaluate(config, records, skipped_lines(prepared))
+    if policies:
+        return evaluate_policies(config, policies, records, skipped_lines(prepared), _print_plan)
+    return _evaluate_reward(config, records, skipped_lines(prepared))
+
+
+def _check(config: Evaluate, policies: Sequence[pathlib.Path]) -> None:
+    if config.prompts < 1 or config.batch_size < 1:
+        raise ValueError("--prompts and --batch-size must be at least 1.")
+    if (not policies and config.reward is None) or (policies and config.reward is not None and not config.best_of):
+        raise ValueError("Give --policy with --reference, or --reward: one thing is evaluated at a time.")
+    if not policies:
+        unused = ["reference", "annotator", "score", *JUDGE_SETTINGS, "prompts", "max_new_tokens", "best_of"]
+        refuse_unused(config, [*unused, "completions"], "with --reward")
+        return
+    refuse_unused(config, ["batch_size"], "with --policy")
+    if config.reference is None:
+        raise ValueError("Give --reference: a policy is compared with one.")
+    if len(set(policies)) < len(policies):
+        raise ValueError(f"--policy names one twice: {', '.join(map(str, policies))}; give each once.")
+    if config.best_of and config.reward is None:
+        raise ValueError("--best-of needs --reward, the reward model that chooses.")
+    numbers = config.best_of
+    if any(not 2 <= number <= LARGEST for number in numbers) or len(set(numbers)) < len(numbers):
+        given = " ".join(map(str, numbers))
+        raise ValueError(f"--best-of must be different numbers from 2 to {LARGEST}, got {given}.")
 
 
 def _evaluate_reward(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
@@ -127,54 +155,6 @@ def _evaluate_reward(config: Evaluate, records: list, notes: list[str]) -> pathl
         summary=str(config.reward),
         figures=["reliability.png"],
         notes=[*notes, describe_rows(pairs) + "."],
-    )
-
-
-def _evaluate_policy(config: Evaluate, records: list, notes: list[str]) -> pathlib.Path:
-    if config.reference is None:
-        raise ValueError("Give --reference: a policy is compared with one.")
-    assert config.policy is not None
-    settings = judge_settings(config)
-    model, reference = open_model(config.policy, "policy"), open_model(config.reference, "policy")
-    if model.config != reference.config:
-        raise ValueError("Policy and reference are of different shapes; the KL between them needs one model.")
-    check_tokens(model.bundle, reference.bundle, "--reference")
-    annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS, judge=settings)
-    longest = min(config.max_length, model.config.context_length - config.max_new_tokens)
-    if longest < 2:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model's context is "
-            f"{model.config.context_length}."
-        )
-    tokenized = tokenize_prompts(
-        model.bundle.chat_tokenizer(), records, max_length=longest, cut_prompts=config.cut_prompts
-    )
-    prompts = tokenized.rows[: config.prompts]
-    completions = f"{2 * len(prompts)} of at most {config.max_new_tokens} tokens, {len(prompts)} labels"
-    remarks = {"reference": "\n".join(reference.remarks("Reference"))} if reference.remarks("Reference") else {}
-    _print_plan(model, {"prompts": describe_rows(tokenized), "completions": completions} | remarks)
-    compare = policy_comparer(reference, prompts, annotator, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    # What cannot be written is better known before labels are paid for.
-    folder = open_folder(config, "evaluate")
-    comparison = compare(model.params)
-    labels = [comparison.labels_note(), *annotator.notes()]
-    notes = [*notes, *labels, describe_rows(tokenized) + "."]
-    for note in labels:
-        Console().print(note, markup=False, highlight=False)
-    if not np.any(np.isfinite(comparison.wins)):
-        raise ValueError(
-            f"None of the {len(prompts)} pairs has a label, so that there is no win rate: "
-            f"{config.annotator or config.score} gave none."
-        )
-    folder.write_json("results.json", comparison.summary())
-    return finish(
-        folder,
-        config,
-        comparison_table({"policy": comparison}, labels={}),
-        title="Evaluation",
-        summary=str(config.policy),
-        samples=[Samples("Completions", ("reference", "policy"), comparison.samples[:12])],
-        notes=notes,
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxrlhf.commands.models import Model, find, open_model, save_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.lm.hugging_face.tokenizer_files import tokens_of
 from jaxrlhf.training.progress import bytes_text, print_table
 
@@ -17,6 +18,8 @@ from jaxrlhf.training.progress import bytes_text, print_table
 @dataclasses.dataclass(frozen=True)
 class Export:
     """Exports a policy or reward model as a Hugging Face directory, and verifies it by reading it back."""
+
+    GROUPS: ClassVar[Groups] = {"main settings": ("source", "to", "kind", "dtype")}
 
     source: pathlib.Path
     """The run's folder, or a Hugging Face directory."""

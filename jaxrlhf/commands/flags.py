@@ -9,7 +9,9 @@ from typing import Any
 from jaxrlhf.training.paths import check_local
 
 AT_LEAST = {
+    "best_of": 1,
     "checkpoint_steps": 1,
+    "completions": 1,
     "evaluation_answers": 1,
     "evaluations": 0,
     "heads": 1,
@@ -35,6 +37,7 @@ AT_LEAST = {
 NOT_NEGATIVE = (
     "centre",
     "critic_learning_rate",
+    "gamma",
     "judge_temperature",
     "kl_price",
     "learning_rate",
@@ -73,9 +76,10 @@ def check_flags(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        if isinstance(value, pathlib.PurePath) or (name in ("data", "from_preferences") and isinstance(value, str)):
-            check_local(value, flag(name))
-            _check_name(value, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, pathlib.PurePath) or (name in ("data", "from_preferences") and isinstance(part, str)):
+                check_local(part, flag(name))
+                _check_name(part, name)
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 import time
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from jaxrlhf.commands.label_data import (
     write_labels,
 )
 from jaxrlhf.commands.models import open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.people import PageConfig, check_page
 from jaxrlhf.data.records import DataError
 from jaxrlhf.labelling.board import Board
@@ -38,6 +39,12 @@ class Label(PageConfig):
     Every label is on disk before the page shows the next pair. The same command goes on where it ended or was killed;
     Ctrl-C ends it. With --policy the pairs are sampled first.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("data", "to", "policy", "people_per_pair", "keep"),
+        "data": ("format", "skip_bad", "data_dir"),
+        "sampling, with --policy": SAMPLING,
+    }
 
     data: str
     """Pairs to label: prompt with two completions, or with chosen and rejected, as .jsonl. With --policy: prompts."""

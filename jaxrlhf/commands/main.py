@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`."""
+"""The entry point: `jaxrlhf sft|reward|dpo|align|evaluate|sample|chat|label|export`, with options or `--config FILE`."""
 
 import contextlib
 import dataclasses
@@ -6,12 +6,14 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from jaxrlhf.commands import align, evaluate, export, label, reward, sample, supervised
+from jaxrlhf.commands import align, chat, direct, evaluate, export, label, reward, sample, supervised
+from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
@@ -20,9 +22,11 @@ from jaxrlhf.training.resume import StoppedError
 COMMANDS = {
     "sft": (supervised.Supervised, supervised.main),
     "reward": (reward.Reward, reward.main),
+    "dpo": (direct.Direct, direct.main),
     "align": (align.Align, align.main),
     "evaluate": (evaluate.Evaluate, evaluate.main),
     "sample": (sample.Sample, sample.main),
+    "chat": (chat.Chat, chat.main),
     "label": (label.Label, label.main),
     "export": (export.Export, export.main),
 }
@@ -78,8 +82,25 @@ def _with_flags(message: str, config: Any) -> str:
     return message
 
 
+def run_command(name: str, arguments: Sequence[str]) -> Any:
+    """Runs a command by its name, with its options and files of options; ends as `run` does."""
+    try:
+        config = parse(COMMANDS[name][0], arguments, name)
+    except ValueError as error:
+        if os.environ.get("JAXRLHF_TRACEBACK"):
+            raise
+        print(f"jaxrlhf: {_sentence(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return run(config)
+
+
 def main() -> None:
     """Parses the command line and runs the command."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        run_command(arguments[0], arguments[1:])
+        return
+    # Lists the commands, or refuses what is none.
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
         for name, (kind, _) in COMMANDS.items()
@@ -87,7 +108,7 @@ def main() -> None:
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
-    run(tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX."))
+    tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX.")
 
 
 if __name__ == "__main__":

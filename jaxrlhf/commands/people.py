@@ -1,13 +1,17 @@
 """The labelling page as commands set it up: where it is served, and to how many people a pair is shown."""
 
 import dataclasses
+from typing import ClassVar
 
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.labelling.page import PORT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PageConfig:
     """Settings of the labelling page."""
+
+    GROUPS: ClassVar[Groups] = {"the page": ("host", "port", "people_per_pair", "repeats")}
 
     host: str = "127.0.0.1"
     """Address that the page listens on. Any other than 127.0.0.1 lets other machines in, without encryption."""

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -12,9 +12,11 @@ import numpy as np
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.curves import draw_history
-from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
+from jaxrlhf.commands.data import data_notes, data_rows
 from jaxrlhf.commands.flags import check_flags
-from jaxrlhf.commands.models import Model, open_reward
+from jaxrlhf.commands.models import open_reward
+from jaxrlhf.commands.options import Groups
+from jaxrlhf.commands.pairs import PairConfig, PairInputs, read_pairs
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
     accuracy_table,
@@ -25,7 +27,6 @@ from jaxrlhf.commands.reward_report import (
 from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.stage import (
     Stage,
-    StageConfig,
     StageResult,
     dtype_of,
     number_of_steps,
@@ -34,9 +35,8 @@ from jaxrlhf.commands.stage import (
 )
 from jaxrlhf.commands.trainable import Trainable, trainable_reward
 from jaxrlhf.data.batches import Pairs
-from jaxrlhf.data.builders import Prepared
 from jaxrlhf.data.pipelines import pair_batches
-from jaxrlhf.data.tokenization import PairRow, TokenizedRows, tokenize_pairs
+from jaxrlhf.data.tokenization import PairRow
 from jaxrlhf.evaluation.preferences import preference_accuracy
 from jaxrlhf.lm.learning import pair_scores, preference_loss
 from jaxrlhf.lm.reward import RewardModel, reward_model
@@ -48,19 +48,20 @@ Differences = Callable[[Params, Params], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reward(StageConfig):
+class Reward(PairConfig):
     """Fits a reward model to preferences and evaluates it on held-out ones.
 
     Reads pairs (`prompt`, `chosen`, `rejected`, optionally `margin`), rankings (equal ranks are ties), or completions
     labelled good and bad.
     """
 
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("policy",),
+        "loss": ("smoothing", "margins", "ties", "centre"),
+    }
+
     policy: pathlib.Path
     """Model whose trunk the reward starts from, or a reward model to continue: a directory, or a run's folder."""
-    max_length: int = 512
-    """Maximum tokens of prompt and completion; longer completions are truncated at the end."""
-    cut_prompts: bool = False
-    """Truncates long prompts at the beginning; otherwise pairs with a prompt that is too long are dropped and counted."""
     smoothing: float = 0.0
     """Label smoothing: the assumed probability that a label is flipped."""
     margins: bool = True
@@ -69,23 +70,6 @@ class Reward(StageConfig):
     """Half-width of the zone of reward differences called a tie (Rao-Kupper); 0 counts a tie as half a win each."""
     centre: float = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps rewards centred on 0."""
-
-
-class Inputs(NamedTuple):
-    """The initial model, and the data at the model's length.
-
-    Attributes:
-        start: the initial reward model.
-        max_length: of prompt and completion, in tokens.
-        prepared: the data.
-        training, held_out: tokenized pairs.
-    """
-
-    start: Model
-    max_length: int
-    prepared: Prepared
-    training: TokenizedRows[PairRow]
-    held_out: TokenizedRows[PairRow]
 
 
 def main(config: Reward) -> pathlib.Path:
@@ -109,27 +93,14 @@ def main(config: Reward) -> pathlib.Path:
     return write(result) if is_first_process() else result.folder.path
 
 
-def prepare(config: Reward) -> Inputs:
+def prepare(config: Reward) -> PairInputs:
     """Reads the model and the data.
 
     Raises:
         ValueError: all held-out pairs are ties; or as in `main`.
     """
     check_flags(config)
-    start = open_reward(config.policy, dtype=dtype_of(config.dtype, config.lora_rank))
-    prepared = open_records(
-        config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
-    )
-    max_length, tokenizer = min(config.max_length, start.config.context_length), start.bundle.chat_tokenizer()
-    training, held_out = (
-        tokenize_pairs(tokenizer, split, max_length=max_length, cut_prompts=config.cut_prompts)
-        for split in splits_of(prepared)
-    )
-    if all(row.label == 0.5 for row in held_out.rows):
-        raise ValueError(
-            "All held-out pairs are ties, which say nothing of accuracy; give more data or another --held-out."
-        )
-    return Inputs(start, max_length, prepared, training, held_out)
+    return read_pairs(config, open_reward(config.policy, dtype=dtype_of(config.dtype, config.lora_rank)))
 
 
 def _reward_differences(model: RewardModel, trainable: Trainable, rows: list[PairRow], batch_size: int) -> Differences:
@@ -144,7 +115,7 @@ def _reward_differences(model: RewardModel, trainable: Trainable, rows: list[Pai
 
 def _stage(
     config: Reward,
-    inputs: Inputs,
+    inputs: PairInputs,
     trainable: Trainable,
     model: RewardModel,
     differences: Differences,
@@ -189,7 +160,7 @@ def _stage(
 
 def _save(
     config: Reward,
-    inputs: Inputs,
+    inputs: PairInputs,
     trainable: Trainable,
     rewards: np.ndarray,
     result: StageResult,

@@ -8,13 +8,15 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import grain
 import jax
 from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Key, Params
+from jaxrlhf.commands.configuration import config_values
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.training.checkpoint import fingerprints
 from jaxrlhf.training.guard import SkippedSteps
 from jaxrlhf.training.loop import outer_steps
@@ -28,6 +30,14 @@ from jaxrlhf.training.run_folder import RunFolder
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings common to all training runs: folder, checkpoints, devices, logging."""
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("output", "run", "seed"),
+        "checkpoints": ("resume", "checkpoint_minutes", "checkpoint_steps", "keep_best"),
+        "devices and memory": ("mesh", "processes", "microbatches", "remat", "dtype"),
+        "data": ("data_dir",),
+        "evaluation and logging": ("evaluations", "track", "patience"),
+    }
 
     output: pathlib.Path = pathlib.Path("runs")
     """Directory in which the run's folder is created."""
@@ -65,7 +75,12 @@ FREE = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"} | {"po
 
 
 def open_folder(config: Any, name: str) -> RunFolder:
-    """Creates the run's folder, or opens the one to resume, and writes its configuration."""
+    """Creates the run's folder, or opens the one to resume, and writes its configuration.
+
+    Args:
+        config: of the command.
+        name: of the command, which the folder has too.
+    """
     named: dict[str, Any] = {"fixed": config.run, "resume": config.resume} if isinstance(config, RunConfig) else {}
     created = []
 
@@ -75,7 +90,7 @@ def open_folder(config: Any, name: str) -> RunFolder:
 
     path = broadcast_text(create)
     folder = created[0] if created else RunFolder.followed(pathlib.Path(path))
-    folder.write_json("config.json", config)
+    folder.write_json("config.json", config_values(config, name))
     return folder
 
 

@@ -4,24 +4,35 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.annotation.functions import completions_of, unpadded
+from jaxrlhf.commands.best_of import open_chooser, reward_scorer
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import Message
-from jaxrlhf.lm.generate import generate
+from jaxrlhf.lm.generate import Completions, generate
+from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.transformer.model import decoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Generates completions of a prompt and prints them."""
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": (
+            *("policy", "prompt", "chat", "number", "max_new_tokens", "temperature", "top_p"),
+            *("best_of", "reward", "seed"),
+        )
+    }
 
     policy: pathlib.Path
     """Model to sample from: a Hugging Face directory, or a run's folder."""
@@ -37,6 +48,10 @@ class Sample:
     """Maximum length of a completion in tokens."""
     number: int = 1
     """Number of completions."""
+    best_of: int = 1
+    """Completions among which each is the best by --reward."""
+    reward: pathlib.Path | None = None
+    """Reward model for --best-of: a Hugging Face directory, or a run's folder."""
     seed: int = 0
     """Random seed."""
 
@@ -50,7 +65,12 @@ def main(config: Sample) -> list[str]:
     check_flags(config)
     if config.number < 1:
         raise ValueError(f"--number must be at least 1, got {config.number}.")
+    if (config.best_of == 1) != (config.reward is None):
+        raise ValueError("Give --best-of with --reward: the reward model chooses among so many completions.")
+    if config.best_of > 1 and config.temperature == 0:
+        raise ValueError("--temperature 0 gives the same completion each time; give a positive one with --best-of.")
     model = open_model(config.policy, "policy")
+    chooser = None if config.reward is None else open_chooser(config.reward, model.bundle)
     for note in (*model.notes, *model.bundle.found.notes):
         print(note, file=sys.stderr)
     text = (Message("user", config.prompt),) if config.chat else config.prompt
@@ -65,14 +85,21 @@ def main(config: Sample) -> list[str]:
             f"--max-new-tokens {config.max_new_tokens} is more than the {room} that the model's context of "
             f"{model.config.context_length} leaves after the prompt."
         )
-    texts = generate_texts(
+    rows, completions = generate_rows(
         model,
-        [prompt] * config.number,
+        [prompt] * (config.number * config.best_of),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
     )
+    texts = completion_texts(model, rows, completions)
+    if chooser is not None:
+        rewards = reward_scorer(chooser)(rows, completions).reshape(config.number, config.best_of)
+        best = np.argmax(rewards, axis=1)
+        texts = [texts[number * config.best_of + chosen] for number, chosen in enumerate(best)]
+        for row, chosen in zip(rewards, best, strict=True):
+            print(f"Reward {row[chosen]:.3f}, the best of {len(row)} with a mean of {row.mean():.3f}", file=sys.stderr)
     for number, completion in enumerate(texts):
         if number:
             print("---")
@@ -90,8 +117,22 @@ def generate_texts(
     seed: int = 0,
 ) -> list[str]:
     """Returns a completion of each prompt `[P]`, as text."""
+    settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    return completion_texts(model, *generate_rows(model, prompts, **settings))
+
+
+def generate_rows(
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> tuple[Prompts, Completions]:
+    """Returns the prompts `[P]` as rows, and a completion of each."""
     length = max(len(prompt) for prompt in prompts)
-    rows = padded_prompts(list(prompts), length)
+    rows = Prompts(*map(jnp.asarray, padded_prompts(list(prompts), length)))
     complete = jax.jit(
         lambda params, key, tokens, mask: generate(
             decoder(model.config),
@@ -106,9 +147,13 @@ def generate_texts(
             pad_id=model.bundle.pad_id,
         )
     )
-    completions = complete(jax.tree.map(jnp.asarray, model.params), jax.random.key(seed), *rows)
+    return rows, complete(jax.tree.map(jnp.asarray, model.params), jax.random.key(seed), *rows)
+
+
+def completion_texts(model: Model, prompts: Prompts, completions: Completions) -> list[str]:
+    """Returns completions as text, as they continue their prompts."""
     return completions_of(
         model.bundle.tokenizer,
-        [prompt.tolist() for prompt in prompts],
+        unpadded(prompts.tokens, prompts.mask),
         unpadded(completions.tokens, completions.mask),
     )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import grain
 import jax
@@ -17,6 +17,7 @@ from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import refuse_unused
 from jaxrlhf.commands.models import Model, as_saved, open_model, save_model, save_trained_adapter
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import LoopSettings, RunConfig, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.trainable import Trainable
 from jaxrlhf.lm.hugging_face.families import Kind
@@ -39,6 +40,12 @@ LARGEST_TRIAL = 1 << 29
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig(RunConfig):
     """Settings common to supervised training and reward learning."""
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("data", "steps", "epochs", "batch_size", "learning_rate", "lora_rank"),
+        "data": ("format", "skip_bad", "held_out"),
+        "optimiser": ("warmup", "weight_decay", "largest_gradient"),
+    }
 
     data: str
     """Training data: a .jsonl, .txt or gzipped file, a folder of them, or hh-rlhf:NAME for a published file."""
@@ -327,7 +334,9 @@ def print_plan(console: Console, stage: Stage, optimizer: optax.GradientTransfor
     # The initial model is kept beside the trained one, to compare with.
     frozen = tree_bytes(base) or trained
     slots = tree_bytes(jax.eval_shape(optimizer.init, params))
-    total = sum(leaf.size for leaf in jax.tree.leaves((params, base)))
+    # A reference beside all trained weights is no further part of the model.
+    parts = params if jax.tree.structure(params) == jax.tree.structure(base) else (params, base)
+    total = sum(leaf.size for leaf in jax.tree.leaves(parts))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     memory = f"{bytes_text(frozen + trained + slots)} of weights and optimiser, gradients {bytes_text(trained)}"
     rows = {

@@ -5,7 +5,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, TokenizerBundle, find, open_bundle, open_model
+from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.sample import generate_texts
 from jaxrlhf.commands.stage import (
@@ -47,6 +48,12 @@ class Supervised(StageConfig):
     Reads demonstrations (`prompt` and `completion`, `messages`, `text`), or the preferred side of preferences. The loss
     counts the assistant's tokens only.
     """
+
+    GROUPS: ClassVar[Groups] = {
+        "main settings": ("policy", "tokenizer"),
+        "data": ("max_length", "packed"),
+        "a new model, with --tokenizer": ("width", "layers", "heads"),
+    }
 
     policy: pathlib.Path | None = None
     """Model to start from: a Hugging Face directory, or a run's folder."""
@@ -100,7 +107,9 @@ def main(config: Supervised) -> pathlib.Path:
     began = time.monotonic()
     inputs = prepare(config)
     trainable = trainable_policy(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
-    samples = _Samples(inputs) if is_first_process() else None
+    samples = None
+    if is_first_process():
+        samples = GreedySamples(inputs.start, inputs.held_out_records, inputs.max_length)
 
     def write(result: StageResult) -> pathlib.Path:
         assert samples is not None
@@ -170,7 +179,7 @@ def _save(
     inputs: Inputs,
     trainable: Trainable,
     result: StageResult,
-    samples: "_Samples",
+    samples: "GreedySamples",
     began: float,
 ) -> pathlib.Path:
     trained = save_models(result, inputs.start, trainable, "policy")
@@ -237,16 +246,15 @@ def _tokens_of(batch: Demonstrations) -> float:
     return float(np.sum(batch.segments > 0))
 
 
-class _Samples:
+class GreedySamples:
     """Greedy completions of six prompts by the initial model, computed before training, and later by the trained one."""
 
-    def __init__(self, inputs: Inputs):
-        start, max_length = inputs.start, inputs.max_length
+    def __init__(self, start: Model, records: RecordSource, max_length: int):
         self._max_new_tokens = max(1, min(64, max_length // 2))
         try:
             self._prompts = tokenize_prompts(
                 start.bundle.chat_tokenizer(),
-                inputs.held_out_records,
+                records,
                 max_length=max(2, max_length - self._max_new_tokens),
                 cut_prompts=True,
             ).rows[:6]

@@ -194,12 +194,17 @@ def preference_loss(
         tied = outcomes[:, 1] if choice.tie > 0 else 0.5 * (outcomes[:, 0] + outcomes[:, 2])
         decided = wins * outcomes[:, 2] + (1 - wins) * outcomes[:, 0]
         cost = -jnp.where(labels == 0.5, tied, decided) + centre * jnp.sum(scores, axis=1) ** 2
-        agreed = jnp.where(labels == 0.5, 0.5, (scores[:, 0] > scores[:, 1]) == (labels > 0.5))
-        agreed = jnp.where(scores[:, 0] == scores[:, 1], 0.5, agreed)
-        weight = batch.weight.astype(cost.dtype)
-        return Totals(jnp.sum(weight * cost), jnp.sum(weight * agreed), jnp.sum(weight))
+        return pair_totals(cost, scores, batch)
 
     return loss
+
+
+def pair_totals(cost: jax.Array, scores: jax.Array, batch: Batch) -> Totals:
+    """Returns the sums of pairs with costs `[N]` and scores `[N, 2]`; ties are half correct."""
+    agreed = jnp.where(batch.labels == 0.5, 0.5, (scores[:, 0] > scores[:, 1]) == (batch.labels > 0.5))
+    agreed = jnp.where(scores[:, 0] == scores[:, 1], 0.5, agreed)
+    weight = batch.weight.astype(cost.dtype)
+    return Totals(jnp.sum(weight * cost), jnp.sum(weight * agreed), jnp.sum(weight))
 
 
 def pair_scores(reward: RewardModel, params: Params, batch: Batch) -> jax.Array:

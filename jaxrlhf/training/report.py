@@ -121,8 +121,9 @@ def tables_of(text: str) -> list[Table]:
 def rich_table(table: Table) -> rich.table.Table:
     """Returns the table as the report shows it, for a terminal."""
     shown = rich.table.Table(title=Text(table.title), title_justify="left")
-    for column, right in zip(table.columns, _right_aligned(table), strict=True):
-        shown.add_column(Text(column), justify="right" if right else "left")
+    for number, (column, right) in enumerate(zip(table.columns, _right_aligned(table), strict=True)):
+        # Names, such as paths, are shown whole.
+        shown.add_column(Text(column), justify="right" if right else "left", overflow="ellipsis" if number else "fold")
     for row in _cells(table):
         shown.add_row(*map(Text, row))
     return shown
