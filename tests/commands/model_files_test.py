@@ -1,6 +1,7 @@
 """Models as the commands print, score and export them: one token for every reward, and nothing lost or added unseen."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -54,13 +55,18 @@ PAIRS = [
 ]
 
 
+@functools.cache
+def lively_params():
+    return jax.jit(lambda: jax.tree.map(lambda leaf: 3 * leaf, decoder(SHAPE).init(jax.random.key(0))))()
+
+
 @pytest.fixture
 def policy(lay_out, tmp_path):
     """`policy(template, layout="config", **config)`: a random policy's directory."""
 
     def make(template, layout="config", **config):
         directory = tmp_path / "policy"
-        params = jax.tree.map(lambda leaf: 3 * leaf, decoder(SHAPE).init(jax.random.key(0)))
+        params = lively_params()
         save_decoder(directory, SHAPE, params)
         settings = json.loads((directory / "config.json").read_text())
         (directory / "generation_config.json").unlink()
@@ -69,6 +75,13 @@ def policy(lay_out, tmp_path):
         return lay_out(directory, layout, template, **(settings | config))
 
     return make
+
+
+@functools.cache
+def scoring(config):
+    """The compiled scores of pairs of texts, and of sampled pairs."""
+    rewards = reward_model(decoder(config))
+    return tuple(jax.jit(functools.partial(score, rewards)) for score in (pair_scores, score_responses))
 
 
 def with_head(policy):
@@ -84,10 +97,10 @@ def test_a_pair_scores_the_same_everywhere(policy, tmp_path, template):
     start = policy(template)
     saved = models.save_model(tmp_path / "reward", with_head(start), "reward")
     model, bundle = models.open_model(saved, "reward"), models.open_bundle(start)
-    tokenizer, rewards = bundle.chat_tokenizer(), reward_model(decoder(model.config))
+    tokenizer, (score_pairs, score_sampled) = bundle.chat_tokenizer(), scoring(model.config)
 
     rows = tokenize_pairs(models.open_bundle(saved).chat_tokenizer(), PAIRS, max_length=90).rows
-    learned = np.asarray(pair_scores(rewards, model.params, padded_pairs(rows, 96)))
+    learned = np.asarray(score_pairs(model.params, padded_pairs(rows, 96)))
 
     # What the sampler writes of the same answers: up to its first stop token.
     said = []
@@ -97,7 +110,7 @@ def test_a_pair_scores_the_same_everywhere(policy, tmp_path, template):
             said.append(tokens[: int(np.isin(tokens, bundle.stop_ids).argmax()) + 1])
     prompts = Prompts(*padded_prompts([encode_prompt(tokenizer, (ASK,))] * len(PAIRS), 24))
     responses = Responses(*(jnp.asarray(part).reshape(len(PAIRS), 1, 2, -1) for part in rectangle(said, 24)))
-    sampled = np.asarray(score_responses(rewards, model.params, prompts, responses))[:, 0]
+    sampled = np.asarray(score_sampled(model.params, prompts, responses))[:, 0]
     np.testing.assert_allclose(sampled, learned, rtol=1e-5)
     assert np.std(learned) > 0.1
 

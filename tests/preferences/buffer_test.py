@@ -15,19 +15,20 @@ from jaxrlhf.preferences import buffer as preference_buffer
 
 def sample_of(batch, pairs, *, first=0):
     """Pairs whose every array tells which pair it belongs to."""
-    name = first + jnp.arange(batch * pairs, dtype=float).reshape(batch, pairs)
-    steps = jnp.broadcast_to(name[:, :, None, None], (batch, pairs, 2, 3))
+    name = first + np.arange(batch * pairs, dtype=jnp.result_type(float)).reshape(batch, pairs)
+    steps = np.broadcast_to(name[:, :, None, None], (batch, pairs, 2, 3))
     measure, num_draws = uniform_measure(batch, pairs)
-    return Sample(
+    sample = Sample(
         prompts={"number": name[:, 0]},
-        responses=(steps + 0.5, jnp.broadcast_to(name[:, :, None], (batch, pairs, 2)).astype(int)),
+        responses=(steps + 0.5, np.broadcast_to(name[:, :, None], (batch, pairs, 2)).astype(jnp.result_type(int))),
         behaviour_log_prob=-steps,
-        reference_log_prob=-2.0 * steps,
-        cumulative_discount=jnp.ones_like(steps),
+        reference_log_prob=-2 * steps,
+        cumulative_discount=np.ones_like(steps),
         measure=measure,
         from_policy=jnp.array([1.0, 0.0]),
         num_draws=num_draws,
     )
+    return jax.tree.map(jnp.asarray, sample)
 
 
 def test_rows_keep_each_pair_beside_its_prompt():
@@ -117,7 +118,7 @@ def test_the_fit_is_the_maximum_likelihood(x64):
     np.testing.assert_allclose(info.gradient_norm, penalty * np.linalg.norm(expected), rtol=1e-4)
     assert state.step == 400
 
-    buffer = preference_buffer.add(preference_buffer.empty(sample, labels=1, capacity=300), labelled)
+    buffer = jax.jit(preference_buffer.add)(preference_buffer.empty(sample, labels=1, capacity=300), labelled)
     slow = reward_learning(problem, optax.chain(optax.add_decayed_weights(penalty), optax.sgd(0.02)))
     fitted, infos = jax.jit(lambda key, state: fit(key, slow, state, buffer, (), size=50, steps=600))(
         jax.random.key(5), slow.init(jnp.zeros(4))

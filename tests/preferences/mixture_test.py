@@ -26,11 +26,26 @@ KAPPA, BETA = 0.07, 0.5
 OBJECTIVE = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=KAPPA))
 
 
-def setting(seed):
-    keys = jax.random.split(jax.random.key(seed), 4)
+@jax.jit
+def setting_of(key):
+    keys = jax.random.split(key, 4)
     scores, gold = jax.random.normal(keys[0], (3, 5, 4)), jax.random.normal(keys[1], (3, 5))
     reference, policy = (jax.nn.log_softmax(jax.random.normal(key, (3, 5)), axis=-1) for key in keys[2:])
     return bandit.Bandit(scores, gold, reference), policy
+
+
+def setting(seed):
+    return setting_of(jax.random.key(seed))
+
+
+@jax.jit
+def slopes_along_scores(policy, frozen):
+    """The derivatives of the utility along every score, `[4]`."""
+
+    def tilted(epsilon):
+        return utility(jax.nn.log_softmax(policy + frozen.features @ epsilon, axis=-1), frozen)
+
+    return jax.grad(tilted)(jnp.zeros(4))
 
 
 def score_of(sample, frozen):
@@ -46,14 +61,15 @@ def utility(policy, frozen):
 def test_a_marginal_gain_is_the_derivative_of_the_utility_along_the_score(seed, x64):
     frozen, policy = setting(seed)
     problem = bandit.bandit_problem(known.linear_reward, OBJECTIVE)
-    sample = problem.sample(jax.random.key(0), policy, None, frozen)
-    labels = annotator(bandit.gold_score, labels=1, pairs=None)(jax.random.key(1), sample, frozen)
-    gains = marginal_gains(attach_scores(Labelled(sample, labels), score_of(sample, frozen)), kl_price=KAPPA)
+    annotate = annotator(bandit.gold_score, labels=1, pairs=None)
 
-    def tilted(epsilon):
-        return utility(jax.nn.log_softmax(policy + frozen.features @ epsilon, axis=-1), frozen)
+    @jax.jit
+    def gains():
+        sample = problem.sample(jax.random.key(0), policy, None, frozen)
+        labelled = Labelled(sample, annotate(jax.random.key(1), sample, frozen))
+        return marginal_gains(attach_scores(labelled, score_of(sample, frozen)), kl_price=KAPPA)
 
-    np.testing.assert_allclose(gains, jax.grad(tilted)(jnp.zeros(4)), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gains(), slopes_along_scores(policy, frozen), rtol=1e-9, atol=1e-12)
 
 
 def test_drawn_pairs_give_the_gain_without_bias(x64):
@@ -68,10 +84,7 @@ def test_drawn_pairs_give_the_gain_without_bias(x64):
         return marginal_gains(attach_scores(labelled, score_of(sample, frozen)), kl_price=KAPPA)
 
     gains = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(2), 20_000)))
-    expected = jax.grad(lambda e: utility(jax.nn.log_softmax(policy + frozen.features @ e, axis=-1), frozen))(
-        jnp.zeros(4)
-    )
-    error = (gains.mean(0) - np.asarray(expected)) / (gains.std(0) / len(gains) ** 0.5)
+    error = (gains.mean(0) - np.asarray(slopes_along_scores(policy, frozen))) / (gains.std(0) / len(gains) ** 0.5)
     assert np.all(np.abs(error) < 4), error
     # A single pair of a prompt has none to compare it with.
     single = bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=1)
@@ -99,15 +112,16 @@ def test_gains_of_some_labels_are_those_of_all_on_average(x64):
     """The mean over every choice of two pairs of four to label."""
     frozen, policy = setting(1)
     problem = bandit.bandit_problem(known.linear_reward, OBJECTIVE, pairs=4)
-    sample = problem.sample(jax.random.key(0), policy, None, frozen)
-    labels = jax.random.uniform(jax.random.key(1), (3, 4, 1))
+    sample = jax.jit(problem.sample)(jax.random.key(0), policy, None, frozen)
+    labels = np.asarray(jax.random.uniform(jax.random.key(1), (3, 4, 1)))
 
+    @jax.jit
     def gains(given, weight):
         labelled = attach_scores(Labelled(sample, given), score_of(sample, frozen))
         return marginal_gains(labelled, kl_price=KAPPA, label_weight=weight)
 
-    chosen = [jnp.isin(jnp.arange(4), jnp.array(pair))[None, :, None] for pair in itertools.combinations(range(4), 2)]
-    some = [gains(jnp.where(pairs, labels, -1.0), 2.0) for pairs in chosen]
+    chosen = [np.isin(np.arange(4), pair)[None, :, None] for pair in itertools.combinations(range(4), 2)]
+    some = [gains(np.where(pairs, labels, -1.0), 2.0) for pairs in chosen]
     np.testing.assert_allclose(np.mean(some, axis=0), gains(labels, 1.0), rtol=1e-12)
 
 

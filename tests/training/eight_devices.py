@@ -1,12 +1,12 @@
 """One algorithm on 8 simulated devices, arranged in three ways, and on one; run by `training_test`.
 
-    python tests/training/eight_devices.py enumerable|four_rooms
+    python tests/training/eight_devices.py four_rooms
     python tests/training/eight_devices.py stories260K MODEL_DIRECTORY
-    python tests/training/eight_devices.py microbatches
+    python tests/training/eight_devices.py small                # the enumerable language, and microbatches
 
 The same tokens and labels must give the same gradients (the first moments of Adam after a step) to 1e-5 and the same state
 after 5 steps to 1e-4, relative; the same keys must give the same tokens. The hypergradient is reported separately, as a
-stencil divides the rounding of its iterates by sigma. `microbatches` tests generation and scoring in microbatches on two
+stencil divides the rounding of its iterates by sigma. `small` also tests generation and scoring in microbatches on two
 devices of a CPU. Prints its results as JSON.
 """
 
@@ -196,13 +196,8 @@ def in_microbatches() -> dict[str, Any]:
     }
 
 
-def main(name: str, *arguments: str) -> None:
-    """Follows every arrangement and prints how far it is from one device."""
-    assert jax.device_count() == 8
-    if name == "microbatches":
-        print(json.dumps(in_microbatches()))
-        return
-    case = {"enumerable": enumerable, "stories260K": stories, "four_rooms": in_rooms}[name](*arguments)
+def in_meshes(case: Case) -> dict[str, Any]:
+    """Follows every arrangement and returns how far it is from one device."""
     one, given = follow(case, {"data": 1}, None)
     rows = max(leaf.nbytes for leaf in jax.tree.leaves(given[0]))
     found = {}
@@ -217,6 +212,16 @@ def main(name: str, *arguments: str) -> None:
             "largest_collective": largest_collective(here.text) / max(largest_layer_bytes(case), rows),
             "host": any(word in here.text for word in ("infeed", "outfeed", "callback", " send(", " recv(")),
         }
+    return found
+
+
+def main(name: str, *arguments: str) -> None:
+    """Prints the results of one problem, or of both small ones."""
+    assert jax.device_count() == 8
+    if name == "small":
+        found = {"enumerable": in_meshes(enumerable()), "microbatches": in_microbatches()}
+    else:
+        found = in_meshes({"stories260K": stories, "four_rooms": in_rooms}[name](*arguments))
     print(json.dumps(found, indent=1))
 
 

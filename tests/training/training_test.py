@@ -1,5 +1,6 @@
 """Compilation over devices, the loop, and the run folder."""
 
+import functools
 import json
 import os
 import pathlib
@@ -34,6 +35,12 @@ def on_eight_devices(*arguments):
     return json.loads(done.stdout)
 
 
+@functools.cache
+def small_problems():
+    """Two problems in one process: it starts once."""
+    return on_eight_devices("small")
+
+
 @pytest.mark.parametrize(
     "problem",
     ["enumerable", *(pytest.param(name, marks=pytest.mark.slow) for name in ("four_rooms", "stories260K"))],
@@ -43,7 +50,10 @@ def test_eight_devices_do_what_one_does(problem):
     stories = problem == "stories260K"
     if stories and not STORIES.is_dir():
         pytest.skip(f"the model {STORIES} is missing")
-    found = on_eight_devices(problem, *[str(STORIES)] * stories)
+    if problem == "enumerable":
+        found = small_problems()["enumerable"]
+    else:
+        found = on_eight_devices(problem, *[str(STORIES)] * stories)
     assert list(found) == ["fsdp=8", "tensor=2,data=4", "stencil=2,fsdp=4"]
     for mesh, row in found.items():
         assert row["gradients"] < 1e-5 and row["states"] < 1e-4, (mesh, row)
@@ -58,7 +68,7 @@ def test_eight_devices_do_what_one_does(problem):
 
 def test_devices_of_a_cpu_write_and_read_their_rows_in_parts():
     """Nothing but "has every row ended" goes from one to the other while they write."""
-    found = on_eight_devices("microbatches")
+    found = small_problems()["microbatches"]
     assert set(found["microbatches"]) == {4}
     assert found["same_tokens"] and found["gradients"] < 1e-5
     assert 0 < found["bytes"] < 64
