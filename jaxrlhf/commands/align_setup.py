@@ -128,11 +128,9 @@ def build_setup(
         learned = learned_reward(state)
         return None if learned is None else trained.reward_of(learned)
 
-    def adapters_of(state):
-        found: dict[Kind, Params] = (
-            {"policy": state.policy, "reward": learned_reward(state)} if config.lora_rank else {}
-        )
-        return {kind: adapter for kind, adapter in found.items() if adapter is not None}
+    def adapters_of(state) -> dict[Kind, Params]:
+        found: dict[Kind, Any] = {"policy": state.policy, "reward": learned_reward(state)}
+        return {kind: adapter for kind, adapter in found.items() if config.lora_rank and adapter is not None}
 
     return AlignSetup(
         algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture, review, adapters_of
