@@ -8,6 +8,8 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A path that is not there may be a name on a hub; no test asks a real one.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 # Most of the suite's time is compilation: programs here run for milliseconds.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # The older of two code generators, one LLVM module per program in place of up to 32, and no expensive LLVM passes: each

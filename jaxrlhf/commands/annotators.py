@@ -20,6 +20,7 @@ from jaxrlhf.annotation.judge import HttpJudge, is_judge, load_judge
 from jaxrlhf.base.problem import Sample
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.flags import refuse_unused
+from jaxrlhf.commands.hub import hub_name
 from jaxrlhf.commands.models import Model, check_tokens, open_model
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.lm.annotators import reward_model_annotator
@@ -116,7 +117,7 @@ def open_annotator(
         asked = load_judge(annotator, journal=journal, **(judge or {}))
         host = host_annotator(tokenizer, split_over_processes(_understood(asked)), annotator)
         return ComparisonAnnotator(None, host, judge=asked)
-    if pathlib.Path(annotator).is_dir():
+    if pathlib.Path(annotator).is_dir() or hub_name(annotator):
         opened = open_model(pathlib.Path(annotator), "reward")
         check_tokens(model.bundle, opened.bundle, "--annotator")
         directory = opened.bundle.directory

@@ -15,6 +15,7 @@ import tyro
 from jaxrlhf.commands import align, chat, direct, evaluate, export, label, reward, sample, supervised
 from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
+from jaxrlhf.commands.hub import pinned
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
 from jaxrlhf.training.resume import StoppedError
@@ -47,7 +48,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
         check_flags(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
-        return mains[type(config)](config)
+        return mains[type(config)](pinned(config))
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise

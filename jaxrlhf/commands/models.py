@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.hub import local_directory
 from jaxrlhf.data.chat import ChatTemplate, load_chat_template
 from jaxrlhf.data.encode import ChatTokenizer, chat_tokenizer, encode_prompt
 from jaxrlhf.data.records import Message
@@ -154,9 +155,13 @@ class Model(NamedTuple):
 def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
     """Returns the model directory at a path: the path itself, or the `policy` or `reward` that a run saved in it.
 
+    A path that is not there may be a name on the hub (`hub.local_directory`).
+
     Raises:
         WeightsError: there is none.
+        ValueError: it is a name, and the hub does not give the model.
     """
+    path = local_directory(path)
     for directory in (path, path / kind):
         if is_adapter(directory):
             return directory
@@ -214,6 +219,7 @@ def open_reward(path: pathlib.Path, *, dtype: Any = jnp.float32) -> Model:
 
     Where a run saved both, the reward model.
     """
+    path = local_directory(path)
     directory = path / "reward" if (path / "reward" / "config.json").is_file() else find(path, "policy")
     if kind_of(directory) == "reward":
         return open_model(directory, "reward", dtype=dtype)

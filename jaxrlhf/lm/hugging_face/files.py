@@ -42,9 +42,7 @@ def read_json(directory: str | Path, name: str) -> dict[str, Any]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise WeightsError(
-            f"{directory} is not a directory: give the local directory of a Hugging Face model; nothing is downloaded."
-        )
+        raise WeightsError(f"{directory} is not a directory: give the local directory of a Hugging Face model.")
     path = directory / name
     if not path.is_file():
         raise WeightsError(f"{directory} has no {name}: give the directory that the model was saved to.")
