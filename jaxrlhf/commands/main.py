@@ -1,31 +1,53 @@
 """The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`."""
 
+import ast
 import contextlib
 import dataclasses
 import errno
+import importlib
+import importlib.util
 import os
+import pathlib
 import re
 import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from jaxrlhf.commands import align, evaluate, export, label, reward, sample, supervised
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
-from jaxrlhf.training.resume import StoppedError
 
-COMMANDS = {
-    "sft": (supervised.Supervised, supervised.main),
-    "reward": (reward.Reward, reward.main),
-    "align": (align.Align, align.main),
-    "evaluate": (evaluate.Evaluate, evaluate.main),
-    "sample": (sample.Sample, sample.main),
-    "label": (label.Label, label.main),
-    "export": (export.Export, export.main),
+PLACES = {
+    "sft": ("supervised", "supervised", "Supervised"),
+    "reward": ("reward", "reward", "Reward"),
+    "align": ("align", "align_config", "Align"),
+    "evaluate": ("evaluate", "evaluate", "Evaluate"),
+    "sample": ("sample", "sample", "Sample"),
+    "label": ("label", "label", "Label"),
+    "export": ("export", "export", "Export"),
 }
+"""Of each command: the module with its `main`, the module with its configuration, and the configuration's name."""
+
+
+class _Commands(Mapping[str, tuple[type, Callable[[Any], Any]]]):
+    """The configuration and the `main` of each command, imported when they are looked up."""
+
+    def __getitem__(self, name: str) -> tuple[type, Callable[[Any], Any]]:
+        module, place, kind = PLACES[name]
+        return getattr(_module(place), kind), _module(module).main
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES)
+
+    def __len__(self) -> int:
+        return len(PLACES)
+
+
+COMMANDS = _Commands()
 
 
 def run(config: Any, name: str = "jaxrlhf") -> Any:
@@ -34,7 +56,10 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     A run stopped by a signal exits with 128 plus the signal's number, as the signal itself would have made it.
     JAXRLHF_TRACEBACK=1 in the environment shows the whole traceback.
     """
-    mains: dict[type, Any] = dict(COMMANDS.values())
+    # Imports Orbax, which the list of commands does without.
+    from jaxrlhf.training.resume import StoppedError
+
+    (command,) = (command for command, place in PLACES.items() if place[2] == type(config).__name__)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a letter must not end a run.
         with contextlib.suppress(AttributeError):
@@ -43,7 +68,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
         check_flags(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
-        return mains[type(config)](config)
+        return COMMANDS[command][1](config)
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise
@@ -82,12 +107,35 @@ def main() -> None:
     """Parses the command line and runs the command."""
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
-        for name, (kind, _) in COMMANDS.items()
+        for name, kind in _kinds(sys.argv[1:]).items()
     ]
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
     run(tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX."))
+
+
+def _kinds(arguments: Sequence[str]) -> dict[str, type]:
+    """Returns the configuration of each command; of those that no argument names, only the name and the docstring."""
+    # A script that completes command lines lists the flags of all of them.
+    every = any(argument.startswith("--tyro") for argument in arguments)
+    return {name: COMMANDS[name][0] if every or name in arguments else _described(name) for name in PLACES}
+
+
+def _described(name: str) -> type:
+    """Returns an empty configuration with the docstring of a command's own, which is read without importing it."""
+    _, place, kind = PLACES[name]
+    spec = importlib.util.find_spec(f"jaxrlhf.commands.{place}")
+    assert spec is not None and spec.origin is not None
+    body = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8")).body
+    (found,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == kind)
+    empty = dataclasses.make_dataclass(kind, [])
+    empty.__doc__ = ast.get_docstring(found)
+    return empty
+
+
+def _module(name: str) -> types.ModuleType:
+    return importlib.import_module(f"jaxrlhf.commands.{name}")
 
 
 if __name__ == "__main__":
