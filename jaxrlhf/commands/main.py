@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export`."""
+"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export|doctor`."""
 
 import ast
 import contextlib
@@ -29,6 +29,7 @@ PLACES = {
     "sample": ("sample", "sample", "Sample"),
     "label": ("label", "label", "Label"),
     "export": ("export", "export", "Export"),
+    "doctor": ("doctor", "doctor", "Doctor"),
 }
 """Of each command: the module with its `main`, the module with its configuration, and the configuration's name."""
 
