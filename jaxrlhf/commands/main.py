@@ -1,4 +1,4 @@
-"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export|doctor`."""
+"""The entry point: `jaxrlhf sft|reward|align|evaluate|sample|label|export|doctor|watch`."""
 
 import ast
 import contextlib
@@ -30,6 +30,7 @@ PLACES = {
     "label": ("label", "label", "Label"),
     "export": ("export", "export", "Export"),
     "doctor": ("doctor", "doctor", "Doctor"),
+    "watch": ("watch", "watch", "Watch"),
 }
 """Of each command: the module with its `main`, the module with its configuration, and the configuration's name."""
 
