@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-import tensorflow_datasets as tfds
-
 from jaxrlhf.data import formats, hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
 from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
@@ -36,6 +34,8 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
         DataError: as in `builders.prepare`.
     """
     path, parse = _located(data, form, data_dir)
+    import tensorflow_datasets as tfds
+
     # The builder reports downloads that do not happen, and draws progress bars of its own.
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -1,36 +1,58 @@
-"""The entry point: `jaxrlhf sft|reward|dpo|align|evaluate|sample|chat|label|export`, with options or `--config FILE`."""
+"""The entry point: `jaxrlhf COMMAND`, with options or `--config FILE`; `jaxrlhf --help` lists the commands."""
 
+import ast
 import contextlib
 import dataclasses
 import errno
+import importlib
+import importlib.util
 import os
+import pathlib
 import re
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from jaxrlhf.commands import align, chat, direct, evaluate, export, label, reward, sample, supervised
 from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
-from jaxrlhf.commands.hub import pinned
 from jaxrlhf.data.records import DataError
 from jaxrlhf.training import processes
-from jaxrlhf.training.resume import StoppedError
 
-COMMANDS = {
-    "sft": (supervised.Supervised, supervised.main),
-    "reward": (reward.Reward, reward.main),
-    "dpo": (direct.Direct, direct.main),
-    "align": (align.Align, align.main),
-    "evaluate": (evaluate.Evaluate, evaluate.main),
-    "sample": (sample.Sample, sample.main),
-    "chat": (chat.Chat, chat.main),
-    "label": (label.Label, label.main),
-    "export": (export.Export, export.main),
+PLACES = {
+    "sft": ("supervised", "supervised", "Supervised"),
+    "reward": ("reward", "reward", "Reward"),
+    "dpo": ("direct", "direct", "Direct"),
+    "align": ("align", "align_config", "Align"),
+    "evaluate": ("evaluate", "evaluate", "Evaluate"),
+    "sample": ("sample", "sample", "Sample"),
+    "chat": ("chat", "chat", "Chat"),
+    "label": ("label", "label", "Label"),
+    "export": ("export", "export", "Export"),
+    "doctor": ("doctor", "doctor", "Doctor"),
+    "watch": ("watch", "watch", "Watch"),
 }
+"""Of each command: the module with its `main`, the module with its configuration, and the configuration's name."""
+
+
+class _Commands(Mapping[str, tuple[type, Callable[[Any], Any]]]):
+    """The configuration and the `main` of each command, imported when they are looked up."""
+
+    def __getitem__(self, name: str) -> tuple[type, Callable[[Any], Any]]:
+        module, place, kind = PLACES[name]
+        return getattr(_module(place), kind), _module(module).main
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES)
+
+    def __len__(self) -> int:
+        return len(PLACES)
+
+
+COMMANDS = _Commands()
 
 
 def run(config: Any, name: str = "jaxrlhf") -> Any:
@@ -39,7 +61,11 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     A run stopped by a signal exits with 128 plus the signal's number, as the signal itself would have made it.
     JAXRLHF_TRACEBACK=1 in the environment shows the whole traceback.
     """
-    mains: dict[type, Any] = dict(COMMANDS.values())
+    # They import Orbax and the hub's client, which the list of commands does without.
+    from jaxrlhf.commands.hub import pinned
+    from jaxrlhf.training.resume import StoppedError
+
+    (command,) = (command for command, place in PLACES.items() if place[2] == type(config).__name__)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a letter must not end a run.
         with contextlib.suppress(AttributeError):
@@ -48,7 +74,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
         check_flags(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
-        return mains[type(config)](pinned(config))
+        return COMMANDS[command][1](pinned(config))
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise
@@ -104,12 +130,35 @@ def main() -> None:
     # Lists the commands, or refuses what is none.
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
-        for name, (kind, _) in COMMANDS.items()
+        for name, kind in _kinds(arguments).items()
     ]
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
     tyro.cli(union, prog="jaxrlhf", description="Online RLHF as one bilevel problem, in JAX.")
+
+
+def _kinds(arguments: Sequence[str]) -> dict[str, type]:
+    """Returns the configuration of each command; of those that no argument names, only the name and the docstring."""
+    # A script that completes command lines lists the flags of all of them.
+    every = any(argument.startswith("--tyro") for argument in arguments)
+    return {name: COMMANDS[name][0] if every or name in arguments else _described(name) for name in PLACES}
+
+
+def _described(name: str) -> type:
+    """Returns an empty configuration with the docstring of a command's own, which is read without importing it."""
+    _, place, kind = PLACES[name]
+    spec = importlib.util.find_spec(f"jaxrlhf.commands.{place}")
+    assert spec is not None and spec.origin is not None
+    body = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8")).body
+    (found,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == kind)
+    empty = dataclasses.make_dataclass(kind, [])
+    empty.__doc__ = ast.get_docstring(found)
+    return empty
+
+
+def _module(name: str) -> types.ModuleType:
+    return importlib.import_module(f"jaxrlhf.commands.{name}")
 
 
 if __name__ == "__main__":

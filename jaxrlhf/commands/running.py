@@ -64,7 +64,7 @@ class RunConfig:
     """Recomputes activations in the backward pass to save memory: all but layer inputs, or all but matrix products."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")
     """Directory for prepared data."""
-    track: Literal["tensorboard", "wandb"] | None = None
+    track: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Also logs metrics to this service."""
     seed: int = 0
     """Random seed."""

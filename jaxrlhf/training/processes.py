@@ -173,6 +173,22 @@ def split_over_processes(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if jax.process_count() == 1 else split_function
 
 
+def sentences_of_all(sentences: Sequence[str]) -> list[str]:
+    """Returns in all processes the sentences of all of them, each once; that of one process alone names the process."""
+    if jax.process_count() == 1:
+        return list(sentences)
+    rows = np.asarray(multihost_utils.process_allgather(_encode("\n".join(sentences), TEXT_BYTES)))
+    said: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        for sentence in _decode(row).splitlines():
+            said.setdefault(sentence, []).append(index)
+    everywhere = jax.process_count()
+    return [
+        sentence if len(places) == everywhere else f"process {', '.join(map(str, places))}: {sentence}"
+        for sentence, places in said.items()
+    ]
+
+
 def broadcast_array(values: np.ndarray) -> np.ndarray:
     """Returns the first process's array in all of them; shapes must agree."""
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))

@@ -1,4 +1,4 @@
-"""Logging of a run's metrics to TensorBoard or Weights & Biases, besides its own metrics.jsonl."""
+"""Logging of a run's metrics to TensorBoard, Weights & Biases or Trackio, besides its own metrics.jsonl."""
 
 import importlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxrlhf.training.run_folder import plain
 
-Kind = Literal["tensorboard", "wandb"]
+Kind = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(NamedTuple):
@@ -30,7 +30,8 @@ def tracker(kind: Kind | None, folder: pathlib.Path, *, name: str, config: Any) 
 
     Args:
         kind: None logs nothing; "tensorboard" writes event files into `folder/tensorboard`; "wandb" starts a run in the
-            project `jaxrlhf` (with the environment variable WANDB_MODE=offline, into `folder` only).
+            project `jaxrlhf` (with the environment variable WANDB_MODE=offline, into `folder` only); "trackio" does so in
+            Trackio's own folder on this machine, or in the Space named by TRACKIO_SPACE_ID.
         folder: the run's folder, which must exist.
         name: the run's name.
         config: a dataclass or dict, logged with the metrics.
@@ -44,7 +45,9 @@ def tracker(kind: Kind | None, folder: pathlib.Path, *, name: str, config: Any) 
         return _tensorboard(folder / "tensorboard", name, config)
     if kind == "wandb":
         return _wandb(folder, name, config)
-    raise ValueError(f"There is no tracker {kind!r}; choose tensorboard, wandb or none.")
+    if kind == "trackio":
+        return _trackio(name, config)
+    raise ValueError(f"There is no tracker {kind!r}; choose tensorboard, wandb, trackio or none.")
 
 
 def _tensorboard(folder: pathlib.Path, name: str, config: Any) -> Tracker:
@@ -73,6 +76,17 @@ def _wandb(folder: pathlib.Path, name: str, config: Any) -> Tracker:
 
     def log(step: int, numbers: Mapping[str, Any]) -> None:
         run.log({**_finite(numbers), "step": int(step)})
+
+    return Tracker(log, run.finish)
+
+
+def _trackio(name: str, config: Any) -> Tracker:
+    library = _library("trackio", "init")
+    # A resumed run goes on under its name; a notebook shows no dashboard unasked.
+    run = library.init(project="jaxrlhf", name=name, config=plain(config), resume="allow", embed=False)
+
+    def log(step: int, numbers: Mapping[str, Any]) -> None:
+        run.log(_finite(numbers), step=int(step))
 
     return Tracker(log, run.finish)
 

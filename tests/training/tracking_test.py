@@ -100,6 +100,36 @@ def test_wandb_gets_every_step_even_if_steps_restart(tmp_path, monkeypatch):
     ]
 
 
+def test_trackio_gets_every_step_under_its_number(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, metrics, step=None):
+            calls.append((metrics, step))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(project, name=None, *, config=None, resume="never", embed=True):
+        calls.append((project, name, config, resume, embed))
+        return Run()
+
+    module = types.ModuleType("trackio")
+    module.__dict__.update(init=init)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    tracked = tracker("trackio", tmp_path, name="study", config=Config())
+    tracked.log(np.int32(1), numbers(1))
+    tracked.log(0, {"other/loss": 2, "worst": -math.inf})
+    tracked.close()
+    assert calls == [
+        ("jaxrlhf", "study", {"rate": 1e-3, "policy": "a/b"}, "allow", False),
+        ({"loss": 0.5, "kl": 0.5, "labels": 1.0}, 1),
+        ({"other/loss": 2.0}, 0),
+        "finish",
+    ]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wandb_that_cannot_start_names_the_remedy(tmp_path, monkeypatch):
     module, _ = fake_wandb()
 
@@ -112,7 +142,9 @@ def test_a_wandb_that_cannot_start_names_the_remedy(tmp_path, monkeypatch):
         tracker("wandb", tmp_path, name="study", config={})
 
 
-@pytest.mark.parametrize(("kind", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("kind", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")]
+)
 @pytest.mark.parametrize("found", [None, types.ModuleType("a folder of that name")], ids=["missing", "empty"])
 def test_a_missing_library_is_named(tmp_path, monkeypatch, kind, library, found):
     monkeypatch.setitem(sys.modules, library, found)
@@ -123,5 +155,5 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, kind, library, found)
 
 
 def test_an_unknown_tracker_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no tracker 'mlflow'; choose tensorboard, wandb or none"):
+    with pytest.raises(ValueError, match="no tracker 'mlflow'; choose tensorboard, wandb, trackio or none"):
         tracker("mlflow", tmp_path, name="study", config={})  # pyright: ignore
