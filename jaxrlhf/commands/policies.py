@@ -43,13 +43,17 @@ def evaluate_policies(
     assert config.reference is not None
     settings = judge_settings(config)
     reference = open_model(config.reference, "policy")
+    model = _open_policy(policies[0], reference)
+    bundles = {str(config.reference): reference.bundle}
     for path in policies[1:]:
         # Read once now, so that one that cannot be used is known before labels are paid for, and again in its turn.
-        _open_policy(path, reference)
-    model = _open_policy(policies[0], reference)
+        bundles[str(path)] = _open_policy(path, reference).bundle
+    others = [name for name, bundle in bundles.items() if bundle.template != model.bundle.template]
+    if others:
+        notes = [*notes, f"Prompts are written in the chat template of {policies[0]}; {', '.join(others)} has another."]
     chooser = None if config.reward is None else open_chooser(config.reward, reference.bundle)
     annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS, judge=settings)
-    tokenized = _read_prompts(config, reference, records)
+    tokenized = _read_prompts(config, model, records)
     prompts = tokenized.rows[: config.prompts]
     remarks = {"reference": "\n".join(reference.remarks("Reference"))} if reference.remarks("Reference") else {}
     amount = _amount(config, len(prompts), len(policies))

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -80,6 +81,16 @@ def test_a_policy_alone_is_compared_as_in_a_table_of_two(here, trained):
         folder = evaluate.main(evaluate.Evaluate(**SHARED | {"policy": policies, "reference": BASE}))
         figures.append(json.loads((folder / "results.json").read_text())["policies"][str(policy)])
     assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_another_chat_template_is_reported(here, tmp_path, report_text):
+    shutil.copytree(BASE, tmp_path / "other")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "other" / "chat_template.jinja").write_text(template)
+    folder = evaluate.main(evaluate.Evaluate(**SHARED | {"policy": (BASE, tmp_path / "other"), "reference": BASE}))
+    note = f"Prompts are written in the chat template of base; {tmp_path / 'other'} has another."
+    assert note in report_text(folder)
 
 
 def test_sampling_keeps_the_best_by_the_reward(here, trained, capsys):
