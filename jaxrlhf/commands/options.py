@@ -43,6 +43,7 @@ class Option(NamedTuple):
         help: its docstring.
         default: None, or `dataclasses.MISSING` where the option is required.
         repeatable: whether each use of the option adds a value.
+        positional: whether it is written without its name.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Option(NamedTuple):
     help: str
     default: Any
     repeatable: bool
+    positional: bool
 
     @property
     def required(self) -> bool:
@@ -65,7 +67,9 @@ def options_of(kind: type) -> dict[str, Option]:
         annotated = hints[field.name]
         bare = typing.get_args(annotated)[0] if typing.get_origin(annotated) is typing.Annotated else annotated
         repeatable = annotated == tyro.conf.UseAppendAction[bare]
-        options[field.name] = Option(field.name, bare, texts.get(field.name, ""), field.default, repeatable)
+        positional = tyro.conf.Positional in typing.get_args(annotated)[1:]
+        text = texts.get(field.name, "")
+        options[field.name] = Option(field.name, bare, text, field.default, repeatable, positional)
     return options
 
 
@@ -108,6 +112,8 @@ def print_help(kind: type, name: str) -> None:
 def _help_row(option: Option) -> tuple[str, str]:
     flag = f"--{option.name.replace('_', '-')}"
     written = f"{flag}, --no-{flag[2:]}" if option.kind is bool else f"{flag} {_metavar(option.kind)}"
+    if option.positional:
+        written = option.name.upper()
     if option.required:
         return written, f"{option.help} (required)"
     if option.repeatable:

@@ -57,12 +57,21 @@ def other_value(option: Option, number: int):
     return values.get(kind, pathlib.Path(text or "a b"))
 
 
+def required_of(kind):
+    return [option for option in options_of(kind).values() if option.required]
+
+
+def least_of(kind):
+    """The arguments that a command requires, each "x"."""
+    return [part for each in required_of(kind) for part in ([] if each.positional else [f"--{each.name}"]) + ["x"]]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_printed_is_read_again(tmp_path, capsys, monkeypatch, name):
     kind, options = KINDS[name], options_of(KINDS[name])
-    required = [part for option in options.values() if option.required for part in (f"--{option.name}", "x")]
+    required = least_of(kind)
     least = parse(kind, required, name)
-    assert least == kind(**{each: "x" if options[each].kind is str else pathlib.Path("x") for each in _names(required)})
+    assert least == kind(**{each.name: "x" if each.kind is str else pathlib.Path("x") for each in required_of(kind)})
     full = kind(**{each: other_value(option, number) for number, (each, option) in enumerate(options.items())})
     # None is a value too where the default is another.
     nothing = {each: None for each, option in options.items() if type(None) in alternatives(option.kind)}
@@ -79,10 +88,6 @@ def test_what_is_printed_is_read_again(tmp_path, capsys, monkeypatch, name):
         assert capsys.readouterr().out == (tmp_path / f"{number}.yaml").read_text()
 
 
-def _names(arguments):
-    return [argument.removeprefix("--") for argument in arguments[::2]]
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_printed_without_options_is_a_file_to_start_from(tmp_path, capsys, name):
     kind, path = KINDS[name], tmp_path / "start.yaml"
@@ -90,10 +95,10 @@ def test_what_is_printed_without_options_is_a_file_to_start_from(tmp_path, capsy
         parse(kind, ["--print-config"], name)
     assert not caught.value.code
     path.write_text(capsys.readouterr().out)
-    required = [part for option in options_of(kind).values() if option.required for part in (f"--{option.name}", "x")]
+    required = least_of(kind)
     assert parse(kind, ["--config", str(path), *required], name) == parse(kind, required, name)
     if required:
-        assert f"\n{required[0][2:]}: null\n" in path.read_text()
+        assert f"\n{required_of(kind)[0].name}: null\n" in path.read_text()
         with pytest.raises(SystemExit) as caught:
             parse(kind, ["--config", str(path)], name)
         assert caught.value.code == 2
@@ -239,8 +244,8 @@ def test_help_shows_every_option_once_the_main_ones_first(monkeypatch, name):
     with redirect_stdout(output), pytest.raises(SystemExit) as caught:
         parse(KINDS[name], ["--help"], name)
     assert caught.value.code == 0
-    flags = re.findall(r"^│ --([a-z-]+)", output.getvalue(), re.MULTILINE)
-    flags = [flag for flag in flags if not flag.startswith("no-")]
+    flags = re.findall(r"^│ (?:--([a-z-]+)|([A-Z-]+)  )", output.getvalue(), re.MULTILINE)
+    flags = [flag or place.lower() for flag, place in flags if not flag.startswith("no-")]
     assert flags == [each.replace("_", "-") for each in shown] + ["config", "print-config"]
 
 
