@@ -91,7 +91,7 @@ def run(method: str, algorithm, config: Settings, task: Task, mesh, folder: RunF
     """Trains one method; returns its evaluations and the final policy."""
     key = jax.random.key(config.seed)
     step = make_outer_step(compile_algorithm(algorithm, mesh), task.host_annotator)
-    state = algorithm.init(key, task.upper, task.frozen.reference)
+    state = jax.jit(algorithm.init)(key, task.upper, task.frozen.reference)
     state, frozen = replicate((state, task.frozen), mesh)
     every = -(-config.steps // config.evaluations)
     history, labels, losses = [], 0, []

@@ -118,7 +118,10 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
             for prompt, tokens in zip(np.asarray(rows.tokens), np.asarray(generated.tokens), strict=True)
         ]
 
-    spread = jnp.mean(exact.mean_under(reference, gold**2) - exact.mean_under(reference, gold) ** 2) ** 0.5
+    @jax.jit
+    def spread_of(reference, gold):
+        return jnp.mean(exact.mean_under(reference, gold**2) - exact.mean_under(reference, gold) ** 2) ** 0.5
+
     return Task(
         problem=lambda objective: language_problem(
             policy, reward, objective, pairs=pairs, generation=Generation(MAX_LETTERS, (STOP,))
@@ -132,7 +135,7 @@ def enumerable_task(seed: int, objective: Objective, *, beta: float, pairs: int)
         host_annotator=None,
         evaluate=evaluate,
         optimum=float(exact.soft_value(gold, reference, beta)),
-        spread=float(spread),
+        spread=float(spread_of(reference, gold)),
         complete=complete,
     )
 
