@@ -97,6 +97,23 @@ READ = {
         settings("llama", rope_scaling={"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}),
         {"rope_scaling": YarnScaling(4.0, 1.0, 32.0, 2048, 1.0)},
     ),
+    "the-file's-own-context": (
+        settings(
+            "llama",
+            original_max_position_embeddings=64,
+            rope_scaling={
+                "type": "yarn",
+                "factor": 2.0,
+                "attention_factor": 1.5,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        {"rope_scaling": YarnScaling(2.0, 1.0, 32.0, 64, 1.5)},
+    ),
+    "a-whole-head-after-all": (
+        settings("phi3", partial_rotary_factor=0.5, rope_parameters={"rope_theta": 9.0, "partial_rotary_factor": 1.0}),
+        {"rotary_size": None, "rope_base": 9.0},
+    ),
     "norms": (settings("olmo2"), {"norm_before": False, "norm_heads_together": True, "norm_epsilon": 1e-5}),
 }
 

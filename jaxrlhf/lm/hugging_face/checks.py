@@ -32,7 +32,14 @@ SIZES = (
     "no_rope_layer_interval",
     "original_max_position_embeddings",
 )
-SCALES = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+SCALES = (
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
+    "partial_rotary_factor",
+)
 WORDS = ("hidden_act", "hidden_activation", "activation_function")
 
 

@@ -56,6 +56,9 @@ def read_rope(name: str, values: dict[str, Any], source: str) -> Rope:
         if kind not in NEEDS or (kind == "longrope" and name != "phi3"):
             plain = "plain, linear, llama3 or yarn"
             refuse(source, setting, value, f"use a model with {plain} rotary positions, or Phi-3 with longrope")
+        # The file's own setting counts first, as in transformers.
+        original = values.get(ORIGINAL) or value.get(ORIGINAL)
+        value = value if original is None else value | {ORIGINAL: original}
         missing = [needed for needed in NEEDS[kind] if needed not in value]
         if missing:
             refuse(source, setting, value, f"give it its {missing[0]}")
@@ -63,8 +66,8 @@ def read_rope(name: str, values: dict[str, Any], source: str) -> Rope:
         if wrong is not None:
             refuse(source, setting, value, f"make its {wrong}")
         if kind == "longrope":
-            scaling, original = _long(values, value)
-            return Rope(base, scaling, local, rotary_size, min(original, context_length))
+            scaling = _long(value, context_length)
+            return Rope(base, scaling, local, rotary_size, min(value[ORIGINAL], context_length))
         if kind != "default":
             return Rope(base, _scaling(kind, value, context_length), local, rotary_size, context_length)
     return Rope(base, None, local, rotary_size, context_length)
@@ -123,13 +126,13 @@ def _wrong_type(value: dict[str, Any]) -> str | None:
 
 def _rotary_size(name: str, values: dict[str, Any], rope: dict[str, Any], source: str) -> int | None:
     """Returns the number of rotated features of a head; None if it is all of them."""
-    for found in (rope, values.get("rope_scaling") or {}, values):
-        fraction = found.get("partial_rotary_factor", 1.0)
-        if fraction != 1.0 and name != "phi3":
-            refuse(source, "partial_rotary_factor", fraction, "use a model with whole rotary positions")
-        if fraction != 1.0:
-            return int(values.get("head_dim", values["hidden_size"] // values["num_attention_heads"]) * fraction)
-    return None
+    places = (values.get("rope_scaling") or {}, rope, values)
+    fraction = next((found for each in places if (found := each.get("partial_rotary_factor")) is not None), 1.0)
+    if fraction == 1.0:
+        return None
+    if name != "phi3":
+        refuse(source, "partial_rotary_factor", fraction, "use a model with whole rotary positions")
+    return int(values.get("head_dim", values["hidden_size"] // values["num_attention_heads"]) * float(fraction))
 
 
 def _scaling(kind: str, value: dict[str, Any], context_length: int) -> RopeScaling | YarnScaling:
@@ -151,12 +154,10 @@ def _yarn_scale(factor: float, weight: Any) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _long(values: dict[str, Any], value: dict[str, Any]) -> tuple[LongScaling, int]:
-    """Returns Phi-3's scaling and its original context, which the file's own setting says first."""
-    extended, original = values["max_position_embeddings"], values[ORIGINAL]
-    attention = value.get("attention_factor")
+def _long(value: dict[str, Any], extended: int) -> LongScaling:
+    original, attention = value[ORIGINAL], value.get("attention_factor")
     if attention is None:
         factor = value.get("factor") or extended / original
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (tuple(map(float, value[name])) for name in ("short_factor", "long_factor"))
-    return LongScaling(short, long, attention, extended), original
+    return LongScaling(short, long, attention, extended)

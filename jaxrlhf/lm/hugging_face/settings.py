@@ -20,6 +20,7 @@ DESCRIBED = (
     "max_window_layers",
     "no_rope_layers",
     "num_labels",
+    "original_max_position_embeddings",
     "partial_rotary_factor",
     "problem_type",
     "quantization_config",
