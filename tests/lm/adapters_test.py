@@ -28,6 +28,8 @@ CASES = {
         {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 4},
         {"target_modules": ["o_proj", "down_proj"], "alpha_pattern": {"down_proj": 7}, "rank_pattern": {"o_proj": 2}},
     ),
+    "phi3": ("Phi3", {}, {"target_modules": ["qkv_proj", "gate_up_proj"], "lora_alpha": 5}),
+    "olmo2": ("Olmo2", {}, {"target_modules": ["k_proj", "down_proj"]}),
     "gpt2": ("GPT2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
 }
 CAUSAL = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}

@@ -30,6 +30,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 100.0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+# Three frequencies of six, as a quarter of a head is not rotated.
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.25, 1.5],
+    "long_factor": [2.0, 3.0, 9.0],
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.75,
+}
 # Family, settings that differ from the shared ones; windows are shorter than the rows.
 CASES = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
@@ -37,6 +46,15 @@ CASES = {
     "mistral": ("Mistral", {"sliding_window": 4}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "phi3": ("Phi3", {"sliding_window": 4}),
+    "phi3-long": (
+        "Phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 16}
+        | {"num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
     "gemma2": (
         "Gemma2",
         {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 4, "attn_logit_softcapping": 2.0},

@@ -240,7 +240,7 @@ WRONG = {
     "no-heads": (settings(num_attention_heads=0, remove=["head_dim"]), "sets num_attention_heads to 0"),
     "rope-scaling": (
         settings(rope_scaling={"rope_type": "dynamic", "factor": 8.0}),
-        "sets rope_scaling to .*dynamic.*, which is not supported: use a model with plain, linear or llama3 rotary",
+        "sets rope_scaling to .*dynamic.*, which is not supported: use a model with plain, linear, llama3 or yarn rotary",
     ),
     "rope-parameters": (settings(rope_parameters={"rope_type": "yarn"}), "sets rope_parameters to .*yarn"),
     "partial-rotary": (settings(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),

@@ -1,7 +1,9 @@
-"""Types of the settings of a `config.json` that are read, so that a wrong one is named as the file names it."""
+"""Settings of a `config.json` that cannot be read: of the wrong type, or of a feature that the decoder lacks."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
+
+from jaxrlhf.lm.hugging_face.files import WeightsError
 
 FLAGS = (
     "tie_word_embeddings",
@@ -27,8 +29,17 @@ SIZES = (
     "n_layer",
     "n_head",
     "n_positions",
+    "no_rope_layer_interval",
+    "original_max_position_embeddings",
 )
-SCALES = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+SCALES = (
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
+    "partial_rotary_factor",
+)
 WORDS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -46,3 +57,8 @@ def expected_instead(setting: str, value: Any) -> str | None:
     if setting in ("rope_parameters", "rope_scaling"):
         return None if isinstance(value, dict) else "an object or null"
     return "the name of an activation" if setting in WORDS and not isinstance(value, str) else None
+
+
+def refuse(source: str, name: str, value: Any, remedy: str) -> NoReturn:
+    """Raises WeightsError for a setting that the decoder cannot follow."""
+    raise WeightsError(f"{source} sets {name} to {value!r}, which is not supported: {remedy}.")

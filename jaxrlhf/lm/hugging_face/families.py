@@ -1,15 +1,16 @@
 """From the `config.json` of a model family to a `DecoderConfig`; `settings` is the inverse.
 
-Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that transformers names. Omitted
-settings have transformers' defaults; features that the decoder lacks are refused, since ignoring them would silently
-change the model's output.
+Llama, Mistral, Qwen2, Qwen3, OLMo 2, Phi-3, SmolLM3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that
+transformers names. Omitted settings have transformers' defaults; features that the decoder lacks are refused, since
+ignoring them would silently change the model's output.
 """
 
 from typing import Any, Literal, NamedTuple
 
-from jaxrlhf.lm.hugging_face.checks import expected_instead
+from jaxrlhf.lm.hugging_face.checks import expected_instead, refuse
 from jaxrlhf.lm.hugging_face.files import WeightsError
-from jaxrlhf.lm.transformer.config import DecoderConfig, RopeScaling
+from jaxrlhf.lm.hugging_face.rope import FULL, WINDOWED, read_rope
+from jaxrlhf.lm.transformer.config import DecoderConfig
 
 Kind = Literal["policy", "reward"]
 
@@ -52,6 +53,31 @@ FAMILIES = {
         "Qwen3ForCausalLM",
         "Qwen3ForSequenceClassification",
         _LLAMA | {"max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "olmo2": Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        "Olmo2ForSequenceClassification",
+        _LLAMA | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    ),
+    "phi3": Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        "Phi3ForSequenceClassification",
+        _LLAMA | {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
+    "smollm3": Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        "SmolLM3ForSequenceClassification",
+        _LLAMA
+        | {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
     ),
     "gemma2": Family(
         "gemma2",
@@ -96,7 +122,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
 def family_of(settings: dict[str, Any], kind: Kind, source: str) -> str:
@@ -162,7 +187,7 @@ def config_from(settings: dict[str, Any], kind: Kind, source: str) -> DecoderCon
         if expected is not None:
             raise WeightsError(f"{source} sets {setting} to {value!r}: make it {expected}.")
     if settings.get("quantization_config"):
-        _refuse(source, "quantization_config", settings["quantization_config"], "use the unquantised model")
+        refuse(source, "quantization_config", settings["quantization_config"], "use the unquantised model")
     values = FAMILIES[name].defaults | {key: value for key, value in settings.items() if value is not None}
     nulls = {key: None for key, value in settings.items() if value is None and key in _MEANINGFUL_NULLS}
     try:
@@ -188,17 +213,17 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
     activation = values["hidden_activation"] if gemma else values["hidden_act"]
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        _refuse(source, "hidden_activation" if gemma else "hidden_act", activation, f"use a model with {known}")
+        refuse(source, "hidden_activation" if gemma else "hidden_act", activation, f"use a model with {known}")
     windowed = _windowed_layers(name, values, source)
-    base, scaling, local = _rope(name, values, source)
+    rope = read_rope(name, values, source)
     if gemma and values.get("use_bidirectional_attention"):
-        _refuse(source, "use_bidirectional_attention", True, "use a causal model")
+        refuse(source, "use_bidirectional_attention", True, "use a causal model")
     if name == "gemma3" and values.get("attn_logit_softcapping"):
-        _refuse(source, "attn_logit_softcapping", values["attn_logit_softcapping"], "use a model without it")
+        refuse(source, "attn_logit_softcapping", values["attn_logit_softcapping"], "use a model without it")
     if name != "llama" and values.get("mlp_bias"):
-        _refuse(source, "mlp_bias", True, "use a model without biases")
-    if name in ("mistral", "qwen2") and bias:
-        _refuse(source, "attention_bias", True, "use a model without that setting")
+        refuse(source, "mlp_bias", True, "use a model without biases")
+    if name in ("mistral", "qwen2", "phi3") and bias:
+        refuse(source, "attention_bias", True, "use a model without that setting")
     width = values["hidden_size"]
     gemma_settings: dict[str, Any] = {
         "norm": "rms_from_one",
@@ -217,32 +242,37 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         head_size=values["head_dim"] if "head_dim" in values else width // heads,
         mlp_width=values["intermediate_size"],
         norm_epsilon=values["rms_norm_eps"],
-        rope_base=base,
+        rope_base=rope.base,
         tied_embeddings=bool(values["tie_word_embeddings"]),
-        context_length=values["max_position_embeddings"],
+        context_length=rope.context_length,
         family=name,
-        query_key_norm=name in ("qwen3", "gemma3"),
+        query_key_norm=name in ("qwen3", "gemma3", "olmo2"),
         activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
         query_key_value_bias=bias or name == "qwen2",
         output_bias=bias,
         mlp_bias=bool(values.get("mlp_bias")),
         window=values["sliding_window"] if windowed else None,
         windowed_layers=windowed,
-        rope_scaling=scaling,
-        window_rope_base=local if windowed else None,
-        **(gemma_settings if gemma else {}),
+        rope_scaling=rope.scaling,
+        window_rope_base=rope.windowed_base if windowed else None,
+        rotary_size=rope.rotary_size,
+        unrotated_layers=_unrotated_layers(values, source) if name == "smollm3" else (),
+        **(gemma_settings if gemma else _OLMO if name == "olmo2" else {}),
     )
+
+
+_OLMO: dict[str, Any] = {"norm_before": False, "norm_after": True, "norm_heads_together": True}
 
 
 def _gpt2(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
     if values["activation_function"] not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        _refuse(source, "activation_function", values["activation_function"], f"use a model with {known}")
+        refuse(source, "activation_function", values["activation_function"], f"use a model with {known}")
     for setting in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if values.get(setting):
-            _refuse(source, setting, True, "use a plain GPT-2")
+            refuse(source, setting, True, "use a plain GPT-2")
     if not values.get("scale_attn_weights", True):
-        _refuse(source, "scale_attn_weights", False, "use a plain GPT-2")
+        refuse(source, "scale_attn_weights", False, "use a plain GPT-2")
     width, heads = values["n_embd"], values["n_head"]
     if width % heads:
         raise ValueError(f"{width} features do not divide into {heads} heads")
@@ -268,18 +298,24 @@ def _gpt2(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
     )
 
 
+_ALL_WINDOWED = ("mistral", "phi3")
+"""Families where a window is every layer's."""
+
+
 def _windowed_layers(name: str, values: dict[str, Any], source: str) -> tuple[int, ...]:
     layers = range(values["num_hidden_layers"])
-    if not values.get("sliding_window") or name == "llama":
+    if name == "smollm3" and values.get("use_sliding_window"):
+        refuse(source, "use_sliding_window", True, "use a model without windows")
+    if not values.get("sliding_window") or name in ("llama", "olmo2", "smollm3"):
         return ()
     if name.startswith("qwen") and not values.get("use_sliding_window"):
         return ()
     kinds = values.get("layer_types")
-    if kinds and name != "mistral":
+    if kinds and name not in _ALL_WINDOWED:
         if len(kinds) != len(layers) or not set(kinds) <= {WINDOWED, FULL}:
-            _refuse(source, "layer_types", kinds, f"give every layer {WINDOWED} or {FULL}")
+            refuse(source, "layer_types", kinds, f"give every layer {WINDOWED} or {FULL}")
         return tuple(index for index, kind in enumerate(kinds) if kind == WINDOWED)
-    if name == "mistral":
+    if name in _ALL_WINDOWED:
         return tuple(layers)
     if name.startswith("qwen"):
         return tuple(index for index in layers if index >= values["max_window_layers"])
@@ -287,42 +323,12 @@ def _windowed_layers(name: str, values: dict[str, Any], source: str) -> tuple[in
     return tuple(index for index in layers if (index + 1) % period)
 
 
-_ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _rope(name: str, values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None, float | None]:
-    """Returns base and scaling of the rotary positions, and the base in windowed layers."""
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse(
-            source, "partial_rotary_factor", values["partial_rotary_factor"], "use a model with whole rotary positions"
-        )
-    rope = values.get("rope_parameters") or {}
-    local = None
-    if name == "gemma3":
-        windowed = rope.get(WINDOWED) or {}
-        local = windowed.get("rope_theta") or values["rope_local_base_freq"]
-        if windowed.get("rope_type", "default") != "default":
-            _refuse(source, "rope_parameters", windowed, "use a model with plain rotary positions in its windows")
-        rope = rope.get(FULL) or {}
-    base = rope.get("rope_theta") or values["rope_theta"]
-    for setting, value in (("rope_parameters", rope), ("rope_scaling", values.get("rope_scaling") or {})):
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind not in ("default", "linear", "llama3") or value.get("partial_rotary_factor", 1.0) != 1.0:
-            _refuse(source, setting, value, "use a model with plain, linear or llama3 rotary positions")
-        missing = [name for name in _ROPE_NEEDS[kind] if name not in value]
-        if missing:
-            _refuse(source, setting, value, f"give it its {missing[0]}")
-        if kind == "linear":
-            return base, RopeScaling(value["factor"]), local
-        if kind == "llama3":
-            low, high = value["low_freq_factor"], value["high_freq_factor"]
-            return base, RopeScaling(value["factor"], low, high, value["original_max_position_embeddings"]), local
-    return base, None, local
-
-
-def _refuse(source: str, name: str, value: Any, remedy: str):
-    raise WeightsError(f"{source} sets {name} to {value!r}, which is not supported: {remedy}.")
+def _unrotated_layers(values: dict[str, Any], source: str) -> tuple[int, ...]:
+    """Returns the indices of SmolLM3's layers without positions."""
+    layers, interval = range(values["num_hidden_layers"]), values["no_rope_layer_interval"]
+    rotated = values.get("no_rope_layers")
+    if rotated is None:
+        return tuple(index for index in layers if (index + 1) % interval == 0)
+    if not isinstance(rotated, list) or len(rotated) < len(layers) or any(each not in (0, 1) for each in rotated):
+        refuse(source, "no_rope_layers", rotated, "give every layer 1, for rotary positions, or 0")
+    return tuple(index for index in layers if not rotated[index])

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 from jaxrlhf.lm.hugging_face.checks import FLAGS, SCALES, SIZES, WORDS
-from jaxrlhf.lm.hugging_face.families import FAMILIES, FULL, WINDOWED, Kind, config_from
+from jaxrlhf.lm.hugging_face.families import FAMILIES, Kind, config_from
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.hugging_face.generation import IDS, LEGACY
-from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.hugging_face.rope import FULL, ORIGINAL, WINDOWED, rope_settings
+from jaxrlhf.lm.transformer.config import DecoderConfig, LongScaling
 
 DESCRIBED = (
     *FLAGS,
@@ -17,7 +18,9 @@ DESCRIBED = (
     "auto_map",
     "layer_types",
     "max_window_layers",
+    "no_rope_layers",
     "num_labels",
+    "original_max_position_embeddings",
     "partial_rotary_factor",
     "problem_type",
     "quantization_config",
@@ -89,17 +92,7 @@ def kept_settings(source: dict[str, Any], config: DecoderConfig) -> dict[str, An
 
 
 def _llama_like_settings(config: DecoderConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
-    if scaling is not None:
-        rope |= {"rope_type": "linear", "factor": scaling.factor}
-        if scaling.low is not None:
-            rope |= {
-                "rope_type": "llama3",
-                "low_freq_factor": scaling.low,
-                "high_freq_factor": scaling.high,
-                "original_max_position_embeddings": scaling.original_length,
-            }
+    scaling, rope = config.rope_scaling, rope_settings(config)
     settings: dict[str, Any] = {
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -118,11 +111,19 @@ def _llama_like_settings(config: DecoderConfig) -> dict[str, Any]:
     if scaling is not None:
         settings["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     kinds = [WINDOWED if index in config.windowed_layers else FULL for index in range(config.layers)]
-    if config.family == "mistral":
+    if config.family in ("mistral", "phi3"):
         settings["sliding_window"] = config.window
-    elif config.family != "llama":
+    elif config.family not in ("llama", "olmo2", "smollm3"):
         settings |= {"sliding_window": config.window, "layer_types": kinds}
         settings["use_sliding_window"] = bool(config.windowed_layers)
+    if config.family == "phi3":
+        settings["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
+        # Transformers reads the original context here first.
+        settings[ORIGINAL] = config.context_length
+    if isinstance(scaling, LongScaling):
+        settings["max_position_embeddings"] = scaling.extended_length
+    if config.family == "smollm3":
+        settings["no_rope_layers"] = [int(index not in config.unrotated_layers) for index in range(config.layers)]
     if config.family.startswith("gemma"):
         settings |= {
             "hidden_activation": _named(config.activation),

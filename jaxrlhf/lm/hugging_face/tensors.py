@@ -86,17 +86,25 @@ def _llama_like_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str)
     attended = config.query_heads * size
     # Gemma has a norm after attention under the name that other families use for the norm before the MLP.
     before_mlp = "pre_feedforward_layernorm" if config.norm_after else "post_attention_layernorm"
-    found = _norm(config, (*path, "attention_norm"), f"{prefix}.input_layernorm", width)
-    found += _norm(config, (*path, "mlp_norm"), f"{prefix}.{before_mlp}", width)
+    found: list[Entry] = []
+    if config.norm_before:
+        found += _norm(config, (*path, "attention_norm"), f"{prefix}.input_layernorm", width)
+        found += _norm(config, (*path, "mlp_norm"), f"{prefix}.{before_mlp}", width)
     if config.norm_after:
         found += _norm(config, (*path, "attention_norm_after"), f"{prefix}.post_attention_layernorm", width)
         found += _norm(config, (*path, "mlp_norm_after"), f"{prefix}.post_feedforward_layernorm", width)
     if config.query_key_norm:
-        found += _norm(config, (*path, "query_norm"), f"{prefix}.self_attn.q_norm", size)
-        found += _norm(config, (*path, "key_norm"), f"{prefix}.self_attn.k_norm", size)
-    found += _heads(config, (*path, "query_key_value"), [f"{prefix}.self_attn.{kind}_proj" for kind in "qkv"])
+        queries, keys = (config.query_heads, config.key_value_heads) if config.norm_heads_together else (1, 1)
+        found += _norm(config, (*path, "query_norm"), f"{prefix}.self_attn.q_norm", queries * size)
+        found += _norm(config, (*path, "key_norm"), f"{prefix}.self_attn.k_norm", keys * size)
+    heads = _heads(config, (*path, "query_key_value"), [f"{prefix}.self_attn.{kind}_proj" for kind in "qkv"])
+    gate_up = _gate_up(config, (*path, "gate_up"), f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
+    if config.family == "phi3":
+        heads = [_in_one(entry, f"{prefix}.self_attn.qkv_proj.weight") for entry in heads]
+        gate_up = [_in_one(entry, f"{prefix}.mlp.gate_up_proj.weight") for entry in gate_up]
+    found += heads
     found += _linear((*path, "attention_output"), f"{prefix}.self_attn.o_proj", attended, width, config.output_bias)
-    found += _gate_up(config, (*path, "gate_up"), f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
+    found += gate_up
     found += _linear((*path, "mlp_output"), f"{prefix}.mlp.down_proj", mlp_width, width, config.mlp_bias)
     return found
 
@@ -134,6 +142,19 @@ def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> li
         found.append(_same((*path, param, "weight"), f"{prefix}.{name}.weight", (inner, width)))
         found.append(_same((*path, param, "bias"), f"{prefix}.{name}.bias", (width,)))
     return found
+
+
+def _in_one(entry: Entry, name: str) -> Entry:
+    """Returns the entry for a checkpoint that has the sources below one another in one tensor."""
+    shapes = list(entry.sources.values())
+    ends = np.cumsum([shape[0] for shape in shapes])
+    source = {name: (int(ends[-1]), *shapes[0][1:])}
+    return Entry(
+        entry.path,
+        source,
+        lambda tensor: entry.join(*np.split(tensor, ends[:-1])),
+        lambda param: (np.concatenate(entry.split(param)),),
+    )
 
 
 def _same(path: tuple[str, ...], name: str, shape: tuple[int, ...]) -> Entry:

@@ -65,22 +65,23 @@ class Norm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then an MLP, each with a norm before it and a residual connection around it."""
+    """One layer: attention, then an MLP, each with norms before or after it and a residual connection around it."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, rank: int):
         self.config = config
         width, mlp_width, size = config.width, config.mlp_width, config.head_size
         # Weights into the residual stream shrink with depth, so that its scale at initialisation does not grow.
         residual = (2 * config.layers) ** -0.5
-        self.attention_norm = Norm(config, width)
+        if config.norm_before:
+            self.attention_norm, self.mlp_norm = Norm(config, width), Norm(config, width)
         # Columns are grouped by key/value head (its queries, its key, its value), so that heads shard as one axis.
         heads = config.query_heads + 2 * config.key_value_heads
         self.query_key_value = Linear(rngs, (width, heads * size), bias=config.query_key_value_bias, rank=rank)
         if config.query_key_norm:
-            self.query_norm, self.key_norm = Norm(config, size), Norm(config, size)
+            queries, keys = (config.query_heads, config.key_value_heads) if config.norm_heads_together else (1, 1)
+            self.query_norm, self.key_norm = Norm(config, queries * size), Norm(config, keys * size)
         attended = config.query_heads * size
         self.attention_output = Linear(rngs, (attended, width), scale=residual, bias=config.output_bias, rank=rank)
-        self.mlp_norm = Norm(config, width)
         self.gate_up = Linear(rngs, (width, 1 + config.gated, mlp_width), bias=config.mlp_bias, rank=rank)
         self.mlp_output = Linear(rngs, (mlp_width, width), scale=residual, bias=config.mlp_bias, rank=rank)
         if config.norm_after:
@@ -93,11 +94,12 @@ class Block(nnx.Module):
         """
         config = self.config
         heads, group = config.key_value_heads, config.query_heads // config.key_value_heads
-        fused = self.query_key_value(self.attention_norm(x))
+        fused = self.query_key_value(self.attention_norm(x) if config.norm_before else x)
         fused = fused.reshape(*x.shape[:2], heads, group + 2, config.head_size)
         query_key = fused[..., : group + 1, :]
         if config.query_key_norm:
-            query, key = self.query_norm(query_key[..., :group, :]), self.key_norm(query_key[..., group:, :])
+            query, key = query_key[..., :group, :], query_key[..., group:, :]
+            query, key = self._normalised(self.query_norm, query), self._normalised(self.key_norm, key)
             query_key = jnp.concatenate([query, key], axis=-2)
         if rotation is not None:
             shape = query_key.shape
@@ -105,12 +107,18 @@ class Block(nnx.Module):
         key, value = query_key[..., group, :], fused[..., group + 1, :]
         return query_key[..., :group, :], jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
 
+    def _normalised(self, norm: Norm, heads: jax.Array) -> jax.Array:
+        """Returns queries or keys `[N, T, K, G, H]` normalised over each head, or over all together."""
+        if not self.config.norm_heads_together:
+            return norm(heads)
+        return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
+
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Returns the stream `x [N, T, D]` plus the projected attention `[N, T, K * G * H]` plus the MLP."""
         config = self.config
         attended = self.attention_output(attended)
         x = x + (self.attention_norm_after(attended) if config.norm_after else attended)
-        inner = self.gate_up(self.mlp_norm(x))
+        inner = self.gate_up(self.mlp_norm(x) if config.norm_before else x)
         activation = ACTIVATIONS[config.activation]
         if config.gated:
             gate, up = jnp.split(inner, 2, axis=-1)

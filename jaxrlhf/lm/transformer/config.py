@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 SIZES = (
     "vocabulary_size",
@@ -44,6 +44,44 @@ class RopeScaling(NamedTuple):
     original_length: int | None = None
 
 
+class YarnScaling(NamedTuple):
+    """Rotary frequencies scaled by YaRN (arXiv 2309.00071).
+
+    Attributes:
+        factor: divides the frequencies that are interpolated in full.
+        low, high: rotations within the original context up to which a pair of features is interpolated in full, and from
+            which it is unchanged; linear in the pair's index in between.
+        original_length: the original context.
+        attention_factor: of rotated queries and of rotated keys.
+        whole: whether the bounds of the indices are rounded outwards.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_length: int
+    attention_factor: float
+    whole: bool = True
+
+
+class LongScaling(NamedTuple):
+    """Rotary frequencies scaled one by one (LongRoPE, arXiv 2402.13753), within the original context.
+
+    Checkpoints have other factors for rows beyond the original context. Those are kept, not used: a token's state would
+    depend on whether later tokens make its row a long one.
+
+    Attributes:
+        short, long: what each frequency is divided by, within the original context and beyond it.
+        attention_factor: of rotated queries and of rotated keys.
+        extended_length: the context with the factors `long`.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    extended_length: int
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Configuration of a decoder. The defaults are Llama's; `lm.hugging_face.families` has those of the other families.
@@ -62,8 +100,10 @@ class DecoderConfig:
         context_length: the largest number of columns a sequence may have.
         family: name of the checkpoint format; the arithmetic does not depend on it.
         norm: "rms"; "rms_from_one", whose scale is one plus its parameter; or "layer", with a bias.
-        norm_after: whether attention and MLP are followed by a norm too.
+        norm_before: whether attention and MLP are preceded by a norm.
+        norm_after: whether attention and MLP are followed by a norm.
         query_key_norm: whether queries and keys are normalised.
+        norm_heads_together: whether that is one norm over all heads, rather than one over each.
         activation: of the MLP.
         gated: whether the MLP is gated.
         query_key_value_bias, output_bias, mlp_bias: which linear maps have a bias; `output` is the attention's.
@@ -73,11 +113,14 @@ class DecoderConfig:
         window: number of tokens, its own included, that a query of a windowed layer attends to.
         windowed_layers: indices of the windowed layers.
         rope_scaling: of the rotary frequencies, in layers without a window.
+        rotary_size: leading features of a head that are rotated; None is all.
+        unrotated_layers: indices of the layers without positions.
         window_rope_base: base in windowed layers; None: `rope_base`, with the same scaling.
 
     Raises:
         ValueError: a size is not a positive integer, the query heads are not a multiple of the key/value heads, the head
-            size is odd, `windowed_layers` names layers that do not exist, or it is given without a window.
+            size is odd, `windowed_layers` or `unrotated_layers` names layers that do not exist, there is no window for the
+            former, or `rope_scaling` does not fit.
     """
 
     vocabulary_size: int
@@ -93,8 +136,10 @@ class DecoderConfig:
     context_length: int = 2048
     family: str = "llama"
     norm: Literal["rms", "rms_from_one", "layer"] = "rms"
+    norm_before: bool = True
     norm_after: bool = False
     query_key_norm: bool = False
+    norm_heads_together: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True
     query_key_value_bias: bool = False
@@ -106,23 +151,23 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     window: int | None = None
     windowed_layers: tuple[int, ...] = ()
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | YarnScaling | LongScaling | None = None
     window_rope_base: float | None = None
+    rotary_size: int | None = None
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in SIZES:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"DecoderConfig.{name} must be a whole number, got {getattr(self, name)!r}.")
-        scaling = () if self.rope_scaling is None else self.rope_scaling
         for name, value in (
             *((name, getattr(self, name)) for name in SCALES),
-            *(("rope_scaling", value) for value in scaling),
+            *(("rope_scaling", value) for value in _numbers(self.rope_scaling)),
         ):
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not number:
                 raise ValueError(f"DecoderConfig.{name} must be a number, got {value!r}.")
-        if self.rope_scaling is not None and not (self.rope_scaling.factor or 0) > 0:
-            raise ValueError(f"DecoderConfig.rope_scaling needs a positive factor, got {self.rope_scaling.factor!r}.")
+        _check_scaling(self.rope_scaling, self.rotated)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
@@ -134,8 +179,43 @@ class DecoderConfig:
             )
         if self.head_size % 2 and self.rope_base is not None:
             raise ValueError(f"DecoderConfig.head_size must be even for rotary positions, got {self.head_size}.")
+        if (self.rotated % 2 and self.rope_base is not None) or self.rotated > self.head_size:
+            raise ValueError(
+                f"DecoderConfig.rotary_size must be even and at most {self.head_size}, got {self.rotary_size}."
+            )
+        if not set(self.unrotated_layers) <= set(range(self.layers)):
+            raise ValueError(
+                f"DecoderConfig.unrotated_layers {self.unrotated_layers} must be among {self.layers} layers."
+            )
         if self.windowed_layers and (self.window is None or not set(self.windowed_layers) <= set(range(self.layers))):
             raise ValueError(
                 f"DecoderConfig.windowed_layers {self.windowed_layers} need a window and must be among {self.layers} "
                 "layers."
             )
+
+    @property
+    def rotated(self) -> int:
+        """The features of a head that are rotated."""
+        return self.head_size if self.rotary_size is None else self.rotary_size
+
+
+def _numbers(scaling: Any) -> list[Any]:
+    """Returns the numbers of a scaling of rotary frequencies."""
+    found: list[Any] = []
+    for name, value in zip(() if scaling is None else scaling._fields, scaling or (), strict=True):
+        if name != "whole":
+            found += value if isinstance(value, tuple) else [value]
+    return found
+
+
+def _check_scaling(scaling: Any, rotated: int) -> None:
+    """Raises ValueError unless the scaling is one of positive numbers, for this number of rotated features."""
+    if isinstance(scaling, RopeScaling | YarnScaling) and not (scaling.factor or 0) > 0:
+        raise ValueError(f"DecoderConfig.rope_scaling needs a positive factor, got {scaling.factor!r}.")
+    if isinstance(scaling, YarnScaling | LongScaling) and not min(_numbers(scaling)) > 0:
+        raise ValueError(f"DecoderConfig.rope_scaling needs positive numbers, got {min(_numbers(scaling))}.")
+    if isinstance(scaling, LongScaling) and not len(scaling.short) == len(scaling.long) == rotated // 2:
+        raise ValueError(
+            f"DecoderConfig.rope_scaling needs {rotated // 2} short and long factors, one a frequency, got "
+            f"{len(scaling.short)} and {len(scaling.long)}."
+        )

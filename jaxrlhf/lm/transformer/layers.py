@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.lm.transformer.config import RopeScaling
+from jaxrlhf.lm.transformer.config import LongScaling, RopeScaling, YarnScaling
 
 MASKED_SCORE = -1e30
 """Finite: a query that may attend to no key then gives a finite (unused) output instead of NaN, in gradients too."""
@@ -73,7 +73,9 @@ def positions_of(mask: jax.Array) -> jax.Array:
     return jnp.maximum(before - jax.lax.cummax(jnp.where(begins, before, 0), axis=1), 0)
 
 
-def frequencies(head_size: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
+def frequencies(
+    head_size: int, base: float, scaling: RopeScaling | YarnScaling | LongScaling | None = None
+) -> jax.Array:
     """Returns the rotary frequency of every feature pair in radians a position, `base^(-2 i / H)` unless scaled.
 
     Args:
@@ -82,11 +84,16 @@ def frequencies(head_size: int, base: float, scaling: RopeScaling | None = None)
         scaling: of an extended context.
 
     Returns:
-        float32 `[H / 2]` (RoFormer, arXiv 2104.09864, section 3.2.2; scaled as Llama 3 does it).
+        float32 `[H / 2]` (RoFormer, arXiv 2104.09864, section 3.2.2; scaled as the scaling's class says).
     """
     frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     if scaling is None:
         return frequency
+    if isinstance(scaling, LongScaling):
+        return frequency / jnp.asarray(scaling.short, jnp.float32)
+    if isinstance(scaling, YarnScaling):
+        kept = _kept_by_yarn(head_size, base, scaling)
+        return frequency * (kept + (1.0 - kept) / scaling.factor)
     if scaling.low is None or scaling.high is None or scaling.original_length is None:
         return frequency / scaling.factor
     rotations = scaling.original_length * frequency / (2 * math.pi)
@@ -94,34 +101,53 @@ def frequencies(head_size: int, base: float, scaling: RopeScaling | None = None)
     return frequency * (kept + (1.0 - kept) / scaling.factor)
 
 
-def rotary(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines of `position * frequency`.
+def _kept_by_yarn(head_size: int, base: float, scaling: YarnScaling) -> jax.Array:
+    """Returns how much of each frequency YaRN keeps, `[H / 2]`: 1 for fast ones, 0 for slow ones."""
+
+    def index_of(rotations: float) -> float:
+        # base^(-2 i / H) original_length / (2 pi) = rotations, solved for i.
+        return head_size * math.log(scaling.original_length / (2 * math.pi * rotations)) / (2 * math.log(base))
+
+    first, last = index_of(scaling.high), index_of(scaling.low)
+    if scaling.whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_size - 1)
+    ramp = (jnp.arange(head_size // 2, dtype=jnp.float32) - first) / (last - first if last != first else 1e-3)
+    return 1.0 - jnp.clip(ramp, 0.0, 1.0)
+
+
+def rotary(positions: jax.Array, frequency: jax.Array, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Returns cosines and sines of `position * frequency`, times a factor.
 
     Args:
         positions: `[...]` int32.
         frequency: `[H / 2]`, from `frequencies`.
+        factor: lengthens what is rotated.
 
     Returns:
         Two float32 arrays `[..., H / 2]`.
     """
     angle = positions[..., None].astype(jnp.float32) * jnp.reshape(frequency, (1,) * positions.ndim + (-1,))
-    return jnp.cos(angle), jnp.sin(angle)
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    return (cosine, sine) if factor == 1.0 else (factor * cosine, factor * sine)
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the feature pairs (i, i + H / 2) of every head by the same angles.
+    """Rotates the feature pairs (i, i + R / 2) of every head by the same angles; features after the first R are kept.
 
     Args:
         x: `[..., heads, H]`.
-        rotation: cosines and sines, `[..., H / 2]` each.
+        rotation: cosines and sines, `[..., R / 2]` each.
 
     Returns:
         `[..., heads, H]` in x's dtype.
     """
     cosine, sine = (leaf[..., None, :] for leaf in rotation)
-    first, second = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
-    rotated = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    size = cosine.shape[-1]
+    precise = x.astype(wide(x.dtype))
+    first, second, kept = precise[..., :size], precise[..., size : 2 * size], precise[..., 2 * size :]
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate([*rotated, kept] if kept.shape[-1] else rotated, axis=-1).astype(x.dtype)
 
 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:

@@ -61,6 +61,13 @@ class Cache(NamedTuple):
     column: jax.Array
 
 
+class LayerKind(NamedTuple):
+    """What differs between layers: whether one has a window, and positions; a bool where that is static, else `[]`."""
+
+    windowed: Any
+    rotated: Any
+
+
 class Trunk(nnx.Module):
     """A decoder up to its final norm; with `rank`, every linear map of its layers has an adapter.
 
@@ -97,11 +104,11 @@ class Trunk(nnx.Module):
     def apply_layers(
         self, carry: Any, step: Callable, inputs: Any = None, *, checkpoint: Callable | None = None, layers: Any = None
     ) -> tuple[Any, Any]:
-        """Applies `step(block, index, windowed, carry, input) -> (carry, output)` layer by layer.
+        """Applies `step(block, index, kind, carry, input) -> (carry, output)` layer by layer.
 
         Args:
             carry: such as the residual stream.
-            step: `windowed` says whether the layer has a window: a bool where that is static, else `[]`.
+            step: `kind` is a `LayerKind`.
             inputs: one a layer: a list where layers are unrolled, else stacked along the first axis.
             checkpoint: wraps a function of the carry, the layer's parameters and its input, such as `jax.checkpoint`.
             layers: result of `unstacked_layers`, if the caller has it.
@@ -112,38 +119,43 @@ class Trunk(nnx.Module):
         config = self.config
         structure, params = nnx.split(self.layers)
         windowed = [index in config.windowed_layers for index in range(config.layers)]
+        rotated = [index not in config.unrotated_layers for index in range(config.layers)]
 
-        def apply(carry, layer, index, windowed, layer_input):
-            return step(nnx.merge(structure, layer), index, windowed, carry, layer_input)
+        def apply(carry, layer, index, kind, layer_input):
+            return step(nnx.merge(structure, layer), index, kind, carry, layer_input)
 
         layers = self.unstacked_layers() if layers is None else layers
         if layers is not None:
             outputs = []
             for index, layer in enumerate(layers):
-                run = functools.partial(apply, index=index, windowed=windowed[index])
+                run = functools.partial(apply, index=index, kind=LayerKind(windowed[index], rotated[index]))
                 run = run if checkpoint is None else checkpoint(run)
                 carry, output = run(carry, layer, layer_input=None if inputs is None else inputs[index])
                 outputs.append(output)
             return carry, outputs
-        uniform = len(set(windowed)) == 1
+        uniform = [len(set(of_layers)) == 1 for of_layers in (windowed, rotated)]
 
         def body(carry, scanned):
-            layer, index, is_windowed, layer_input = scanned
-            run = functools.partial(apply, windowed=windowed[0] if uniform else is_windowed)
+            layer, index, *kinds, layer_input = scanned
+            static = zip(uniform, (windowed[0], rotated[0]), kinds, strict=True)
+            kind = LayerKind(*(value if same else traced for same, value, traced in static))
+            run = functools.partial(apply, kind=kind)
             run = run if checkpoint is None else checkpoint(run)
             return run(carry, layer, index=index, layer_input=layer_input)
 
-        return jax.lax.scan(body, carry, (params, jnp.arange(config.layers), jnp.array(windowed), inputs))
+        kinds = jnp.array(windowed), jnp.array(rotated)
+        return jax.lax.scan(body, carry, (params, jnp.arange(config.layers), *kinds, inputs))
 
     def rotations(self, positions: jax.Array) -> tuple:
         """Returns cosines and sines for layers without and with a window; None for learned positions."""
         config = self.config
         if config.rope_base is None:
             return None, None
-        full = rotary(positions, frequencies(config.head_size, config.rope_base, config.rope_scaling))
+        factor = getattr(config.rope_scaling, "attention_factor", 1.0)
+        full = rotary(positions, frequencies(config.rotated, config.rope_base, config.rope_scaling), factor)
         if config.window_rope_base is None or not config.windowed_layers:
             return full, full
-        return full, rotary(positions, frequencies(config.head_size, config.window_rope_base))
+        return full, rotary(positions, frequencies(config.rotated, config.window_rope_base))
 
     def score_settings(self) -> dict[str, float | None]:
         """Returns keyword arguments of `layers.attend`: scale and cap of this decoder's attention scores."""
@@ -172,10 +184,10 @@ class Trunk(nnx.Module):
         if kernel == "xla" and not keeps_scores(self.config, *tokens.shape):
             attention = jax.checkpoint(attention)
 
-        def step(block, index, windowed, x, layer_input):
+        def step(block, index, kind, x, layer_input):
             del index, layer_input
-            query, key, value = block.project(x, _select(windowed, *rotations))
-            attended = attention(query, key, value, _select(windowed, *allowed))
+            query, key, value = block.project(x, _rotation(kind, *rotations))
+            attended = attention(query, key, value, _select(kind.windowed, *allowed))
             return block.finish(x, attended), (key, value) if keep else None
 
         checkpoint = None if remat is None else functools.partial(jax.checkpoint, policy=REMAT[remat])
@@ -224,12 +236,14 @@ class Trunk(nnx.Module):
         rotations = self.rotations(positions)
 
         # The cache is part of the carry: as a layer's input and output it would be copied whole.
-        def step(block, index, windowed, carry, layer_input):
+        def step(block, index, kind, carry, layer_input):
             x, keys, values = carry
-            query, key, value = block.project(x, _select(windowed, *rotations))
+            query, key, value = block.project(x, _rotation(kind, *rotations))
             keys, layer_keys = _append(keys, key, index, cache.column, axis=-1)
             values, layer_values = _append(values, value, index, cache.column, axis=-2)
-            attended = attend(query, layer_keys, layer_values, _select(windowed, *allowed), **self.score_settings())
+            attended = attend(
+                query, layer_keys, layer_values, _select(kind.windowed, *allowed), **self.score_settings()
+            )
             return (block.finish(x, attended), keys, values), layer_input
 
         start = self.embed(tokens[:, None], positions, dtype), cache.keys, cache.values
@@ -253,6 +267,15 @@ def _append(kept: Any, new: jax.Array, index: Any, column: jax.Array, *, axis: i
     start[0], start[axis] = index, column
     kept = jax.lax.dynamic_update_slice(kept, new[None], start)
     return kept, jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
+
+
+def _rotation(kind: LayerKind, full: Any, within: Any) -> Any:
+    """Returns cosines and sines for a layer; None where nothing is rotated."""
+    chosen = _select(kind.windowed, full, within)
+    if isinstance(kind.rotated, bool) or chosen is None:
+        return chosen if kind.rotated is not False else None
+    cosine, sine = chosen
+    return jnp.where(kind.rotated, cosine, 1.0), jnp.where(kind.rotated, sine, 0.0)
 
 
 def _select(windowed: Any, full: Any, within: Any) -> Any:
