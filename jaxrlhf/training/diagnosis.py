@@ -143,6 +143,12 @@ def _timed_sum(mesh: Mesh, axis: str, payload: int, repeats: int) -> tuple[float
 def output_folder(path: pathlib.Path) -> Finding:
     """Writes, reads and removes a file in the folder or its nearest parent, and returns the room and kind of its disk."""
     path = path.absolute()
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        return Finding({"output": str(path)}, [f"The output {path} cannot be used ({error.strerror}); give another."])
     # Unlike `Path.exists`, False for what may not be looked at.
     place = next(part for part in (path, *path.parents) if os.path.exists(part))
     if not place.is_dir():
