@@ -143,7 +143,14 @@ def _timed_sum(mesh: Mesh, axis: str, payload: int, repeats: int) -> tuple[float
 def output_folder(path: pathlib.Path) -> Finding:
     """Writes, reads and removes a file in the folder or its nearest parent, and returns the room and kind of its disk."""
     path = path.absolute()
-    place = next(part for part in (path, *path.parents) if part.exists())
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        return Finding({"output": str(path)}, [f"The output {path} cannot be used ({error.strerror}); give another."])
+    # Unlike `Path.exists`, False for what may not be looked at.
+    place = next(part for part in (path, *path.parents) if os.path.exists(part))
     if not place.is_dir():
         return Finding({"output": str(path)}, [f"The output {place} is a file; give --output a folder."])
     rows, wrong = {"output": str(path)}, []

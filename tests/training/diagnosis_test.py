@@ -72,6 +72,7 @@ def test_the_doctor_exits_with_1_and_says_why(well, tmp_path, capsys):
 
 
 def test_what_is_wrong_with_an_output(monkeypatch, tmp_path):
+    assert "cannot be used (File name too long)" in diagnosis.output_folder(tmp_path / ("x" * 300)).wrong[0]
     assert diagnosis.output_folder(tmp_path).rows["write access"] == "yes"
     monkeypatch.setattr(diagnosis, "LEAST_ROOM", 1 << 80)
     monkeypatch.setattr(diagnosis, "file_system", lambda path: "tmpfs")
