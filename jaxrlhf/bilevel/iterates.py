@@ -3,7 +3,6 @@
 The first has the tilt 0, and "tilt 0" is short for it: the policy that samples, is reported and is deployed.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,11 @@ import jax.numpy as jnp
 from jaxrlhf.base.types import Params
 
 
-@functools.partial(jax.jit, static_argnames="count", inline=True)
 def stack(params: Params, count: int) -> Params:
     """Returns `count` copies of one policy, leaves `[S, ...]`."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), params)
 
 
-@functools.partial(jax.jit, inline=True)
 def first(stacked: Any) -> Any:
     """Returns the first entry of every leaf: the policy at tilt 0."""
     return jax.tree.map(lambda leaf: leaf[0], stacked)
