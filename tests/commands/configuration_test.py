@@ -244,7 +244,8 @@ def test_help_shows_every_option_once_the_main_ones_first(monkeypatch, name):
     with redirect_stdout(output), pytest.raises(SystemExit) as caught:
         parse(KINDS[name], ["--help"], name)
     assert caught.value.code == 0
-    flags = re.findall(r"^│ (?:--([a-z-]+)|([A-Z-]+)  )", output.getvalue(), re.MULTILINE)
+    places = "|".join(each.name.upper() for each in options_of(KINDS[name]).values() if each.positional)
+    flags = re.findall(rf"^│ (?:--([a-z-]+)|({places or 'none'})  )", output.getvalue(), re.MULTILINE)
     flags = [flag or place.lower() for flag, place in flags if not flag.startswith("no-")]
     assert flags == [each.replace("_", "-") for each in shown] + ["config", "print-config"]
 
