@@ -57,12 +57,14 @@ def build_algorithm(
     parts = _parts(config, problem, critic)
     first = config.beta if method.weighs == "beta" else config.kl_price
 
+    shapes: Any = _sample_shapes(config, method.assemble(parts, first), start, prompt_length) if config.reuse else None
+
     def reusing(weight):
         return method.reusing(
             method.assemble(parts, weight),
             parts,
             weight,
-            sample=_sample_shapes(config, method.assemble(parts, first), start, prompt_length),
+            sample=shapes,
             capacity=existing_rows - (-config.kept_labels // config.pairs),
             size=config.batch_size,
             updates=config.reuse,

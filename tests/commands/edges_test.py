@@ -108,6 +108,7 @@ def test_an_alignment_stops_for_a_judge_that_is_not_understood(here, tmp_path, j
         "resume": True,
     }
     settings |= align_settings | {"data_dir": tmp_path / "data", "evaluation_answers": 4, "steps": 1}
+    settings |= {"method": "online-dpo"}
     address = judge("Hm.")
     with pytest.raises(OSError, match="none has a verdict"):
         align.main(align.Align(annotator=address, **settings))

@@ -25,15 +25,15 @@ def killed(tmp_path, make_world, *options, seed=7):
 
 
 def test_three_kills_change_nothing(tmp_path, make_world):
-    # With this seed each of the three moments that are waited for occurs once.
-    results = killed(tmp_path, make_world)
+    # With this seed each of the three moments that are waited for occurs once. The method is the one that starts fastest.
+    results = killed(tmp_path, make_world, "--method", "online-dpo", "--reuse", "1")
     assert results["differences"] == []
     moments = [kill["moment"] for kill in results["kills"]]
     assert sorted(moments) == ["in a checkpoint", "labels written", "while labelling"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "bilevel"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "online-dpo"])
 def test_three_kills_change_nothing_of_other_methods_and_kept_labels(tmp_path, make_world, method):
     results = killed(tmp_path, make_world, "--method", method, "--reuse", "1")
     assert results["differences"] == [] and len(results["kills"]) == 3
