@@ -36,6 +36,14 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = ("kills_test.py", "processes_test.py", "notebooks_test.py", "docs_test.py", "training_test.py")
+"""Files with tests of half a minute, which start first: begun last, one of them would keep a single worker busy."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_unconfigure():
     if OWN_CACHE is not None:
         shutil.rmtree(OWN_CACHE, ignore_errors=True)

@@ -56,7 +56,7 @@ def config(directory, **options):
 
 
 def test_every_method_proposes_the_same_responses(stories, directory):
-    """Equal numbers of prompts and responses, one label per pair; checked by shapes, so that all methods are covered."""
+    """Equal numbers of prompts and responses, by shapes; updates are run in `algorithms/methods_test.py` and below."""
     setup, first = frontier.setup_of(config(directory), stories, "whole")
     frozen, key = LanguageFrozen(stories.start), jax.random.key(0)
     prompts = Prompts(*(leaf[:4] for leaf in stories.openings))
@@ -68,10 +68,6 @@ def test_every_method_proposes_the_same_responses(stories, directory):
         upper = first(key) if method.has_reward else stories.start
         state = jax.eval_shape(algorithm.init, key, upper, stories.start)
         sample = jax.eval_shape(algorithm.propose, key, state, prompts, frozen)
-        labelled = harness.Labelled(sample, jax.ShapeDtypeStruct((4, 2, 1), np.float32))
-        after, info = jax.eval_shape(algorithm.update, key, state, labelled, frozen)
-        assert jax.tree.structure(after) == jax.tree.structure(state), name
-        assert info.kl.shape == (), name
         shapes[name] = sample.responses.tokens.shape
     assert set(shapes.values()) == {(4, 2, 2, 5)}
 
