@@ -176,7 +176,7 @@ def find(path: pathlib.Path, kind: Kind) -> pathlib.Path:
 def kind_of(directory: pathlib.Path) -> Kind:
     """Returns whether a model directory holds a policy or a reward model."""
     if is_adapter(directory):
-        return open_adapter(directory).kind
+        return open_adapter(directory, local_directory).kind
     architectures = read_json(directory, "config.json").get("architectures")
     names = architectures if isinstance(architectures, list) else []
     return "reward" if any(str(name).endswith("ForSequenceClassification") for name in names) else "policy"
@@ -189,7 +189,7 @@ def open_bundle(directory: pathlib.Path) -> TokenizerBundle:
         WeightsError: an adapter brings a tokenizer with other tokens.
     """
     if is_adapter(directory):
-        bundle = open_bundle(open_adapter(directory).base)
+        bundle = open_bundle(open_adapter(directory, local_directory).base)
         if (directory / "tokenizer.json").is_file():
             difference = first_difference(bundle.tokenizer, load_tokenizer(directory), bundle.size or 0)
             if difference is not None:
@@ -210,7 +210,7 @@ def open_model(path: str | pathlib.Path, kind: Kind, *, dtype: Any = jnp.float32
     directory = find(pathlib.Path(path), kind)
     # First the tokenizer: its settings are read in a moment, weights are not.
     bundle = open_bundle(directory)
-    config, params, notes = read_parameters(directory, kind, dtype)
+    config, params, notes = read_parameters(directory, kind, dtype, find_base=local_directory)
     return Model(config, params, bundle, notes, is_adapter(directory))
 
 

@@ -185,6 +185,17 @@ def test_a_file_that_does_not_fit_is_named(world):
         read_parameters(adapter, "policy")
 
 
+def test_a_base_that_is_named_on_a_hub_is_found_there(world):
+    base, adapter, expected = world("llama", "policy")
+    settings = json.loads((adapter / ADAPTER).read_text()) | {"base_model_name_or_path": "somebody/model"}
+    (adapter / ADAPTER).write_text(json.dumps(settings))
+    asked = []
+    loaded = read_parameters(adapter, "policy", find_base=lambda path: asked.append(str(path)) or base)
+    assert asked == ["somebody/model"]
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_allclose(tensors_of(loaded.config, loaded.params, "policy")[name], expected[name], rtol=1e-5)
+
+
 def test_a_language_models_settings_become_a_reward_models():
     assert as_reward({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "x")["architectures"] == [
         "Qwen3ForSequenceClassification"

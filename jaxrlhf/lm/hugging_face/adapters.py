@@ -7,7 +7,7 @@ the A of each of them.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,14 @@ LACKING = (
 """Settings of PEFT that change what an adapter computes, and are not computed here."""
 
 
+FindBase = Callable[[Path], Path]
+
+
+def as_it_is(path: Path) -> Path:
+    """Returns the path: the base must be a local directory."""
+    return path
+
+
 class Adapter(NamedTuple):
     """An adapter that has been checked, but for the shapes of its base; no tensor has been read.
 
@@ -72,8 +80,12 @@ def is_adapter(directory: Path) -> bool:
     return (directory / ADAPTER).is_file() and not (directory / "config.json").is_file()
 
 
-def open_adapter(directory: Path) -> Adapter:
+def open_adapter(directory: Path, find_base: FindBase = as_it_is) -> Adapter:
     """Returns the adapter of a PEFT directory.
+
+    Args:
+        directory: of the adapter.
+        find_base: from what the adapter names its base to a local directory, such as a download.
 
     Raises:
         WeightsError: it is no LoRA adapter that can be merged here, its file is missing or damaged, or its base is not
@@ -100,7 +112,7 @@ def open_adapter(directory: Path) -> Adapter:
             scalings[f"{module}.weight"] = _scaling(settings, module, ranks[name])
         elif part != "B.weight" or f"{PREFIX}{module}.lora_A.weight" not in names:
             raise WeightsError(f"{directory} has {name} alone, which cannot be merged: copy or save it again.")
-    return Adapter(directory, _base_of(settings, directory), kind, scalings, tuple(replaced))
+    return Adapter(directory, _base_of(settings, directory, find_base), kind, scalings, tuple(replaced))
 
 
 def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], family: str) -> None:
@@ -221,11 +233,13 @@ def _scaling(settings: dict[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _base_of(settings: dict[str, Any], directory: Path) -> Path:
+def _base_of(settings: dict[str, Any], directory: Path, find_base: FindBase) -> Path:
     name = settings.get("base_model_name_or_path")
-    for base in (Path(str(name)), directory / str(name)):
-        if name and (base / "config.json").is_file():
-            return base
+    if name:
+        for found in (as_it_is, lambda path: directory / path, find_base):
+            base = found(Path(str(name)))
+            if (base / "config.json").is_file():
+                return base
     raise WeightsError(
         f"{directory} is an adapter of {name}, which is not a local directory of a model: write the base's path as "
         f"base_model_name_or_path into {directory / ADAPTER}."

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jaxrlhf.lm.hugging_face.adapters import Adapter, check_adapter, is_adapter, merge_adapter, open_adapter
+from jaxrlhf.lm.hugging_face.adapters import (
+    Adapter,
+    FindBase,
+    as_it_is,
+    check_adapter,
+    is_adapter,
+    merge_adapter,
+    open_adapter,
+)
 from jaxrlhf.lm.hugging_face.families import Kind, as_reward, config_from
 from jaxrlhf.lm.hugging_face.files import (
     HEAD,
@@ -154,15 +162,18 @@ class Loaded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_parameters(directory: str | Path, kind: Kind, dtype: Any = jnp.float32) -> Loaded:
+def read_parameters(
+    directory: str | Path, kind: Kind, dtype: Any = jnp.float32, *, find_base: FindBase = as_it_is
+) -> Loaded:
     """Returns a policy's or a reward model's configuration, parameters and notes.
 
-    The directory may be that of an adapter in PEFT's format, which is merged into its base.
+    The directory may be that of an adapter in PEFT's format, which is merged into its base (`find_base`: of
+    `open_adapter`).
 
     Raises:
         WeightsError: the directory cannot be read as such a model.
     """
-    adapter = open_adapter(Path(directory)) if is_adapter(Path(directory)) else None
+    adapter = open_adapter(Path(directory), find_base) if is_adapter(Path(directory)) else None
     config, tensors, notes = read_model(directory, kind) if adapter is None else read_adapted(adapter, kind)
     params = params_from(tensors, config, kind)
     if kind == "reward":
