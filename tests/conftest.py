@@ -20,7 +20,16 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 1
         " --xla_llvm_disable_expensive_passes=true"
     )
 # Tracing allocates many small objects that live on; the default thresholds spend a tenth of the time looking through them.
-gc.set_threshold(50_000, 20, 100)
+gc.set_threshold(200_000, 50, 100)
+# For pytest-xdist's workers, which start later: memory is kept for the next compilation, and an operation's location is
+# its line without the calls that led there.
+for name, value in {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+}.items():
+    os.environ.setdefault(name, value)
 # Inherited by pytest-xdist's workers and by every command that a test runs. New for each run of the suite: a test never
 # sees what an older tree compiled.
 OWN_CACHE = None
@@ -42,6 +51,12 @@ LONGEST = ("kills_test.py", "processes_test.py", "notebooks_test.py", "docs_test
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    # What the modules have made stays.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():
