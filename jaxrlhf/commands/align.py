@@ -253,7 +253,7 @@ def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kin
                 write(run.folder.path / name / "reward", run.reward._replace(params=reward), "reward")
             for kind, adapter in run.setup.adapters_of(on_host).items():
                 start = run.policy if kind == "policy" else run.reward
-                save_trained_adapter(run.folder.path / name / kind, start, adapter, kind)
+                save_trained_adapter(run.folder.path / name / kind, start, adapter, kind, run.setup.scaling)
 
 
 def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:

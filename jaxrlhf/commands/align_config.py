@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
+from jaxrlhf.commands.adapters import AdapterConfig, configured_adapters
 from jaxrlhf.commands.annotators import AnnotatorConfig
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import check_flags, refuse_unused
@@ -18,7 +19,7 @@ Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"
 
 
 @dataclasses.dataclass(frozen=True)
-class Align(AnnotatorConfig, RunConfig):
+class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     """Trains a policy, and with most methods a reward model, from labels requested during training.
 
     In each step the policy completes prompts, an annotator compares completions in pairs, and reward and policy are
@@ -126,8 +127,6 @@ class Align(AnnotatorConfig, RunConfig):
     warmup: int = 10
     """Steps over which the learning rates rise from 0.
     Without it Adam turns the first gradients, tiny because the reward still is, into full steps."""
-    lora_rank: int = 0
-    """Trains LoRA adapters of this rank for the policy and the reward, merged at the end; 0 trains all weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the reference's weights; bfloat16 needs --lora-rank."""
     rollout_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -144,6 +143,7 @@ def check_config(config: Align) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
     check_flags(config)
     check_method(config)
+    configured_adapters(config)
     if config.estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
         refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")

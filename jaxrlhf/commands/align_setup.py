@@ -12,6 +12,7 @@ import optax
 from jaxrlhf.algorithms.methods import METHODS, Critic
 from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem
+from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.methods import build_algorithm
@@ -42,6 +43,7 @@ class AlignSetup(NamedTuple):
         mixture: the functions of --rewards, if any.
         review: of `methods.Reusing`, where labels are kept.
         adapters_of: `(state) -> ` trained adapters of policy and reward; none where all weights are trained.
+        scaling: alpha over the rank of the adapters.
     """
 
     algorithm: Algorithm
@@ -53,6 +55,7 @@ class AlignSetup(NamedTuple):
     mixture: Mixture | None = None
     review: Callable[[Any, Any, Params], Any] | None = None
     adapters_of: Callable[[Any], dict[Kind, Params]] = lambda state: {}
+    scaling: float = 1.0
 
 
 class _Trained(NamedTuple):
@@ -64,7 +67,9 @@ class _Trained(NamedTuple):
         reward_of: `(reward) -> ` plain parameters of the reward model.
         critic: `(policy) -> ` initial parameters of a critic.
         params: keywords of `language_problem`, from trained parameters to the models'.
+        critic_params: the same, of `token_critic`.
         reward_base: the frozen trunk under the reward's adapter, where it is not the policy's.
+        scaling: alpha over the rank of adapters.
     """
 
     lower: Params
@@ -73,7 +78,9 @@ class _Trained(NamedTuple):
     reward_of: Callable[[Params], Params]
     critic: Callable[[Params], Params]
     params: dict[str, Any]
+    critic_params: dict[str, Any]
     reward_base: Params = ()
+    scaling: float = 1.0
 
 
 def build_setup(
@@ -133,7 +140,16 @@ def build_setup(
         return {kind: adapter for kind, adapter in found.items() if config.lora_rank and adapter is not None}
 
     return AlignSetup(
-        algorithm, upper, trained.lower, frozen, trained.policy_of, reward_of, mixture, review, adapters_of
+        algorithm=algorithm,
+        upper=upper,
+        lower=trained.lower,
+        frozen=frozen,
+        policy_of=trained.policy_of,
+        reward_of=reward_of,
+        mixture=mixture,
+        review=review,
+        adapters_of=adapters_of,
+        scaling=trained.scaling,
     )
 
 
@@ -164,7 +180,7 @@ def _all_weights(config: Align, policy: Model, reward: Model) -> _Trained:
         trunk = {name: leaf for name, leaf in params.items() if name not in NOT_IN_TRUNK}
         return {"trunk": trunk, "head": jnp.zeros(policy.config.width, jnp.float32)}
 
-    return _Trained(policy.params, reward.params, lambda state: state.policy, lambda learned: learned, critic, {})
+    return _Trained(policy.params, reward.params, lambda state: state.policy, lambda learned: learned, critic, {}, {})
 
 
 def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
@@ -173,34 +189,43 @@ def _adapters(config: Align, policy: Model, reward: Model) -> _Trained:
     zero_head, given = jnp.zeros(policy.config.width, jnp.float32), config.reward is not None
     # An adapter that has not been trained adds nothing, whose ever it is: a given reward model starts as it is.
     trunk = reward.params["trunk"] if given else own_trunk
-    lower = lora.init_adapter(keys[0], base, rank=config.lora_rank)
-    adapter = lora.init_adapter(keys[1], trunk, rank=config.lora_rank)
+    adapters = configured_adapters(config)
+    assert adapters is not None
+    lower = adapters.init(keys[0], policy.config, "policy", base)
+    adapter = adapters.init(keys[1], reward.config if given else policy.config, "reward", trunk)
     head = jnp.asarray(reward.params["head"], jnp.float32) if given else zero_head
 
     def policy_of(state):
-        return lora.merge(base, state.policy)
+        return lora.merge(base, adapters.scaled(state.policy))
 
     def reward_of(learned):
-        return {"trunk": lora.merge(trunk, learned["adapter"]), "head": learned["head"]}
+        return {"trunk": lora.merge(trunk, adapters.scaled(learned["adapter"])), "head": learned["head"]}
 
-    params = {"policy_params": lora.policy_on_reference, "reward_params": lora.reward_on_reference}
-    if given:
-        params["reward_params"] = lora.reward_on_own_trunk
+    def policy_params(lower, frozen):
+        return lora.policy_on_reference(adapters.scaled(lower), frozen)
+
+    def critic_params(critic, frozen):
+        return lora.reward_on_reference(critic | {"adapter": adapters.scaled(critic["adapter"])}, frozen)
+
+    def own_params(learned, frozen):
+        return lora.reward_on_own_trunk(learned | {"adapter": adapters.scaled(learned["adapter"])}, frozen)
+
     return _Trained(
         lower,
         {"adapter": adapter, "head": head},
         policy_of,
         reward_of,
         lambda adapter: {"adapter": adapter, "head": zero_head},
-        params,
+        {"policy_params": policy_params, "reward_params": own_params if given else critic_params},
+        {"params_of": critic_params},
         trunk if given else (),
+        adapters.scaling,
     )
 
 
 def _critic(config: Align, policy: Model, trained: _Trained, optimizer: optax.GradientTransformation) -> Critic:
-    on_frozen = {"params_of": lora.reward_on_reference} if config.lora_rank else {}
     model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
-    value = token_critic(model, microbatches=config.microbatches, **on_frozen)
+    value = token_critic(model, microbatches=config.microbatches, **trained.critic_params)
     return Critic(without_scores(value) if config.rewards else value, trained.critic, optimizer)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrlhf.algorithms.direct_preference import PairLoss, dpo, ipo, simpo
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows
 from jaxrlhf.commands.flags import check_flags, refuse_unused
@@ -80,7 +81,7 @@ def main(config: Direct) -> pathlib.Path:
     """
     began = time.monotonic()
     inputs = prepare(config)
-    trainable = trainable_policy(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
+    trainable = trainable_policy(inputs.start, configured_adapters(config), jax.random.key(config.seed))
     if has_reference(config) and not config.lora_rank:
         # Under adapters the frozen base is the reference.
         trainable = trainable._replace(frozen=inputs.start.params)
@@ -99,6 +100,7 @@ def main(config: Direct) -> pathlib.Path:
 def prepare(config: Direct) -> PairInputs:
     """Reads the model and the data."""
     check_flags(config)
+    configured_adapters(config)
     refuse_unused(config, UNUSED[config.loss], f"with --loss {config.loss}")
     if config.loss == "robust" and not config.smoothing:
         raise ValueError("--loss robust needs --smoothing, the probability of a wrong label; or give --loss dpo.")

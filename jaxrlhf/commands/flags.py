@@ -57,6 +57,7 @@ POSITIVE = (
     "checkpoint_minutes",
     "epochs",
     "largest_gradient",
+    "lora_alpha",
     "relative_sigma",
     "target_kl",
 )

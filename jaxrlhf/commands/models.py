@@ -258,7 +258,9 @@ def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Pat
     return directory
 
 
-def save_trained_adapter(directory: pathlib.Path, start: Model, trained: Params, kind: Kind) -> None:
+def save_trained_adapter(
+    directory: pathlib.Path, start: Model, trained: Params, kind: Kind, scaling: float = 1.0
+) -> None:
     """Writes a trained adapter as a PEFT directory, `directory/adapter`.
 
     Not where the base is itself a model with an adapter merged, which no directory holds.
@@ -268,11 +270,13 @@ def save_trained_adapter(directory: pathlib.Path, start: Model, trained: Params,
         start: the model that was adapted.
         trained: an adapter; of a reward model with its head.
         kind: of the model.
+        scaling: alpha over the rank.
     """
     if start.adapted:
         return
     adapter, head = (trained, None) if kind == "policy" else (trained["adapter"], np.asarray(trained["head"]))
-    save_adapter(directory / "adapter", start.config, adapter, str(start.bundle.directory), head=head)
+    base = str(start.bundle.directory)
+    save_adapter(directory / "adapter", start.config, adapter, base, head=head, scaling=scaling)
 
 
 def as_saved(model: Model, kind: Kind) -> Model:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows
 from jaxrlhf.commands.flags import check_flags
@@ -80,7 +81,7 @@ def main(config: Reward) -> pathlib.Path:
     """
     began = time.monotonic()
     inputs = prepare(config)
-    trainable = trainable_reward(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
+    trainable = trainable_reward(inputs.start, configured_adapters(config), jax.random.key(config.seed))
     model = reward_model(decoder(inputs.start.config, remat=config.remat))
     differences = _reward_differences(model, trainable, inputs.held_out.rows, config.batch_size)
 
@@ -100,6 +101,7 @@ def prepare(config: Reward) -> PairInputs:
         ValueError: all held-out pairs are ties; or as in `main`.
     """
     check_flags(config)
+    configured_adapters(config)
     return read_pairs(config, open_reward(config.policy, dtype=dtype_of(config.dtype, config.lora_rank)))
 
 

@@ -14,6 +14,7 @@ import optax
 from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Params
+from jaxrlhf.commands.adapters import AdapterConfig
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import refuse_unused
 from jaxrlhf.commands.models import Model, as_saved, open_model, save_model, save_trained_adapter
@@ -38,7 +39,7 @@ LARGEST_TRIAL = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig(RunConfig):
+class StageConfig(AdapterConfig, RunConfig):
     """Settings common to supervised training and reward learning."""
 
     GROUPS: ClassVar[Groups] = {
@@ -69,8 +70,6 @@ class StageConfig(RunConfig):
     """AdamW's weight decay; applied to matrices only."""
     largest_gradient: float = 1.0
     """Global norm to which gradients are clipped."""
-    lora_rank: int = 0
-    """Trains LoRA adapters of this rank instead of all weights; they are merged into the saved model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights; bfloat16 needs --lora-rank, as small updates of bfloat16 weights round to nothing."""
     evaluations: int = 8
@@ -308,7 +307,7 @@ def save_models(result: StageResult, start: Model, trainable: Trainable, kind: K
             directory = result.folder.path / name / kind
             save_model(directory, start._replace(params=trainable.merged(params)), kind)
             if trainable.adapts:
-                save_trained_adapter(directory, start, params, kind)
+                save_trained_adapter(directory, start, params, kind, trainable.scaling)
     return trained
 
 

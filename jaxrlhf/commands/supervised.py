@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.flags import check_flags, refuse_unused
@@ -106,7 +107,7 @@ def main(config: Supervised) -> pathlib.Path:
     """
     began = time.monotonic()
     inputs = prepare(config)
-    trainable = trainable_policy(inputs.start.params, config.lora_rank, jax.random.key(config.seed))
+    trainable = trainable_policy(inputs.start, configured_adapters(config), jax.random.key(config.seed))
     samples = None
     if is_first_process():
         samples = GreedySamples(inputs.start, inputs.held_out_records, inputs.max_length)
@@ -122,6 +123,7 @@ def main(config: Supervised) -> pathlib.Path:
 def prepare(config: Supervised) -> Inputs:
     """Reads the model and the data."""
     check_flags(config)
+    configured_adapters(config)
     start = _open_start(config)
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.adapters import Adapters
+from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.learning import ParamsOf, full_params
 
@@ -19,12 +21,14 @@ class Trainable(NamedTuple):
         frozen: the base under the adapters; `()` without adapters.
         params_of: `(params, frozen) -> ` the model's parameters, traceable.
         merged: `(params) -> ` plain parameters to export.
+        scaling: alpha over the rank of the adapters.
     """
 
     params: Params
     frozen: Params
     params_of: ParamsOf
     merged: Callable[[Params], Params]
+    scaling: float = 1.0
 
     @property
     def adapts(self) -> bool:
@@ -32,29 +36,34 @@ class Trainable(NamedTuple):
         return self.frozen != ()
 
 
-def trainable_policy(params: Params, rank: int, key: jax.Array) -> Trainable:
-    """Returns a language model's parameters for training; adapters on them where `rank` is positive."""
-    if not rank:
+def trainable_policy(start: Model, adapters: Adapters | None, key: jax.Array) -> Trainable:
+    """Returns a language model's parameters for training, or adapters on them."""
+    params = start.params
+    if adapters is None:
         return Trainable(params, (), full_params, lambda trained: trained)
-    adapter = lora.init_adapter(key, params, rank=rank)
 
     def params_of(adapter, base):
-        return lora.attach(base, adapter)
+        return lora.attach(base, adapters.scaled(adapter))
 
-    return Trainable(adapter, params, params_of, lambda adapter: lora.merge(params, adapter))
+    def merged(adapter):
+        return lora.merge(params, adapters.scaled(adapter))
+
+    return Trainable(adapters.init(key, start.config, "policy", params), params, params_of, merged, adapters.scaling)
 
 
-def trainable_reward(params: Params, rank: int, key: jax.Array) -> Trainable:
-    """Returns the parameters of a reward model `{"trunk", "head"}` for training; an adapter and the head for a rank."""
-    if not rank:
+def trainable_reward(start: Model, adapters: Adapters | None, key: jax.Array) -> Trainable:
+    """Returns the parameters of a reward model `{"trunk", "head"}` for training, or an adapter and the head."""
+    params = start.params
+    if adapters is None:
         return Trainable(params, (), full_params, lambda trained: trained)
     trunk = params["trunk"]
-    trained = {"adapter": lora.init_adapter(key, trunk, rank=rank), "head": jnp.asarray(params["head"], jnp.float32)}
+    adapter = adapters.init(key, start.config, "reward", trunk)
 
     def params_of(trained, trunk):
-        return {"trunk": lora.attach(trunk, trained["adapter"]), "head": trained["head"]}
+        return {"trunk": lora.attach(trunk, adapters.scaled(trained["adapter"])), "head": trained["head"]}
 
     def merged(trained):
-        return {"trunk": lora.merge(trunk, trained["adapter"]), "head": trained["head"]}
+        return {"trunk": lora.merge(trunk, adapters.scaled(trained["adapter"])), "head": trained["head"]}
 
-    return Trainable(trained, trunk, params_of, merged)
+    trained = {"adapter": adapter, "head": jnp.asarray(params["head"], jnp.float32)}
+    return Trainable(trained, trunk, params_of, merged, adapters.scaling)

@@ -2,10 +2,10 @@
 
     W x  becomes  W x + up down x,     up = 0 at initialisation, so that training starts from the base
 
-(arXiv 2106.09685, with alpha equal to the rank). The base is in `frozen` and never copied: lower iterates, reward and
-their optimisers hold adapters, and the reference is the base without one. On a base in half precision build the policy
-with `decoder(config, dtype=jnp.float32)`: otherwise only the adapted policy would compute in float32, and the reference's
-rounding would count as KL.
+(arXiv 2106.09685, with alpha equal to the rank; `scaled` gives it another). The base is in `frozen` and never copied:
+lower iterates, reward and their optimisers hold adapters, and the reference is the base without one. On a base in half
+precision build the policy with `decoder(config, dtype=jnp.float32)`: otherwise only the adapted policy would compute in
+float32, and the reference's rounding would count as KL.
 
     problem = language_problem(policy, reward, objective, ..., policy_params=policy_on_reference,
                                reward_params=reward_on_reference)
@@ -13,6 +13,7 @@ rounding would count as KL.
                            init_adapter(lower_key, base, rank=16))
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from jaxrlhf.base.types import Key, Params
 from jaxrlhf.lm.reward import NOT_IN_TRUNK
 
 
-def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
-    """Returns an adapter of every linear map in the layers of a `decoder`, in float32, under the base's names.
+def init_adapter(key: Key, base: Params, *, rank: int, maps: Collection[tuple[str, ...]] | None = None) -> Params:
+    """Returns an adapter of linear maps in the layers of a `decoder`, in float32, under the base's names.
 
     `down ~ N(0, 1 / inputs)`, `[layers, in, rank]`; `up = 0`, `[layers, rank, ...]`. Consumes the key.
 
@@ -31,6 +32,7 @@ def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
         key: PRNG key.
         base: the decoder's parameters, or their shapes.
         rank: R.
+        maps: paths of the linear maps within a layer, such as `("attention", "query_key_value")`; all by default.
 
     Raises:
         ValueError: the rank is not positive, or the parameters have no linear maps.
@@ -40,7 +42,7 @@ def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
     shapes = _shapes(base.get("layers", {})) if isinstance(base, dict) else {}
     if not jax.tree.leaves(shapes):
         raise ValueError("These parameters have no layers with products: adapters are for `decoder` models.")
-    weights = list(_linear_weights(shapes))
+    weights = [(path, shape) for path, shape in _linear_weights(shapes) if maps is None or path in maps]
     keys = jax.random.split(key, len(weights))
     adapter: dict[str, Any] = {}
     for weight_key, (path, shape) in zip(keys, weights, strict=True):
@@ -51,6 +53,15 @@ def init_adapter(key: Key, base: Params, *, rank: int) -> Params:
         factors["down"] = inputs**-0.5 * jax.random.normal(weight_key, (layers, inputs, rank), jnp.float32)
         factors["up"] = jnp.zeros((layers, rank, *outputs), jnp.float32)
     return {"layers": adapter}
+
+
+def scaled(adapter: Params, scaling: float) -> Params:
+    """Returns the adapter of `W x + scaling up down x`, where scaling is alpha over the rank."""
+    if scaling == 1:
+        return adapter
+    if "down" in adapter:
+        return adapter | {"up": scaling * adapter["up"]}
+    return {name: scaled(leaf, scaling) for name, leaf in adapter.items()}
 
 
 def attach(base: Params, adapter: Params) -> Params:

@@ -76,6 +76,7 @@ def aligned(world, trained, align_settings):
     shared |= {"policy_learning_rate": 1e-2, "warmup": 1, "data_dir": world / "prepared", "output": world / "runs"}
     shared |= align_settings
     adapters = {"dtype": "bfloat16", "lora_rank": 2, "rollout_dtype": "bfloat16", "microbatches": 2, "keep_best": 1}
+    adapters |= {"lora_alpha": 3.0, "lora_modules": ("q_proj", "k_proj", "v_proj", "mlp.down_proj")}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
         return {

@@ -66,6 +66,10 @@ WRONG = {
         supervised.Supervised(**TRAIN, steps=2, epochs=3.0, held_out=0.25),
         "--epochs does not apply with --steps",
     ),
+    "no-adapters": (
+        supervised.Supervised(**TRAIN, lora_alpha=2.0, lora_modules=("q_proj",)),
+        "--lora-alpha and --lora-modules do not apply without --lora-rank",
+    ),
     "new-half": (
         supervised.Supervised(tokenizer=BASE, data="pairs.jsonl", dtype="bfloat16", lora_rank=2),
         "--dtype does not apply with --tokenizer",

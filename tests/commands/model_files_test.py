@@ -206,7 +206,7 @@ def test_every_plan_says_what_ends_a_text(policy, tmp_path, capsys):
         config = {supervised: supervised.Supervised, reward: reward.Reward}[command](**shared)
         inputs = command.prepare(config)
         trainable = command.trainable_policy if command is supervised else command.trainable_reward
-        trained = trainable(inputs.start.params, 0, jax.random.key(0))
+        trained = trainable(inputs.start, None, jax.random.key(0))
         more = () if command is supervised else (reward_model(decoder(inputs.start.config)), None)
         more = (*more, lambda result: result.folder.path)
         rows = command._stage(config, inputs, trained, *more).plan_rows

@@ -71,7 +71,7 @@ def test_adapters_learn_in_every_stage(here, trained, report_text, logits):
     assert best < 8 and f"The best on held-out data was step {best};" in report_text(tuned)
     assert float(np.max(np.abs(logits(tuned / "best") - logits(tuned)))) > 1e-2
     pytest.importorskip("tensorboardX")
-    settings = {"learning_rate": 3e-2, "ties": 0.1, "track": "tensorboard", "evaluations": 1}
+    settings = {"learning_rate": 3e-2, "ties": 0.1, "track": "tensorboard", "evaluations": 1, "lora_alpha": 5.0}
     reward_run = reward.main(reward.Reward(policy=policy, **settings, **shared))
     assert list((reward_run / "tensorboard").iterdir())
     assert json.loads((reward_run / "results.json").read_text())["reward"]["accuracy"] > 0.8

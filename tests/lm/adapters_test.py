@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.hugging_face.adapters import ADAPTER_WEIGHTS, save_adapter
+from jaxrlhf.lm.hugging_face.adapters import ADAPTER_WEIGHTS, maps_of, save_adapter
 from jaxrlhf.lm.hugging_face.families import as_reward
 from jaxrlhf.lm.hugging_face.files import ADAPTER, WeightsError
 from jaxrlhf.lm.hugging_face.tensors import tensors_from
@@ -136,6 +136,46 @@ def test_peft_merges_what_is_written_as_we_do(tmp_path, case, kind):
     again = read_parameters(folder, kind)
     for name, tensor in tensors_of(again.config, again.params, kind).items():
         np.testing.assert_allclose(tensor, ours[name], rtol=1e-5, atol=1e-5)
+
+
+SOME = {"gpt2": ("attn.c_proj", "c_fc"), "phi3": ("qkv_proj",)}
+"""Modules with adapters, where they are not `o_proj` and `down_proj`."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alpha_and_modules_are_pefts(tmp_path, case):
+    base_of(case, "policy").save_pretrained(tmp_path / "base")
+    config, params, _ = read_parameters(tmp_path / "base", "policy")
+    modules = SOME.get(case, ("o_proj", "down_proj"))
+    maps = maps_of(config, "policy", modules)
+    shapes = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, rank=2, maps=maps))
+    source = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda leaf: source.normal(size=leaf.shape).astype(np.float32), shapes)
+    save_adapter(tmp_path / "adapter", config, adapter, str(tmp_path / "base"), scaling=3.5)
+    settings = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    assert settings.lora_alpha == 7 and settings.r == 2
+    # The same modules, as PEFT finds them by the user's names.
+    asked = peft.LoraConfig(r=2, target_modules=list(modules), fan_in_fan_out=case == "gpt2")
+    changed = lambda model: {name.partition(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}  # noqa: E731
+    theirs = peft.PeftModel.from_pretrained(opened(tmp_path / "base", case, "policy"), tmp_path / "adapter")
+    assert changed(theirs) == changed(peft.get_peft_model(opened(tmp_path / "base", case, "policy"), asked))
+    expected = named(theirs.merge_and_unload().state_dict())
+    merged = merge(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, lora.scaled(adapter, 3.5)))
+    for name, tensor in tensors_of(config, merged, "policy").items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_modules_that_cannot_have_an_adapter_of_their_own_are_named(tmp_path):
+    base_of("llama", "policy").save_pretrained(tmp_path / "base")
+    config = read_parameters(tmp_path / "base", "policy").config
+    with pytest.raises(
+        WeightsError, match="q_proj, k_proj, v_proj are one map here, with one adapter: name all of them"
+    ):
+        maps_of(config, "policy", ("o_proj", "q_proj"))
+    with pytest.raises(WeightsError, match="no module 'c_attn' for an adapter; it has down_proj, gate_proj, k_proj"):
+        maps_of(config, "policy", ("o_proj", "c_attn"))
+    with pytest.raises(WeightsError, match="no module 'embed_tokens'"):
+        maps_of(config, "policy", ("embed_tokens",))
 
 
 SETTINGS = {

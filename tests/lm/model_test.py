@@ -13,6 +13,7 @@ import pytest
 from jaxrlhf.lm.hugging_face.weights import load_decoder
 from jaxrlhf.lm.transformer import layers, trunk
 from jaxrlhf.lm.transformer import model as model_module
+from jaxrlhf.lm.transformer.block import LINEAR_MAPS
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder, pad_left
 
 
@@ -57,9 +58,9 @@ def test_logits_equal_those_of_transformers(make_llama, tmp_path, settings):
 
 def test_a_decoder_built_in_double_precision_is_that_of_single_precision(tiny_config):
     """Structures are remembered by configuration alone, so that precision must be no part of them."""
-    single = model_module._structure.__wrapped__(tiny_config, 1)
+    single = model_module._structure.__wrapped__(tiny_config, frozenset(LINEAR_MAPS))
     with jax.enable_x64(True):
-        assert model_module._structure.__wrapped__(tiny_config, 1) == single
+        assert model_module._structure.__wrapped__(tiny_config, frozenset(LINEAR_MAPS)) == single
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 4), (2, 5), (17, 0)])

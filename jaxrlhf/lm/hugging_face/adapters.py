@@ -7,7 +7,7 @@ the A of each of them.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from jaxrlhf.lm.hugging_face.files import (
     write_atomically,
     write_json,
 )
-from jaxrlhf.lm.hugging_face.tensors import entries
+from jaxrlhf.lm.hugging_face.tensors import entries, tensor_shapes
 from jaxrlhf.lm.transformer.config import DecoderConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -156,8 +156,47 @@ def merge_adapter(adapter: Adapter, tensors: dict[str, np.ndarray], family: str)
     return merged
 
 
+def maps_of(config: DecoderConfig, kind: Kind, modules: Sequence[str]) -> set[tuple[str, ...]]:
+    """Returns the linear maps of a layer that are named as PEFT's `target_modules` names them, for `lora.init_adapter`.
+
+    Args:
+        config: of the base.
+        kind: of the base.
+        modules: ends of the checkpoint's names, such as `q_proj` or `self_attn.q_proj`.
+
+    Raises:
+        WeightsError: a name fits no module, or one of several that are one map here without the others.
+    """
+    maps, fitting = set(), set()
+    every: set[str] = set()
+    for entry in entries(config, kind):
+        if entry.path[:2] != ("layers", "0") or entry.path[-1] != "weight" or "norm" in entry.path[-2]:
+            continue
+        names = [name.removesuffix(".weight") for name in entry.sources]
+        named = [{each for each in modules if name == each or name.endswith(f".{each}")} for name in names]
+        every |= {name.rpartition(".")[2] for name in names}
+        fitting |= set().union(*named)
+        if any(named) and not all(named):
+            together = ", ".join(name.rpartition(".")[2] for name in names)
+            raise WeightsError(f"{together} are one map here, with one adapter: name all of them, or none.")
+        if all(named):
+            maps.add(entry.path[2:-1])
+    for module in modules:
+        if module not in fitting:
+            raise WeightsError(
+                f"This model has no module {module!r} for an adapter; it has {', '.join(sorted(every))}."
+            )
+    return maps
+
+
 def save_adapter(
-    directory: Path, config: DecoderConfig, adapter: dict, base: str, *, head: np.ndarray | None = None
+    directory: Path,
+    config: DecoderConfig,
+    adapter: dict,
+    base: str,
+    *,
+    head: np.ndarray | None = None,
+    scaling: float = 1.0,
 ) -> None:
     """Writes an adapter of `lm.lora` as a PEFT directory.
 
@@ -167,10 +206,12 @@ def save_adapter(
         adapter: `{"layers": ...}`, as `lora.init_adapter` makes it.
         base: path or name of the base.
         head: of a reward model, `[D]`.
+        scaling: alpha over the rank, of `lora.scaled`.
     """
     kind: Kind = "policy" if head is None else "reward"
     tensors: dict[str, np.ndarray] = {}
     modules, rank = set(), 0
+    every = {name.removesuffix(".weight") for name in tensor_shapes(config, kind)}
     for entry in entries(config, kind):
         if entry.path[0] != "layers" or entry.path[-1] != "weight":
             continue
@@ -184,7 +225,7 @@ def save_adapter(
         for name, up in zip(entry.sources, ups, strict=True):
             names = _factor_names(name)
             tensors |= {names[0]: down.T, names[1]: up.T if config.family == "gpt2" else up}
-            modules.add(name.removesuffix(".weight").rpartition(".")[2])
+            modules.add(name.removesuffix(".weight"))
         rank = down.shape[1]
     if head is not None:
         tensors[f"{PREFIX}score.weight"] = np.asarray(head)[None]
@@ -196,9 +237,9 @@ def save_adapter(
         "task_type": next(task for task, of in TASKS.items() if of == kind),
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": _whole(scaling * rank),
         "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
+        "target_modules": _named(modules, every),
         "modules_to_save": None if head is None else ["score"],
         "fan_in_fan_out": config.family == "gpt2",
         "bias": "none",
@@ -206,6 +247,17 @@ def save_adapter(
         "inference_mode": True,
     }
     write_json(directory, ADAPTER, settings)
+
+
+def _named(modules: set[str], every: set[str]) -> list[str]:
+    """Returns the ends of names that fit these modules and no others: GPT-2 has two of the name c_proj in a layer."""
+    ends = {name: name.rpartition(".")[2] for name in every}
+    others = {ends[name] for name in every - modules}
+    return sorted({".".join(name.split(".")[-2:]) if ends[name] in others else ends[name] for name in modules})
+
+
+def _whole(number: float) -> float | int:
+    return round(number) if math.isclose(number, round(number)) else number
 
 
 def _check_settings(settings: dict[str, Any], source: Path) -> None:

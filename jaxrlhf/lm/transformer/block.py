@@ -17,6 +17,10 @@ ACTIVATIONS = {
 }
 
 
+LINEAR_MAPS = ("query_key_value", "attention_output", "gate_up", "mlp_output")
+"""Names of a block's linear maps."""
+
+
 class Linear(nnx.Module):
     """`x W + bias + (x down) up`, where bias and adapter of rank R are optional.
 
@@ -24,14 +28,15 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, shape: tuple[int, ...], *, scale: float = 1.0, bias: bool = False, rank: int = 0
+        self, rngs: nnx.Rngs, shape: tuple[int, ...], *, scale: float = 1.0, bias: bool = False, adapted: bool = False
     ):
         self.weight = normal(rngs, shape, scale * shape[0] ** -0.5)
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[1:]))
-        if rank:
-            self.down = normal(rngs, (shape[0], rank), shape[0] ** -0.5)
-            self.up = nnx.Param(jnp.zeros((rank, *shape[1:])))
+        if adapted:
+            # Of rank 1: only the names count, and parameters of any rank take their place.
+            self.down = normal(rngs, (shape[0], 1), shape[0] ** -0.5)
+            self.up = nnx.Param(jnp.zeros((1, *shape[1:])))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns `[N, T, out]` in x's dtype; the weight's output axes are flattened into one."""
@@ -67,7 +72,7 @@ class Norm(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then an MLP, each with norms before or after it and a residual connection around it."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, rank: int):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, adapted: frozenset[str]):
         self.config = config
         width, mlp_width, size = config.width, config.mlp_width, config.head_size
         # Weights into the residual stream shrink with depth, so that its scale at initialisation does not grow.
@@ -76,14 +81,22 @@ class Block(nnx.Module):
             self.attention_norm, self.mlp_norm = Norm(config, width), Norm(config, width)
         # Columns are grouped by key/value head (its queries, its key, its value), so that heads shard as one axis.
         heads = config.query_heads + 2 * config.key_value_heads
-        self.query_key_value = Linear(rngs, (width, heads * size), bias=config.query_key_value_bias, rank=rank)
+        self.query_key_value = Linear(
+            rngs, (width, heads * size), bias=config.query_key_value_bias, adapted="query_key_value" in adapted
+        )
         if config.query_key_norm:
             queries, keys = (config.query_heads, config.key_value_heads) if config.norm_heads_together else (1, 1)
             self.query_norm, self.key_norm = Norm(config, queries * size), Norm(config, keys * size)
         attended = config.query_heads * size
-        self.attention_output = Linear(rngs, (attended, width), scale=residual, bias=config.output_bias, rank=rank)
-        self.gate_up = Linear(rngs, (width, 1 + config.gated, mlp_width), bias=config.mlp_bias, rank=rank)
-        self.mlp_output = Linear(rngs, (mlp_width, width), scale=residual, bias=config.mlp_bias, rank=rank)
+        self.attention_output = Linear(
+            rngs, (attended, width), scale=residual, bias=config.output_bias, adapted="attention_output" in adapted
+        )
+        self.gate_up = Linear(
+            rngs, (width, 1 + config.gated, mlp_width), bias=config.mlp_bias, adapted="gate_up" in adapted
+        )
+        self.mlp_output = Linear(
+            rngs, (mlp_width, width), scale=residual, bias=config.mlp_bias, adapted="mlp_output" in adapted
+        )
         if config.norm_after:
             self.attention_norm_after, self.mlp_norm_after = Norm(config, width), Norm(config, width)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrlhf.lm.transformer.block import LINEAR_MAPS
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import capped, wide
 from jaxrlhf.lm.transformer.trunk import REMAT, Attention, Trunk
@@ -98,14 +99,14 @@ def decoder(
     if remat is not None and remat not in REMAT:
         raise ValueError(f"A decoder's remat is one of {', '.join(REMAT)}, or None, not {remat!r}.")
 
-    structures = dict(_structure(config, rank) for rank in (0, 1))
-    plain = next(iter(structures))
+    plain, _ = _structure(config, frozenset())
 
     def trunk(params) -> tuple[Trunk, Any]:
         params = {name: leaf for name, leaf in params.items() if name != "output_head"}
         # nnx.merge goes by order alone: parameters of other names would be accepted silently.
-        structure = structures.get(jax.tree.structure(params))
-        if structure is None or {len(leaf) for leaf in jax.tree.leaves(params["layers"])} != {config.layers}:
+        expected, structure = _structure(config, _adapted(params))
+        same = jax.tree.structure(params) == expected
+        if not same or {len(leaf) for leaf in jax.tree.leaves(params["layers"])} != {config.layers}:
             raise ValueError(
                 f"These are not the parameters of a decoder of {config.layers} layers: they have "
                 f"{len(jax.tree.leaves(params))} arrays instead of {plain.num_leaves}, other names, or other layers."
@@ -142,12 +143,19 @@ def decoder(
     return LanguageModel(init, hidden, logits, prefill, decode, config.vocabulary_size, config.context_length)
 
 
+def _adapted(params: Any) -> frozenset[str]:
+    """Returns the names of a layer's linear maps that have an adapter."""
+    layers = params.get("layers")
+    factors = {name: layers.get(name) for name in LINEAR_MAPS} if isinstance(layers, dict) else {}
+    return frozenset(name for name, leaf in factors.items() if isinstance(leaf, dict) and "down" in leaf)
+
+
 # Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is no part of
 # a structure.
 @functools.cache
-def _structure(config: DecoderConfig, rank: int) -> tuple[Any, Any]:
-    """Returns the structure of a decoder's parameters, with adapters for rank > 0, and its module without them."""
-    module, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), rank)))
+def _structure(config: DecoderConfig, adapted: frozenset[str]) -> tuple[Any, Any]:
+    """Returns the structure of a decoder's parameters, with adapters on those maps, and its module without them."""
+    module, state = nnx.split(nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0), adapted)))
     return jax.tree.structure(nnx.to_pure_dict(state)), module
 
 

@@ -69,17 +69,17 @@ class LayerKind(NamedTuple):
 
 
 class Trunk(nnx.Module):
-    """A decoder up to its final norm; with `rank`, every linear map of its layers has an adapter.
+    """A decoder up to its final norm; the linear maps of its layers named in `adapted` have adapters.
 
     `layers` is one `Block` whose parameters have the layers as their first axis.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, rank: int = 0):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, adapted: frozenset[str] = frozenset()):
         self.config = config
         self.embedding = normal(rngs, (config.vocabulary_size, config.width), config.width**-0.5)
         if config.rope_base is None:
             self.positions = normal(rngs, (config.context_length, config.width), 0.1 * config.width**-0.5)
-        blocks = [nnx.split(Block(config, rngs, rank)) for _ in range(config.layers)]
+        blocks = [nnx.split(Block(config, rngs, adapted)) for _ in range(config.layers)]
         self.layers = nnx.merge(
             blocks[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in blocks))
         )

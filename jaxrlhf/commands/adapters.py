@@ -1,0 +1,74 @@
+"""LoRA adapters on the command line: rank, alpha and modules."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+
+from jaxrlhf.base.types import Params
+from jaxrlhf.commands.flags import refuse_unused
+from jaxrlhf.commands.options import Groups
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.hugging_face.adapters import maps_of
+from jaxrlhf.lm.hugging_face.families import Kind
+from jaxrlhf.lm.transformer.config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Settings of adapters, common to every command that trains."""
+
+    GROUPS: ClassVar[Groups] = {"adapters": ("lora_alpha", "lora_modules")}
+
+    lora_rank: int = 0
+    """Trains LoRA adapters of this rank instead of all weights; they are merged into the saved models."""
+    lora_alpha: float | None = None
+    """Adapters count alpha / rank times; by default alpha is the rank."""
+    lora_modules: tuple[str, ...] = ()
+    """Modules with adapters, by the ends of their names in the checkpoint, such as q_proj k_proj v_proj; by default every
+    linear map in the layers."""
+
+
+class Adapters(NamedTuple):
+    """The adapters of a run.
+
+    Attributes:
+        rank: R.
+        alpha: they count alpha / rank times.
+        modules: of `maps_of`; every linear map if there are none.
+    """
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        """Alpha over the rank."""
+        return self.alpha / self.rank
+
+    def init(self, key: jax.Array, config: DecoderConfig, kind: Kind, base: Params) -> Params:
+        """Returns a new adapter of a model's layers, of `lora.init_adapter`.
+
+        Raises:
+            WeightsError: the model does not have the modules.
+        """
+        maps = maps_of(config, kind, self.modules) if self.modules else None
+        return lora.init_adapter(key, base, rank=self.rank, maps=maps)
+
+    def scaled(self, adapter: Params) -> Params:
+        """Returns an adapter as `lora.attach` and `lora.merge` take it."""
+        return lora.scaled(adapter, self.scaling)
+
+
+def configured_adapters(config: AdapterConfig) -> Adapters | None:
+    """Returns the adapters that the flags describe; None where all weights are trained.
+
+    Raises:
+        ValueError: a flag for adapters is given without --lora-rank.
+    """
+    if not config.lora_rank:
+        refuse_unused(config, ["lora_alpha", "lora_modules"], "without --lora-rank")
+        return None
+    alpha: Any = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return Adapters(config.lora_rank, alpha, config.lora_modules)
