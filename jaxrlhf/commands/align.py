@@ -1,5 +1,6 @@
 """Online RLHF, by default as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jaxrlhf.commands.align_inputs import (
     PromptSplits,
     annotator_of,
     column_multiple,
+    counted,
     prompt_columns,
     read_prompts,
     reward_of,
@@ -32,6 +34,7 @@ from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_exis
 from jaxrlhf.commands.methods import ask_about_some, rule_of
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
 from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
+from jaxrlhf.commands.page_annotator import STORE, with_board
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
 from jaxrlhf.data.pipelines import prompt_batches
@@ -108,12 +111,19 @@ def main(config: Align) -> pathlib.Path:
     """
     began = time.monotonic()
     run, initial = prepare(config)
-    free = ["evaluations", "annotator_timeout", *JUDGE_SETTINGS]
+    free = ["evaluations", "annotator_timeout", "host", "port", "repeats", *JUDGE_SETTINGS]
     # How the KL rises to its target depends on the number of steps.
     free += ["steps"] if config.target_kl is None else []
-    with open_checkpointer(config, run.folder, initial.models, free=free) as checkpointer:
+    with (
+        contextlib.ExitStack() as stack,
+        open_checkpointer(config, run.folder, initial.models, free=free) as checkpointer,
+    ):
         state, restored = checkpointer.restore_or_init(run.setup.algorithm.init, initial.arguments, run.state_where)
         del initial
+        people = run.annotator.people
+        if people is not None:
+            page = people.serve(run.folder.path / STORE, stop=checkpointer.stop, step=int(state.step))
+            stack.enter_context(page)
         # Labels are requested only after the folder is known to belong to this run.
         recorder = _recorder(config, run)
         if run.setup.mixture is not None:
@@ -172,6 +182,7 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
     others = [] if config.reward is None else reward.remarks("Reward model")
     print_plan(Console(quiet=not is_first_process()), config, policy, memory, [*prompts.notes, *others])
     log = tracker(config.track if is_first_process() else None, folder.path, name=folder.path.name, config=config)
+    log = log if annotator.people is None else with_board(log, annotator.people.board)
 
     state_where = shardings(jax.eval_shape(setup.algorithm.init, *arguments), mesh, decoder_names)
     trees = setup.frozen, setup.upper, setup.lower
@@ -182,7 +193,7 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
         policy=policy,
         reward=reward._replace(params={}),
         setup=setup._replace(upper=(), lower=()),
-        annotator=with_label_cache(annotator, folder),
+        annotator=counted(with_label_cache(annotator, folder), config),
         prompts=prompts,
         mesh=mesh,
         frozen=put_on_devices(setup.frozen, frozen_where),

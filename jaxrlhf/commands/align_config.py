@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 import tyro
 
 from jaxrlhf.commands.adapters import AdapterConfig, configured_adapters
-from jaxrlhf.commands.annotators import AnnotatorConfig
+from jaxrlhf.commands.annotators import AnnotatorConfig, check_people
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.method_flags import MethodName, check_method
 from jaxrlhf.commands.options import Groups
+from jaxrlhf.commands.page_annotator import BROWSER
 from jaxrlhf.commands.running import RunConfig
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
@@ -151,6 +152,9 @@ def check_config(config: Align) -> None:
         raise ValueError(
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."
         )
+    check_people(config)
+    if config.annotator == BROWSER:
+        refuse_unused(config, ["keep_best"], "to people, who are not asked to compare policies during a run")
     _check_rewards(config)
     if not config.learn_scale:
         refuse_unused(config, ["scale_learning_rate"], "without --learn-scale")

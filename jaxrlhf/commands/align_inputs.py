@@ -9,7 +9,7 @@ import numpy as np
 from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.annotation.label_cache import cached_annotator
 from jaxrlhf.commands.align_config import Align
-from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_settings, open_annotator
+from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_settings, open_annotator, people_of
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.existing import Existing
 from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on
@@ -81,6 +81,7 @@ def annotator_of(config: Align, policy: Model) -> ComparisonAnnotator:
         journal=config.data_dir / labels,
         seconds=config.annotator_timeout,
         judge=judge_settings(config),
+        people=people_of(config, evaluates=False),
     )
 
 
@@ -92,6 +93,21 @@ def with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> Compa
     agreed = broadcast_array if jax.process_count() > 1 else None
     host: Any = cached_annotator(annotator.host, path, agreed=agreed, complete=annotator.judge is not None)
     return annotator._replace(host=host)
+
+
+def counted(annotator: ComparisonAnnotator, config: Align) -> ComparisonAnnotator:
+    """Returns the annotator, which shows people on their page what they said of each step; others as they are."""
+    people, host = annotator.people, annotator.host
+    if people is None or host is None:
+        return annotator
+    against_reference = METHODS[config.method].against == "reference"
+
+    def annotate(key, sample):
+        labels = host(key, sample)
+        people.labelled(np.asarray(labels), against_reference=against_reference)
+        return labels
+
+    return annotator._replace(host=annotate)
 
 
 def reward_of(config: Align, policy: Model) -> Model:

@@ -23,6 +23,8 @@ from jaxrlhf.commands.flags import refuse_unused
 from jaxrlhf.commands.hub import hub_name
 from jaxrlhf.commands.models import Model, check_tokens, open_model
 from jaxrlhf.commands.options import Groups
+from jaxrlhf.commands.page_annotator import BROWSER, People
+from jaxrlhf.commands.people import PAGE_SETTINGS, PageConfig, check_page
 from jaxrlhf.lm.annotators import reward_model_annotator
 from jaxrlhf.training.processes import split_over_processes
 
@@ -33,7 +35,7 @@ SILENCE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnnotatorConfig:
+class AnnotatorConfig(PageConfig):
     """Settings of the annotator, common to alignment and evaluation."""
 
     GROUPS: ClassVar[Groups] = {
@@ -42,8 +44,9 @@ class AnnotatorConfig:
     }
 
     annotator: str | None = None
-    """Compares completions: `module:function` of (prompts, firsts, seconds), a reward model's directory, or an LLM judge.
-    Judges are OpenAI-style addresses, `http://HOST:PORT/v1#MODEL`; key in OPENAI_API_KEY; no verdict is paid twice."""
+    """Compares completions: `module:function` of (prompts, firsts, seconds), a reward model's directory, an LLM judge, or
+    browser: a page on which people label while the run waits. Judges are OpenAI-style addresses, `http://HOST:PORT/v1#MODEL`;
+    key in OPENAI_API_KEY; no verdict is paid twice."""
     score: str | None = None
     """Instead of --annotator: `module:function` of (prompts, completions) that returns scores to draw labels from."""
     judge_tokens: int = 1024
@@ -68,15 +71,19 @@ class ComparisonAnnotator(NamedTuple):
         host: `(key, sample) -> labels`, plain Python, or None.
         params: what `traced` reads from `frozen.annotator`.
         judge: the LLM judge that `host` asks, if it is one.
+        people: whom `host` asks on the labelling page, if it does.
     """
 
     traced: preferences.Annotator | None
     host: Callable[[jax.Array, Sample], jax.Array] | None
     params: Params = ()
     judge: HttpJudge | None = None
+    people: People | None = None
 
     def notes(self) -> list[str]:
-        """Returns sentences for the report on what an LLM judge replied."""
+        """Returns sentences for the report on what an LLM judge replied, or on each person who labelled."""
+        if self.people is not None:
+            return self.people.notes()
         if self.judge is None or not self.judge.replies.total:
             return []
         replies = self.judge.replies
@@ -92,6 +99,7 @@ def open_annotator(
     journal: pathlib.Path | None = None,
     seconds: float | None = None,
     judge: dict[str, Any] | None = None,
+    people: People | None = None,
 ) -> ComparisonAnnotator:
     """Returns the annotator named on the command line.
 
@@ -102,6 +110,7 @@ def open_annotator(
         journal: file for an HTTP judge's verdicts; functions, which may be random or cheap, have none.
         seconds: time limit for a function to label the pairs of a step; None is no limit. A judge has limits of its own.
         judge: further settings of an HTTP judge, of `judge_settings`.
+        people: who are asked instead, of `people_of`.
 
     Raises:
         ValueError: both or neither is given, what is named cannot be found, or the journal cannot be used.
@@ -109,6 +118,8 @@ def open_annotator(
     if bool(annotator) == bool(score):
         raise ValueError("Give --annotator or --score, one of the two: they say which completions are better.")
     tokenizer = model.bundle.tokenizer
+    if people is not None:
+        return ComparisonAnnotator(None, host_annotator(tokenizer, people, BROWSER), people=people)
     if score:
         function = split_over_processes(with_timeout(score_function(score), seconds, score))
         return ComparisonAnnotator(None, host_scorer(tokenizer, function, score))
@@ -130,6 +141,23 @@ def open_annotator(
         )
     function = split_over_processes(with_timeout(load_function(annotator), seconds, annotator))
     return ComparisonAnnotator(None, _not_silent(host_annotator(tokenizer, function, annotator), annotator))
+
+
+def people_of(config: AnnotatorConfig, *, evaluates: bool) -> People | None:
+    """Returns the people of --annotator browser, or None for another annotator.
+
+    Raises:
+        ValueError: a setting of the page is out of range or does not apply, or the packages of the page are missing.
+    """
+    check_people(config)
+    return People(config, evaluates=evaluates) if config.annotator == BROWSER else None
+
+
+def check_people(config: AnnotatorConfig) -> None:
+    """Raises ValueError for settings of the page that are out of range, or that another annotator would ignore."""
+    if config.annotator != BROWSER:
+        refuse_unused(config, PAGE_SETTINGS, "without --annotator browser")
+    check_page(config)
 
 
 def judge_settings(config: AnnotatorConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from jaxrlhf.annotation.functions import texts_of
-from jaxrlhf.base.problem import Sample, uniform_measure
+from jaxrlhf.base.problem import SKIPPED, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.models import Model
@@ -195,6 +195,8 @@ def _completer(reference: Model, *, max_new_tokens: int, temperature: float) -> 
 
 
 def _label_function(annotator: ComparisonAnnotator) -> LabelFunction:
+    if annotator.people is not None and not annotator.people.evaluates:
+        return lambda key, sample: np.full(len(sample.measure), SKIPPED, np.float32)
     if annotator.traced is None:
         host = annotator.host
         assert host is not None

@@ -18,6 +18,7 @@ from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_ro
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.options import Groups
+from jaxrlhf.commands.people import PAGE_SETTINGS
 from jaxrlhf.commands.policies import evaluate_policies
 from jaxrlhf.commands.reward_report import (
     accuracy_json,
@@ -119,6 +120,7 @@ def _check(config: Evaluate, policies: Sequence[pathlib.Path]) -> None:
     if (not policies and config.reward is None) or (policies and config.reward is not None and not config.best_of):
         raise ValueError("Give --policy with --reference, or --reward: one thing is evaluated at a time.")
     if not policies:
+        refuse_unused(config, PAGE_SETTINGS, "with --reward")
         unused = ["reference", "annotator", "score", *JUDGE_SETTINGS, "prompts", "max_new_tokens", "best_of"]
         refuse_unused(config, [*unused, "completions"], "with --reward")
         return

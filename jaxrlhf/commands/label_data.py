@@ -14,6 +14,7 @@ import numpy as np
 from jaxrlhf.annotation.functions import completions_of, unpadded
 from jaxrlhf.annotation.journal_file import Label
 from jaxrlhf.commands.models import Model
+from jaxrlhf.commands.page_annotator import NAME
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.formats import VARIABLES
@@ -25,8 +26,6 @@ from jaxrlhf.lm.generate import generate
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.progress import progress
 
-NAME = "people"
-"""Of the annotator, in the keys of pairs."""
 BATCH_SIZE = 16
 """Prompts completed together."""
 

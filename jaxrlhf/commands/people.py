@@ -23,6 +23,9 @@ class PageConfig:
     """Fraction of a person's pairs that are shown a second time, to measure how far their labels agree."""
 
 
+PAGE_SETTINGS = ("host", "port", "people_per_pair", "repeats")
+
+
 def check_page(config: PageConfig) -> None:
     """Raises ValueError for settings that are out of range."""
     if not 0 <= config.port < 65536:

@@ -1,5 +1,6 @@
 """Policies compared with a reference by an annotator: what `jaxrlhf evaluate --policy` does."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from jaxrlhf.commands.annotators import LABELS, judge_settings, open_annotator
+from jaxrlhf.commands.annotators import LABELS, judge_settings, open_annotator, people_of
 from jaxrlhf.commands.best_of import best_of_responders, open_chooser, reward_scorer
-from jaxrlhf.commands.comparison import Comparison, open_comparer, policy_responder
+from jaxrlhf.commands.comparison import Comparer, Comparison, open_comparer, policy_responder
 from jaxrlhf.commands.models import Model, check_tokens, open_model
+from jaxrlhf.commands.page_annotator import STORE
 from jaxrlhf.commands.running import finish, open_folder
 from jaxrlhf.data.tokenization import TokenizedRows, describe_rows, tokenize_prompts
 from jaxrlhf.evaluation.win_rate import Interval, summarise
@@ -52,7 +54,10 @@ def evaluate_policies(
     if others:
         notes = [*notes, f"Prompts are written in the chat template of {policies[0]}; {', '.join(others)} has another."]
     chooser = None if config.reward is None else open_chooser(config.reward, reference.bundle)
-    annotator = open_annotator(config.annotator, config.score, model, journal=config.data_dir / LABELS, judge=settings)
+    people = people_of(config, evaluates=True)
+    annotator = open_annotator(
+        config.annotator, config.score, model, journal=config.data_dir / LABELS, judge=settings, people=people
+    )
     tokenized = _read_prompts(config, model, records)
     prompts = tokenized.rows[: config.prompts]
     remarks = {"reference": "\n".join(reference.remarks("Reference"))} if reference.remarks("Reference") else {}
@@ -67,15 +72,8 @@ def evaluate_policies(
     )
     # What cannot be written is better known before labels are paid for.
     folder = open_folder(config, "evaluate")
-    rivals = {}
-    for path in policies:
-        params = model.params if path == policies[0] else _open_policy(path, reference).params
-        rivals[str(path)] = _rival(config, comparer.compare(policy_responder(comparer, params, reference.params)))
-    if chooser is not None:
-        for number, respond in best_of_responders(
-            comparer, reference.params, reward_scorer(chooser), config.best_of
-        ).items():
-            rivals[f"best of {number} by the reward"] = _rival(config, comparer.compare(respond), bound=True)
+    with contextlib.nullcontext() if people is None else people.serve(config.data_dir / STORE):
+        rivals = _rivals(config, policies, model, reference, comparer, chooser)
     labels = _label_notes(config, rivals, annotator.notes())
     folder.write_json("results.json", _results(rivals))
     return finish(
@@ -87,6 +85,27 @@ def evaluate_policies(
         samples=[Samples("Completions", ("reference", *rivals), _side_by_side(rivals))],
         notes=[*notes, *labels, describe_rows(tokenized) + "."],
     )
+
+
+def _rivals(
+    config: "Evaluate",
+    policies: tuple[pathlib.Path, ...],
+    model: Model,
+    reference: Model,
+    comparer: Comparer,
+    chooser: Model | None,
+) -> dict[str, Rival]:
+    """Returns what is compared with the reference, by name; `model` is the first policy."""
+    rivals = {}
+    for path in policies:
+        params = model.params if path == policies[0] else _open_policy(path, reference).params
+        rivals[str(path)] = _rival(config, comparer.compare(policy_responder(comparer, params, reference.params)))
+    if chooser is not None:
+        for number, respond in best_of_responders(
+            comparer, reference.params, reward_scorer(chooser), config.best_of
+        ).items():
+            rivals[f"best of {number} by the reward"] = _rival(config, comparer.compare(respond), bound=True)
+    return rivals
 
 
 def _open_policy(path: pathlib.Path, reference: Model) -> Model:

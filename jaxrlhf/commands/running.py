@@ -7,7 +7,7 @@ import io
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import grain
@@ -19,7 +19,8 @@ from jaxrlhf.commands.configuration import config_values
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.training.checkpoint import fingerprints
 from jaxrlhf.training.guard import SkippedSteps
-from jaxrlhf.training.loop import outer_steps
+from jaxrlhf.training.loop import StepProgress, outer_steps
+from jaxrlhf.training.preemption import AskedToStopError
 from jaxrlhf.training.processes import broadcast_text, is_first_process
 from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
@@ -197,7 +198,7 @@ def run_loop(
     with progress(
         loop.name, loop.steps, loop.unit, done=start, console=Console(quiet=not is_first_process())
     ) as advance:
-        for reached in outer_steps(loop.step, state, batches, loop.frozen, key=loop.key):
+        for reached in _until_asked(loop, state, batches, folder, checkpointer):
             if reached.info is not None:
                 shown = loop.log_step(reached.info_step, reached.info.info._asdict())
                 skipped.record(reached.info_step, reached.info, reached.data)
@@ -222,6 +223,19 @@ def run_loop(
         ) from None
     note = f"The best on held-out data was step {best.step}; its models are in best."
     return LoopResult(state, best.arrays, [*skipped.notes(), note])
+
+
+def _until_asked(
+    loop: LoopSettings, state: Any, batches: Iterable[Batch], folder: RunFolder, checkpointer: RunCheckpointer
+) -> Iterator[StepProgress]:
+    """Yields the steps; raises StoppedError where one of them waits for labels while the run is asked to stop."""
+    number = int(state.step)
+    try:
+        for reached in outer_steps(loop.step, state, batches, loop.frozen, key=loop.key):
+            number = reached.step
+            yield reached
+    except AskedToStopError:
+        raise StoppedError(folder.path, number, loop.steps, checkpointer.stop.signal) from None
 
 
 def rehearse(folder: RunFolder, write: Callable[[RunFolder], Any]) -> None:

@@ -20,16 +20,13 @@ class Board:
         """Starts empty."""
         self.title, self.doing, self.ended = title, doing, False
         self._lock = threading.Lock()
-        self._rows: list[dict[str, float]] = []
+        self._rows: dict[int, dict[str, float]] = {}
         self._facts: dict[str, str] = {}
 
     def measured(self, step: int, **values: float) -> None:
         """Adds a step's measurements: `win_rate`, `kl`; those of the same step are joined."""
         with self._lock:
-            if self._rows and self._rows[-1]["step"] == step:
-                self._rows[-1].update(values)
-            else:
-                self._rows.append({"step": step} | values)
+            self._rows.setdefault(step, {"step": step}).update(values)
 
     def set_facts(self, **facts: str) -> None:
         """Sets lines such as `beta="0.2"`."""
@@ -39,7 +36,7 @@ class Board:
     def shown(self) -> dict[str, Any]:
         """Returns everything as JSON's types, with at most `POINTS` steps."""
         with self._lock:
-            every = -(-len(self._rows) // POINTS) or 1
-            rows = self._rows[::-every][::-1]
+            rows = [dict(self._rows[step]) for step in sorted(self._rows)]
+            rows = rows[:: -(-(-len(rows) // POINTS) or 1)][::-1]
             facts = dict(self._facts)
         return {"title": self.title, "doing": self.doing, "ended": self.ended, "curve": rows, "facts": facts}

@@ -26,6 +26,15 @@ class Page:
         address: with the token; None before `start`.
     """
 
+    @staticmethod
+    def check() -> None:
+        """Raises ValueError where the packages of the page are missing."""
+        try:
+            import starlette  # noqa: F401  # pyright: ignore[reportUnusedImport]
+            import uvicorn  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        except ImportError:
+            raise ValueError(MISSING) from None
+
     def __init__(self, queue: Queue, board: Board, *, host: str = "127.0.0.1", port: int = PORT):
         """Takes hold of the queue's journal; a page whose server was killed is served at the same address again.
 
@@ -38,11 +47,7 @@ class Page:
         Raises:
             ValueError: the packages of the page are missing, or another process serves the journal.
         """
-        try:
-            import starlette  # noqa: F401  # pyright: ignore[reportUnusedImport]
-            import uvicorn  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        except ImportError:
-            raise ValueError(MISSING) from None
+        self.check()
         path = queue.store.path
         assert path is not None
         self.queue, self.board, self.address = queue, board, None

@@ -27,6 +27,10 @@ class Stop:
         return self._asked.is_set()
 
 
+class AskedToStopError(Exception):
+    """Raised within a step by what waits for something else than the machine, once the run was asked to stop."""
+
+
 @contextmanager
 def stopping() -> Iterator[Stop]:
     """Yields a `Stop` that SIGTERM or a first Ctrl-C sets; a second Ctrl-C interrupts at once.

@@ -103,7 +103,7 @@ class RunCheckpointer:
         try:
             with self._exit_stack:
                 # Saving takes all processes, so the error must have been raised in all of them.
-                together = jax.process_count() == 1 or isinstance(error, SharedError)
+                together = jax.process_count() == 1 or isinstance(error, SharedError | StoppedError)
                 if error is not None and self._latest is not None and together:
                     # The first error is the one to raise; a failure to save is only a warning.
                     try:
