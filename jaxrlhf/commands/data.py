@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from jaxrlhf.data import formats, hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
-from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
-from jaxrlhf.data.reading import Records, parse_line, read_records
+from jaxrlhf.data.files import data_files
+from jaxrlhf.data.reading import Records, read_records
 from jaxrlhf.data.records import DataError, Parsed
+from jaxrlhf.data.rows import numbered_rows
 from jaxrlhf.data.tokenization import TokenizedRows, describe_counts, describe_rows
 
 Format = Literal["auto", "hh-rlhf", "records"]
@@ -68,7 +69,7 @@ def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
 def skipped_lines(prepared: Prepared | Records) -> list[str]:
     """Returns a sentence for each skipped line, and one for the keys that nothing reads."""
     unread = [f"Keys not read: {text}." for text in unread_rows(prepared).values()]
-    return [*(f"Skipped {line.path.name}, line {line.line}: {line.reason}" for line in prepared.bad), *unread]
+    return [*(f"Skipped {line.path.name}, {line.place}: {line.reason}" for line in prepared.bad), *unread]
 
 
 def unread_rows(prepared: Prepared | Records) -> dict[str, str]:
@@ -110,10 +111,9 @@ def _located(data: str, form: Format, data_dir: pathlib.Path) -> tuple[pathlib.P
 def _holds_transcripts(path: pathlib.Path) -> bool:
     # A file that changes its format later is reported with the line number.
     for file in data_files(path):
-        for _, line in () if is_plain_text(file) else numbered_lines(file):
+        for _, value in numbered_rows(file):
             with contextlib.suppress(ValueError):
-                check_encoding(line)
-                return hh_rlhf.is_published(parse_line(line))
+                return hh_rlhf.is_published(value())
     return False
 
 
