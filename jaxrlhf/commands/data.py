@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxrlhf.commands.hub import local_data
 from jaxrlhf.data import formats, hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
 from jaxrlhf.data.files import data_files
@@ -24,7 +25,7 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
     """Returns the records of a file or folder; they are prepared once, below `data_dir`.
 
     Args:
-        data: a path, or `hh-rlhf:NAME` with a name in `builders.HH_RLHF`.
+        data: a path, a name on a hub (`hub.local_data`), or `hh-rlhf:NAME` with a name in `builders.HH_RLHF`.
         form: "hh-rlhf" reads transcripts as published, "records" the formats of `data.formats`; "auto" decides by the
             keys and values of the first line that is JSON.
         held_out: fraction of the prompts in the split "test".
@@ -99,10 +100,12 @@ def _located(data: str, form: Format, data_dir: pathlib.Path) -> tuple[pathlib.P
     if data.startswith(PUBLISHED):
         path = download(data.removeprefix(PUBLISHED), data_dir)
     else:
-        path = pathlib.Path(data)
-        if not path.exists():
+        path = local_data(data)
+        if not path.exists() and "*" not in path.name:
             known = ", ".join(PUBLISHED + name for name in HH_RLHF)
-            raise DataError(f"There is no file or folder {data}; give a path, or one of {known}.")
+            raise DataError(
+                f"There is no file or folder {data}; give a path, the name of a data set, or one of {known}."
+            )
     if form == "auto":
         form = "hh-rlhf" if _holds_transcripts(path) else "records"
     return path, functools.partial(_read, form)

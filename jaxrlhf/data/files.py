@@ -31,7 +31,7 @@ OTHER_FORMATS = {
 
 
 def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns the data files at a path, in the order of their names.
+    """Returns the data files at a path, by name: the file itself, those below a folder, or those that a `*` matches.
 
     Raises:
         DataError: there are none, or of two formats, one lies outside the folder or leads nowhere, or one would be read
@@ -40,10 +40,12 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     path = pathlib.Path(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    pattern, folder = ("*", path) if path.is_dir() else (path.name, path.parent)
+    if folder != path and not ("*" in pattern and any(folder.glob(pattern))):
         raise DataError(f"There is no file or folder {path}.")
-    root = path.resolve()
-    found = sorted(file for file in path.rglob("*") if not _left_out(file.relative_to(path)))
+    root = _root(folder)
+    named = folder.rglob(pattern) if folder == path else folder.glob(pattern)
+    found = sorted(file for file in named if not _left_out(file.relative_to(folder)))
     linked = next((file for file in found if file.is_symlink() and file.is_dir()), None)
     if linked is not None:
         raise DataError(f"{linked} is a link to a folder, which is not followed; copy the folder.")
@@ -58,10 +60,10 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     files = by_format[given[0]] if given else _named(found, PLAIN)
     for file in files:
         if not file.resolve().is_relative_to(root):
-            raise DataError(f"{file} leads out of the folder {path}; copy the file into it.")
+            raise DataError(f"{file} leads out of the folder {folder}; copy the file into it.")
         if not file.is_file():
             raise DataError(f"{file} leads to no file; copy the file into the folder.")
-        column = next((part for part in file.relative_to(path).parts[:-1] if "=" in part), None)
+        column = next((part for part in file.relative_to(folder).parts[:-1] if "=" in part), None)
         if column is not None and ends_in(file, PARQUET):
             raise DataError(
                 f"{file} lies in the folder of a column, {column}, which is not read; give a folder below it."
@@ -152,6 +154,14 @@ def _opened(file: pathlib.Path, stack: contextlib.ExitStack) -> tuple[IO[bytes],
         if head.startswith(beginning):
             raise DataError(f"{file} is {description}.")
     return raw, json.detect_encoding(head)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _root(folder: pathlib.Path) -> pathlib.Path:
+    """Returns where links may lead: into the folder, or from a snapshot in the hub's cache into the repository's files."""
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            return parent.parent.resolve()
+    return folder.resolve()
 
 
 def _left_out(file: pathlib.Path) -> bool:
