@@ -16,6 +16,7 @@ from jaxrlhf.data.files import CSV, JSONL, PARQUET, PLAIN
 from jaxrlhf.training.processes import broadcast_text, is_first_process
 
 FILES = (
+    "README.md",
     "config.json",
     "generation_config.json",
     "adapter_config.json",
@@ -41,6 +42,7 @@ NAME = re.compile(
 )
 FAILURES = (errors.HTTPError, OSError, ValueError)  # pyright: ignore[reportPrivateImportUsage]
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SNAPSHOT = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$", re.ASCII)
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 Kind = Literal["model", "dataset"]
 WANTED: dict[Kind, tuple[str, str]] = {"model": ("directory", "a model"), "dataset": ("file or folder", "a data set")}
@@ -82,6 +84,12 @@ def local_directory(path: pathlib.Path) -> pathlib.Path:
     """
     name = hub_name(path)
     return path if name is None else _snapshot(name, "model", list(FILES))
+
+
+def cached_name(directory: pathlib.Path) -> HubName | None:
+    """Returns the name and commit of a model directory that is a snapshot in the hub's cache."""
+    match = SNAPSHOT.search(str(directory))
+    return None if match is None else HubName(f"{match['owner']}/{match['name']}", match["commit"])
 
 
 def local_data(path: str) -> pathlib.Path:
