@@ -11,12 +11,16 @@ import threading
 
 import huggingface_hub.constants
 import huggingface_hub.hf_api
+import jax
 import pytest
 
 from jaxrlhf.commands import export, hub
 from jaxrlhf.commands.data import read_all
 from jaxrlhf.commands.main import run
+from jaxrlhf.commands.models import open_model, save_trained_adapter
 from jaxrlhf.data import DataError
+from jaxrlhf.lm import lora
+from jaxrlhf.lm.hugging_face.adapters import open_adapter
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -132,6 +136,17 @@ def test_a_model_is_read_by_name_and_only_the_needed_files(served, tmp_path, cap
     assert served.sent == []
     both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert both[0] == both[1]
+
+
+def test_an_adapter_names_its_base_on_the_hub_and_is_read_at_that_commit(served, tmp_path):
+    start = open_model("org/tiny", "policy")
+    adapter = lora.init_adapter(jax.random.key(0), start.params, rank=1)
+    save_trained_adapter(tmp_path, start, adapter, "policy")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/tiny", OLD)
+    served.revisions["main"] = NEW
+    assert open_adapter(tmp_path / "adapter", hub.local_directory).base == start.bundle.directory
+    assert hub.cached_name(tmp_path / "models--org--tiny" / "snapshots" / "main") is None
 
 
 @pytest.mark.parametrize(

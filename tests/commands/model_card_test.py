@@ -12,9 +12,13 @@ from jaxrlhf.commands import align_config, direct, export, main, model_card, rew
 COMMIT = "c" * 40
 TOLD = model_card.Told(
     "Direct preference learning",
-    "2 steps. The model is in /home/me/runs/x/policy.",
+    "2 steps. The model is in policy, the mixture of rewards in mixture.",
     [model_card.Table("On 4 held-out pairs", ("policy", "accuracy"), [("after", "0.500, 95% in 0.150 to 0.850")])],
-    ["Texts begin with <s>.", "Skipped pairs.jsonl, line 3: no.", "Asked http://judge.internal:80/v1 twice."],
+    [
+        "Texts begin with <s>.",
+        "Skipped pairs.jsonl, line 3: no.",
+        "Asked http://judge.internal:80/v1 twice, from /data/me/x/file.",
+    ],
 )
 
 
@@ -118,17 +122,28 @@ def test_a_new_model_has_no_base(tmp_path):
 
 
 def test_reports_lose_paths_and_addresses_and_skipped_lines(tmp_path):
-    config = direct.Direct(policy=pathlib.Path("/home/me/base"), data="../my data/pairs.jsonl")
+    config = direct.Direct(policy=pathlib.Path("/data/me/base"), data="../my data/pairs.jsonl")
     text = card_of(made(tmp_path / "run", config, "policy") / "policy").content
-    assert "home" not in text and "judge.internal" not in text and "Skipped" not in text and "my data" not in text
-    assert "The model is in policy." in text and "Texts begin with &lt;s>." in text and "0.150 to 0.850" in text
+    assert (
+        "twice, from file." in text
+        and "/data" not in text
+        and "judge.internal" not in text
+        and "Skipped" not in text
+        and "my data" not in text
+    )
+    assert (
+        "2 steps.\n" in text
+        and "The model is in" not in text
+        and "Texts begin with &lt;s>." in text
+        and "0.150 to 0.850" in text
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         (
-            direct.Direct(policy=pathlib.Path("/home/runs/sft"), data="a b/c d.csv", run="r", resume=True),
+            direct.Direct(policy=pathlib.Path("/data/runs/sft"), data="a b/c d.csv", run="r", resume=True),
             "jaxrlhf dpo --data 'c d.csv' --policy sft",
         ),
         (
