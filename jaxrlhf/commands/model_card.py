@@ -230,7 +230,8 @@ def _card_metadata(path: pathlib.Path) -> dict[str, Any]:
 
     # The card is no reason for a run to fail at its end.
     with contextlib.suppress(ValueError, OSError, yaml.YAMLError):
-        directory = local_directory(path)
+        # From Python a path may be a text.
+        directory = local_directory(pathlib.Path(path))
         for each in (directory, directory / "policy", directory / "reward"):
             if (each / CARD).is_file():
                 return (metadata_load(each / CARD) or {}) | {"own": is_own(_read(each / CARD))}

@@ -110,7 +110,7 @@ def test_the_base_on_a_hub_gives_its_licence_and_the_chain_keeps_its_name(tmp_pa
 def test_a_base_with_a_card_that_cannot_be_read_has_no_licence(tmp_path, front):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text(front, errors="surrogateescape")
-    run = made(tmp_path / "run", reward.Reward(policy=tmp_path / "base", data="a.csv"), "reward")
+    run = made(tmp_path / "run", reward.Reward(policy=str(tmp_path / "base"), data="a.csv"), "reward")
     assert card_of(run / "reward").data.to_dict()["base_model"] == "base"
     assert "license" not in card_of(run / "reward").data.to_dict()
 
