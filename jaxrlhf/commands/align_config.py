@@ -57,7 +57,8 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     policy: pathlib.Path
     """Model to align, and its reference: a Hugging Face directory, or a run's folder."""
     data: str
-    """Prompts: a .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME; of other records only prompts are used."""
+    """Prompts: a .jsonl, .parquet or .csv file, a folder of them, a name on a hub as org/name[@revision][:part], or
+    hh-rlhf:NAME; of other records only prompts are used."""
     reward: pathlib.Path | None = None
     """Reward model to start from; by default the policy's trunk with a zero head. With --lora-rank its own weights are
     frozen, and its head and an adapter on it are trained."""

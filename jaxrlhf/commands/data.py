@@ -8,11 +8,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxrlhf.commands.hub import local_data
 from jaxrlhf.data import formats, hh_rlhf
 from jaxrlhf.data.builders import HH_RLHF, Prepared, RecordSource, download, prepare
-from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
-from jaxrlhf.data.reading import Records, parse_line, read_records
+from jaxrlhf.data.files import data_files
+from jaxrlhf.data.reading import Records, read_records
 from jaxrlhf.data.records import DataError, Parsed
+from jaxrlhf.data.rows import numbered_rows
 from jaxrlhf.data.tokenization import TokenizedRows, describe_counts, describe_rows
 
 Format = Literal["auto", "hh-rlhf", "records"]
@@ -23,7 +25,7 @@ def open_records(data: str, *, form: Format, held_out: float, skip_bad: bool, da
     """Returns the records of a file or folder; they are prepared once, below `data_dir`.
 
     Args:
-        data: a path, or `hh-rlhf:NAME` with a name in `builders.HH_RLHF`.
+        data: a path, a name on a hub (`hub.local_data`), or `hh-rlhf:NAME` with a name in `builders.HH_RLHF`.
         form: "hh-rlhf" reads transcripts as published, "records" the formats of `data.formats`; "auto" decides by the
             keys and values of the first line that is JSON.
         held_out: fraction of the prompts in the split "test".
@@ -68,7 +70,7 @@ def splits_of(prepared: Prepared) -> tuple[RecordSource, RecordSource]:
 def skipped_lines(prepared: Prepared | Records) -> list[str]:
     """Returns a sentence for each skipped line, and one for the keys that nothing reads."""
     unread = [f"Keys not read: {text}." for text in unread_rows(prepared).values()]
-    return [*(f"Skipped {line.path.name}, line {line.line}: {line.reason}" for line in prepared.bad), *unread]
+    return [*(f"Skipped {line.path.name}, {line.place}: {line.reason}" for line in prepared.bad), *unread]
 
 
 def unread_rows(prepared: Prepared | Records) -> dict[str, str]:
@@ -98,10 +100,12 @@ def _located(data: str, form: Format, data_dir: pathlib.Path) -> tuple[pathlib.P
     if data.startswith(PUBLISHED):
         path = download(data.removeprefix(PUBLISHED), data_dir)
     else:
-        path = pathlib.Path(data)
-        if not path.exists():
+        path = local_data(data)
+        if not path.exists() and "*" not in path.name:
             known = ", ".join(PUBLISHED + name for name in HH_RLHF)
-            raise DataError(f"There is no file or folder {data}; give a path, or one of {known}.")
+            raise DataError(
+                f"There is no file or folder {data}; give a path, the name of a data set, or one of {known}."
+            )
     if form == "auto":
         form = "hh-rlhf" if _holds_transcripts(path) else "records"
     return path, functools.partial(_read, form)
@@ -110,10 +114,9 @@ def _located(data: str, form: Format, data_dir: pathlib.Path) -> tuple[pathlib.P
 def _holds_transcripts(path: pathlib.Path) -> bool:
     # A file that changes its format later is reported with the line number.
     for file in data_files(path):
-        for _, line in () if is_plain_text(file) else numbered_lines(file):
+        for _, value in numbered_rows(file):
             with contextlib.suppress(ValueError):
-                check_encoding(line)
-                return hh_rlhf.is_published(parse_line(line))
+                return hh_rlhf.is_published(value())
     return False
 
 

@@ -72,6 +72,11 @@ class Direct(PairConfig):
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW; it decays to a tenth along a cosine. Adapters need about ten times as much."""
 
+    @property
+    def kl_weight(self) -> float:
+        """Beta, or the loss's default."""
+        return BETA[self.loss] if self.beta is None else self.beta
+
 
 def main(config: Direct) -> pathlib.Path:
     """Trains, evaluates and reports; returns the run's folder, with the model in `policy`.
@@ -111,7 +116,7 @@ def prepare(config: Direct) -> PairInputs:
 
 def pair_loss(config: Direct) -> PairLoss:
     """Returns the loss of a pair; equal to TRL's of that name (`DPOTrainer`; simpo: `CPOTrainer`)."""
-    beta = BETA[config.loss] if config.beta is None else config.beta
+    beta = config.kl_weight
     smoothing = config.smoothing
     losses = {
         "dpo": lambda: dpo(beta=beta, label_smoothing=smoothing),

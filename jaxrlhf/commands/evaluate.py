@@ -53,7 +53,8 @@ class Evaluate(AnnotatorConfig):
     }
 
     data: str
-    """A .jsonl or .jsonl.gz file, a folder of them, or hh-rlhf:NAME for a published file."""
+    """A .jsonl, .parquet or .csv file, a folder of them, a name on a hub as org/name[@revision][:part], or hh-rlhf:NAME
+    for a published file."""
     policy: tyro.conf.UseAppendAction[tuple[pathlib.Path, ...]] = ()
     """Policy to evaluate: a Hugging Face directory, or a run's folder. Several are compared in one table."""
     reference: pathlib.Path | None = None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxrlhf.commands.model_card import write_exported_card
 from jaxrlhf.commands.models import Model, find, open_model, save_model
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.lm.hugging_face.tokenizer_files import tokens_of
@@ -47,6 +48,7 @@ def main(config: Export) -> pathlib.Path:
     again = open_model(config.to, config.kind, dtype=dtype)
     if not _same(model, again):
         raise ValueError(f"What was written to {config.to} reads otherwise than {source}; is the disk full?")
+    write_exported_card(config.to, source, config.source, config.kind, config.dtype)
     size = sum(leaf.size * jnp.dtype(dtype).itemsize for leaf in jax.tree.leaves(model.params))
     Console().print(f"A {config.kind} of {bytes_text(size)} in {config.dtype}, read back and verified, is in:")
     Console().print(str(config.to), soft_wrap=True, markup=False, highlight=False)

@@ -47,7 +47,8 @@ class Label(PageConfig):
     }
 
     data: str
-    """Pairs to label: prompt with two completions, or with chosen and rejected, as .jsonl. With --policy: prompts."""
+    """Pairs to label (.jsonl, .parquet or .csv): prompt with two completions, or with chosen and rejected. With
+    --policy: prompts."""
     to: pathlib.Path
     """The .jsonl file for the labels; the journal, and each person's labels with their notes, are kept beside it."""
     policy: pathlib.Path | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from jaxrlhf.base.types import Params
-from jaxrlhf.commands.hub import local_directory
+from jaxrlhf.commands.hub import cached_name, local_directory
 from jaxrlhf.data.chat import ChatTemplate, load_chat_template
 from jaxrlhf.data.encode import ChatTokenizer, chat_tokenizer, encode_prompt
 from jaxrlhf.data.records import Message
@@ -275,8 +275,10 @@ def save_trained_adapter(
     if start.adapted:
         return
     adapter, head = (trained, None) if kind == "policy" else (trained["adapter"], np.asarray(trained["head"]))
-    base = str(start.bundle.directory)
-    save_adapter(directory / "adapter", start.config, adapter, base, head=head, scaling=scaling)
+    named = cached_name(start.bundle.directory)
+    base = str(start.bundle.directory) if named is None else named.repository
+    revision = None if named is None else named.revision
+    save_adapter(directory / "adapter", start.config, adapter, base, revision=revision, head=head, scaling=scaling)
 
 
 def as_saved(model: Model, kind: Kind) -> Model:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.commands.configuration import config_values
+from jaxrlhf.commands.model_card import COMMANDS, Told, write_cards
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.training.checkpoint import fingerprints
 from jaxrlhf.training.guard import SkippedSteps
@@ -276,7 +277,7 @@ def finish(
     samples: Sequence[Samples] = (),
     notes: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Writes the report, prints its tables and the path of the run's folder; returns the path."""
+    """Writes the report and the models' cards, prints its tables and the path of the run's folder; returns the path."""
     write_report(
         folder.path,
         title=title,
@@ -287,6 +288,8 @@ def finish(
         samples=samples,
         notes=notes,
     )
+    if type(config).__name__ in COMMANDS:
+        write_cards(folder.path, config, Told(title, summary, [table, *further], notes))
     console = Console(quiet=not is_first_process())
     for each in (table, *further):
         console.print(rich_table(each))

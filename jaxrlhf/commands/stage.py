@@ -49,7 +49,8 @@ class StageConfig(AdapterConfig, RunConfig):
     }
 
     data: str
-    """Training data: a .jsonl, .txt or gzipped file, a folder of them, or hh-rlhf:NAME for a published file."""
+    """Training data: a .jsonl, .parquet, .csv or .txt file, a folder of them, a name on a hub as
+    org/name[@revision][:part], or hh-rlhf:NAME for a published file."""
     format: Format = "auto"
     """Format of the data; see `jaxrlhf.data`."""
     skip_bad: bool = False

@@ -1,4 +1,4 @@
-"""Training data: records from JSONL files in the formats of `jaxrlhf.data.formats`, and HH-RLHF."""
+"""Training data: records from JSONL, Parquet and CSV files in the formats of `jaxrlhf.data.formats`, and HH-RLHF."""
 
 from jaxrlhf.data.formats import parse_record
 from jaxrlhf.data.reading import BadLine, Records, read_records

@@ -37,11 +37,13 @@ def message_of(fields: dict[str, Any], name: str = "the message") -> Message:
 
 
 def to_json(value: Any, name: str) -> str:
-    """Returns JSON that keeps the order of keys; raises ValueError if a number has no JSON form."""
+    """Returns JSON that keeps the order of keys; raises ValueError if a number or another value has no JSON form."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise ValueError(f"{name} holds a number that is not finite.") from None
+    except TypeError as error:
+        raise ValueError(f"{name} holds a value that is no JSON ({error}).") from None
 
 
 def shown(value: Any) -> str:

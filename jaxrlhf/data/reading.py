@@ -1,22 +1,27 @@
-"""Reading records from files of JSON lines or plain text."""
+"""Reading records from files of JSON lines, Parquet, CSV or plain text."""
 
 import collections
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxrlhf.data import formats
-from jaxrlhf.data.files import check_encoding, data_files, is_plain_text, numbered_lines
+from jaxrlhf.data.files import data_files, place
 from jaxrlhf.data.records import DataError, Parsed
+from jaxrlhf.data.rows import numbered_rows
 
 
 class BadLine(NamedTuple):
-    """A line that could not be read: its file, its number, and why."""
+    """A line, or a row of a Parquet file, that could not be read: its file, its number, and why."""
 
     path: pathlib.Path
     line: int
     reason: str
+
+    @property
+    def place(self) -> str:
+        """The line or row, as messages name it."""
+        return place(self.path, self.line)
 
 
 class Records(NamedTuple):
@@ -30,13 +35,13 @@ class Records(NamedTuple):
 def read_records(
     path: str | pathlib.Path, parse: Callable[[Any], Any] | None = None, *, skip_bad: bool = False
 ) -> Records:
-    """Reads a `.jsonl` or `.txt` file, gzipped or not, or all such files below a folder, sorted by name.
+    """Reads a file by its name's ending (`.jsonl`, `.csv`, `.txt`, gzipped or not, or `.parquet`), or a folder's by name.
 
     Args:
-        path: the file or folder. In a folder, `.txt` files are read only if there is no `.jsonl` file; hidden files are
-            left out; links that lead out of the folder are refused.
-        parse: maps a line's JSON value to a record, or to a `Parsed` with the keys that it does not read, and raises
-            ValueError with a reason; `formats.read` by default.
+        path: the file or folder. In a folder, `.txt` files are read only if there are no others; hidden files are left
+            out; two formats, and links that lead out of the folder, are refused.
+        parse: maps a line's JSON value, or a row's, to a record, or to a `Parsed` with the keys that it does not read, and
+            raises ValueError with a reason; `formats.read` by default.
         skip_bad: collects bad lines instead of stopping at the first.
 
     Raises:
@@ -45,15 +50,16 @@ def read_records(
     parse = formats.read if parse is None else parse
     records, bad, unread = [], [], collections.Counter()
     for file in data_files(path):
-        for number, line in numbered_lines(file):
+        for number, value in numbered_rows(file):
             try:
-                check_encoding(line)
-                found = parse({"text": line} if is_plain_text(file) else parse_line(line))
+                found = parse(value())
             except ValueError as error:
                 bad.append(BadLine(file, number, str(error)))
                 if not skip_bad:
+                    where = place(file, number)
+                    unit = where.split()[0]
                     raise DataError(
-                        f"{file}, line {number}: {error} Mend the line, or skip such lines with --skip-bad."
+                        f"{file}, {where}: {error} Mend the {unit}, or skip such {unit}s with --skip-bad."
                     ) from None
             else:
                 parsed = found if isinstance(found, Parsed) else Parsed(found)
@@ -62,39 +68,3 @@ def read_records(
     if not records and not bad:
         raise DataError(f"{path} holds no line of data.")
     return Records(records, bad, dict(unread))
-
-
-def parse_line(line: str) -> Any:
-    """Returns the JSON value of a line.
-
-    Raises:
-        ValueError: it is not JSON, an object names a key twice, or a text cannot be encoded.
-    """
-    if line.strip() in ("[", "{"):
-        raise ValueError("not JSON on one line; write each record on a line of its own, not one value over many lines.")
-    try:
-        value = json.loads(line, object_pairs_hook=_object, parse_int=_integer)
-        # JSON can escape half of a surrogate pair, which UTF-8 cannot encode.
-        json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}).") from None
-    except UnicodeEncodeError:
-        raise ValueError("a text holds half of a surrogate pair.") from None
-    except RecursionError:
-        raise ValueError("nested too deeply.") from None
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        name = next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {name} stands twice in one object.")
-    return value
-
-
-def _integer(digits: str) -> int:
-    # Python refuses to convert numbers of thousands of digits; a float holds 309.
-    if len(digits) > 1000:
-        raise ValueError(f"a number has {len(digits):,} digits.")
-    return int(digits)

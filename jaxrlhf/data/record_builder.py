@@ -58,7 +58,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder):
         kinds = collections.Counter(type(record).__name__ for record in records)
         if not kinds:
             reason = " ".join(bad[0].reason.split()).removesuffix(".")
-            raise DataError(f"No line of {self._path} can be read; the first bad one is line {bad[0].line}: {reason}.")
+            raise DataError(f"No line of {self._path} can be read; the first bad one is {bad[0].place}: {reason}.")
         if len(kinds) > 1:
             names = ", ".join(f"{count:,} {name}" for name, count in sorted(kinds.items()))
             raise DataError(f"{self._path} mixes kinds of records ({names}); give each kind a file of its own.")

@@ -96,7 +96,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, content, number, reason):
         ),
         (TEXT.encode("utf-16")[:-1], "not readable as text"),
         (b"PK\x03\x04rest", "is a zip archive; unpack it"),
-        (b"PAR1rest", "is a Parquet file; convert it to JSON lines"),
+        (b"PAR1rest", "is a Parquet file; let its name end in .parquet"),
         (b"\x28\xb5\x2f\xfdrest", "is compressed with zstd"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS.*git lfs pull"),
         (b"", "holds no line of data"),
@@ -125,7 +125,7 @@ def test_what_tools_leave_in_a_folder_is_left_out(tmp_path, left_over):
     assert len(read_records(folder).records) == 2
     (folder / "a.jsonl").unlink()
     if left_over != "notes.txt":
-        with pytest.raises(DataError, match=r"holds no \.jsonl or \.txt file"):
+        with pytest.raises(DataError, match=r"holds no \.jsonl, \.parquet, \.csv or \.txt file"):
             read_records(folder)
 
 

@@ -195,6 +195,7 @@ def save_adapter(
     adapter: dict,
     base: str,
     *,
+    revision: str | None = None,
     head: np.ndarray | None = None,
     scaling: float = 1.0,
 ) -> None:
@@ -205,6 +206,7 @@ def save_adapter(
         config: of the base.
         adapter: `{"layers": ...}`, as `lora.init_adapter` makes it.
         base: path or name of the base.
+        revision: of a base that is named.
         head: of a reward model, `[D]`.
         scaling: alpha over the rank, of `lora.scaled`.
     """
@@ -236,6 +238,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": next(task for task, of in TASKS.items() if of == kind),
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": _whole(scaling * rank),
         "lora_dropout": 0.0,
@@ -288,7 +291,8 @@ def _scaling(settings: dict[str, Any], module: str, rank: int) -> float:
 def _base_of(settings: dict[str, Any], directory: Path, find_base: FindBase) -> Path:
     name = settings.get("base_model_name_or_path")
     if name:
-        for found in (as_it_is, lambda path: directory / path, find_base):
+        revision = f"@{settings['revision']}" if settings.get("revision") else ""
+        for found in (as_it_is, lambda path: directory / path, lambda path: find_base(Path(f"{path}{revision}"))):
             base = found(Path(str(name)))
             if (base / "config.json").is_file():
                 return base
