@@ -100,7 +100,7 @@ def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, alwa
     (here / "moved.jsonl").write_text((here / "known.jsonl").read_text())
     assert align.main(settings(here, **options | {"from_preferences": "./moved.jsonl"})) == folder
     (here / "known.jsonl").write_text("\n".join(lines[:30]) + "\n")
-    with pytest.raises(ValueError, match="its from_preferences is '.*Name another run"):
+    with pytest.raises(ValueError, match=r"its from_preferences is '.*Name another run"):
         align.main(settings(here, **options))
 
 
