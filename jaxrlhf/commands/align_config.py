@@ -13,6 +13,7 @@ from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.method_flags import MethodName, check_method
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.running import RunConfig
+from jaxrlhf.training.sharding import parse_mesh
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
 
@@ -147,6 +148,10 @@ def check_config(config: Align) -> None:
     if config.estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
         refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")
+    split = parse_mesh(config.mesh).get("stencil", 1)
+    if split != 1 and (config.method != "bilevel" or config.estimator in ("boltzmann", "decoupled")):
+        without = f"--method {config.method}" if config.method != "bilevel" else f"--estimator {config.estimator}"
+        raise ValueError(f"--mesh stencil={split} does not apply with {without}, which has no stencil to split.")
     if config.learn_scale and config.estimator == "decoupled":
         raise ValueError(
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."

@@ -137,6 +137,8 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"method": "grpo", "critic_learning_rate": 1e-3}, r"--critic-learning-rate does not apply with --method grpo"),
         ({"method": "iterated", "learn_scale": True}, r"--learn-scale does not apply with --method iterated"),
         ({"learn_scale": True, "target_kl": 1.0}, r"give one of the two"),
+        ({"method": "rloo", "mesh": "stencil=2"}, r"--mesh stencil=2 does not apply with --method rloo"),
+        ({"estimator": "boltzmann", "mesh": "stencil=2"}, r"does not apply with --estimator boltzmann"),
         ({"kept_labels": 20}, r"--kept-labels does not apply without --reuse"),
         ({"reuse": 1, "kept_labels": 7}, r"--kept-labels 7 has no room for the 8 pairs of one step"),
         ({"reuse": -1}, r"--reuse must be at least 0, got -1"),
@@ -153,10 +155,11 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"reuse": 1, "from_preferences": "none.jsonl"}, r"There is no file or folder none.jsonl"),
         ({"labels_per_step": 9}, r"--labels-per-step 9 is more than the 8 pairs of a step"),
         ({"labels_per_step": 0}, r"--labels-per-step must be at least 1"),
+        ({"target_kl": 1.0, "steps": 10**20}, r"--steps must be at most 2147483647, got 1000"),
         ({"target_kl": 0.0}, r"--target-kl must be positive"),
     ],
 )
-def test_what_a_method_does_not_read_is_refused(here, options, message):
+def test_what_a_method_does_not_read_is_refused(here, always, options, message):
     (here / "bare.jsonl").write_text('{"prompt": "good day"}\n')
     with pytest.raises((ValueError, DataError), match=message):
         align.main(settings(here, **options))
