@@ -96,7 +96,7 @@ class Align(AnnotatorConfig, RunConfig):
     """Labels per step, of pairs drawn at random; the others serve what needs no label. By default every pair has one."""
     reuse: int = 0
     """Updates from kept labels per update from fresh ones: of the reward model where the method learns one, else of the
-    policy, by importance weights."""
+    policy, by importance weights where the method's gradient goes through the distribution of the pairs."""
     kept_labels: int = 10_000
     """Labels kept for --reuse; the oldest are overwritten."""
     from_preferences: str | None = None
