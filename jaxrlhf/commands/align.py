@@ -95,7 +95,7 @@ class InitialParams(NamedTuple):
     """Parameters that a run starts from, apart from `Run` so that they can be freed once the state has copies.
 
     Attributes:
-        models: that identify the run, by their names in error messages.
+        models: and existing preferences, that identify the run, by their names in error messages.
         arguments: of the algorithm's `init`, placed on the mesh.
     """
 
@@ -202,6 +202,8 @@ def prepare(config: Align) -> tuple[Run, InitialParams]:
         existing=existing,
     )
     models = {"weights": policy.params} | ({} if config.reward is None else {"reward": reward.params})
+    if existing is not None:
+        models["from_preferences"] = existing.prompts, existing.responses, existing.labels
     return run, InitialParams(models, put_on_devices(arguments, (_everywhere(mesh), upper_where, lower_where)))
 
 

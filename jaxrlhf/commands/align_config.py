@@ -15,6 +15,7 @@ from jaxrlhf.commands.method_flags import MethodName, check_method
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.page_annotator import BROWSER
 from jaxrlhf.commands.running import RunConfig
+from jaxrlhf.training.sharding import parse_mesh
 
 Estimator = Literal["central", "forward", "five_point", "boltzmann", "decoupled"]
 
@@ -98,7 +99,7 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     """Labels per step, of pairs drawn at random; the others serve what needs no label. By default every pair has one."""
     reuse: int = 0
     """Updates from kept labels per update from fresh ones: of the reward model where the method learns one, else of the
-    policy, by importance weights."""
+    policy, by importance weights where the method's gradient goes through the distribution of the pairs."""
     kept_labels: int = 10_000
     """Labels kept for --reuse; the oldest are overwritten."""
     from_preferences: str | None = None
@@ -149,6 +150,10 @@ def check_config(config: Align) -> None:
     if config.estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
         refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")
+    split = parse_mesh(config.mesh).get("stencil", 1)
+    if split != 1 and (config.method != "bilevel" or config.estimator in ("boltzmann", "decoupled")):
+        without = f"--method {config.method}" if config.method != "bilevel" else f"--estimator {config.estimator}"
+        raise ValueError(f"--mesh stencil={split} does not apply with {without}, which has no stencil to split.")
     if config.learn_scale and config.estimator == "decoupled":
         raise ValueError(
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."

@@ -28,6 +28,8 @@ NOTHING = "None"
 NOT_GIVEN = "\0"
 """Stands for an option that must be given and is not; printed as null."""
 FLOAT = r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+QUOTED = rf"{FLOAT}|true|false"
+"""What is a number or a flag, unless it stands in quotes."""
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", pathlib.Path: "a path"}
 
 
@@ -179,7 +181,9 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
             parts, member = value if isinstance(value, list) else [value], typing.get_args(each)[0]
             return tuple(_typed(member, part, f"value {number} of {place}") for number, part in enumerate(parts, 1))
     expected = " or ".join(_expected(each) for each in kinds if each is not types.NoneType)
-    hint = "; put it in quotes" if str in kinds and not isinstance(value, (list, dict)) else ""
+    hint = "; put it in quotes" if str in kinds and not isinstance(value, (list, dict, types.NoneType)) else ""
+    if isinstance(value, str) and re.fullmatch(f"(?:{QUOTED})", value):
+        hint = " as text; leave out its quotes"
     raise ValueError(f"{place} must be {expected}, got {_shown(value)}{hint}.")
 
 
@@ -190,6 +194,8 @@ def _expected(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     return value if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,40}", value) else reprlib.repr(value)
 
 
@@ -265,5 +271,7 @@ for _kind, _pattern, _first in (
 
 
 def _yaml_line(key: str, value: Any) -> str:
-    line = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    # A line end of Unicode's that is not escaped is read as a space.
+    plain_text = "\x85" not in str(value)
+    line = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=True, allow_unicode=plain_text, width=math.inf)
     return line.strip()[1:-1]

@@ -52,12 +52,15 @@ def read_existing(config: Align, policy: Model) -> Existing | None:
     if config.from_preferences is None:
         return None
     records = read_all(config.from_preferences, form="auto", skip_bad=config.skip_bad, data_dir=config.data_dir)
-    tokenized = tokenize_pairs(
-        policy.bundle.chat_tokenizer(),
-        records.records,
-        max_length=config.max_prompt + config.max_new_tokens,
-        cut_prompts=config.cut_prompts,
-    )
+    try:
+        tokenized = tokenize_pairs(
+            policy.bundle.chat_tokenizer(),
+            records.records,
+            max_length=config.max_prompt + config.max_new_tokens,
+            cut_prompts=config.cut_prompts,
+        )
+    except DataError as error:
+        raise DataError(f"--from-preferences {config.from_preferences}: {error}") from None
     room = min(config.max_prompt, policy.config.context_length - config.max_new_tokens)
     rows = [row for row in tokenized.rows if _fits(row, room, config.max_new_tokens)]
     if not rows:

@@ -61,7 +61,8 @@ POSITIVE = (
     "relative_sigma",
     "target_kl",
 )
-LARGEST_SEED = 2**32 - 1
+LARGEST_SEED, LARGEST = 2**32 - 1, 2**31 - 1
+"""Largest seed, and largest value of other whole numbers: arrays hold 32 bits."""
 
 
 def flag(name: str) -> str:
@@ -95,8 +96,9 @@ def check_flags(config: Any) -> None:
             raise ValueError(f"--held-out must lie in [0, 1), got {value:g}.")
         if name == "top_p" and not 0 < value <= 1:
             raise ValueError(f"--top-p must lie in (0, 1], got {value:g}.")
-        if name == "seed" and value > LARGEST_SEED:
-            raise ValueError(f"--seed must be at most {LARGEST_SEED}, got {value}.")
+        largest = LARGEST_SEED if name == "seed" else LARGEST
+        if isinstance(value, int) and value > largest:
+            raise ValueError(f"{flag(name)} must be at most {largest}, got {value}.")
 
 
 def refuse_unused(config: Any, names: Sequence[str], reason: str) -> None:

@@ -54,6 +54,10 @@ def check_method(config: Any) -> None:
     # In the order of the command's own flags.
     unused = [name for name in vars(config) if name in known.difference(READS[config.method])]
     refuse_unused(config, unused, f"with --method {config.method}")
+    if config.method == "label-gradient" and not config.kl_price:
+        raise ValueError(
+            "--method label-gradient needs a positive --kl-price: nothing else holds its policy near the reference."
+        )
     if not config.reuse:
         refuse_unused(config, ["kept_labels", "from_preferences"], "without --reuse")
     elif config.kept_labels < config.batch_size * config.pairs:

@@ -79,6 +79,8 @@ FREE = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"} | {"po
 def open_folder(config: Any, name: str) -> RunFolder:
     """Creates the run's folder, or opens the one to resume, and writes its configuration.
 
+    That of a run to resume stays as it is until `run_loop` knows that its checkpoints are this run's.
+
     Args:
         config: of the command.
         name: of the command, which the folder has too.
@@ -92,7 +94,8 @@ def open_folder(config: Any, name: str) -> RunFolder:
 
     path = broadcast_text(create)
     folder = created[0] if created else RunFolder.followed(pathlib.Path(path))
-    folder.write_json("config.json", config_values(config, name))
+    if not (folder.resumed and (folder.path / "config.json").is_file()):
+        folder.write_json("config.json", config_values(config, name))
     return folder
 
 
@@ -128,7 +131,7 @@ class LoopSettings(NamedTuple):
     """The training loop of a command.
 
     Attributes:
-        name: shown on the progress bar.
+        name: of the command, shown on the progress bar.
         unit: of the throughput on the progress bar.
         steps: of the whole run.
         step: `(key, state, batch, frozen) -> (state, guard.Guarded)`.
@@ -189,6 +192,7 @@ def run_loop(
     start, shown = int(state.step), {}
     if start > loop.steps:
         raise ValueError(f"The run in {folder.path} has taken {start} steps already; --steps {loop.steps} is fewer.")
+    folder.write_json("config.json", config_values(config, loop.name))
     every = max(1, loop.steps // max(1, loop.evaluations))
     skipped = SkippedSteps(folder.path / "skipped", max_consecutive=config.patience)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

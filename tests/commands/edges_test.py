@@ -202,6 +202,8 @@ def test_steps_of_a_resumed_run(here, tmp_path, stage_of):
     for steps in (1, 4):
         with pytest.raises(ValueError, match=f"its steps is 2, this one's {steps}.*--policy .*a\\."):
             stage_of.main(config(**settings, **SHORT | {"steps": steps}))
+        # The folder still says what the run is, so that it may be repeated or resumed by naming it.
+        assert json.loads((tmp_path / "a" / "config.json").read_text())["steps"] == 2
 
 
 def test_an_alignment_goes_on_to_more_steps_but_not_to_fewer(here, tmp_path, align_settings):
@@ -219,6 +221,7 @@ def test_an_alignment_goes_on_to_more_steps_but_not_to_fewer(here, tmp_path, ali
     assert [row["step"] for row in RunFolder.followed(folder).metrics() if "upper_loss" in row] == [1, 2]
     with pytest.raises(ValueError, match="has taken 2 steps already; --steps 1 is fewer"):
         align.main(align.Align(**settings | {"steps": 1}))
+    assert json.loads((folder / "config.json").read_text())["steps"] == 2
 
 
 def test_models_of_different_tokenizers_are_refused(here, tmp_path, trained):

@@ -87,7 +87,8 @@ def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, alwa
     late = json.dumps({"prompt": "day ?", "chosen": " the" * 6 + " sun", "rejected": " the" * 6 + " rain"})
     (here / "known.jsonl").write_text("\n".join([*lines, long, late]) + "\n")
     options = {"steps": 1, "reuse": 1, "from_preferences": "known.jsonl", "annotator": "always:longer"}
-    folder = align.main(settings(here, method="iterated", reward_learning_rate=3e-2, warmup=0, **options))
+    options |= {"method": "iterated", "reward_learning_rate": 3e-2, "warmup": 0, "run": "known", "resume": True}
+    folder = align.main(settings(here, **options))
     said = " ".join(capsys.readouterr().out.split())
     assert "Existing preferences: 60 rows" in said and "1 dropped (too long" in said, said
     found = evaluate.main(
@@ -95,6 +96,12 @@ def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, alwa
     )
     assert json.loads((found / "results.json").read_text())["reward"]["accuracy"] > 0.9
     assert metrics(folder)[0]["labels"] == 8.0
+    # Another file under the same name is another run's, and the same pairs elsewhere are not.
+    (here / "moved.jsonl").write_text((here / "known.jsonl").read_text())
+    assert align.main(settings(here, **options | {"from_preferences": "./moved.jsonl"})) == folder
+    (here / "known.jsonl").write_text("\n".join(lines[:30]) + "\n")
+    with pytest.raises(ValueError, match=r"its from_preferences is '.*Name another run"):
+        align.main(settings(here, **options))
 
 
 @pytest.mark.slow
@@ -130,6 +137,8 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"method": "grpo", "critic_learning_rate": 1e-3}, r"--critic-learning-rate does not apply with --method grpo"),
         ({"method": "iterated", "learn_scale": True}, r"--learn-scale does not apply with --method iterated"),
         ({"learn_scale": True, "target_kl": 1.0}, r"give one of the two"),
+        ({"method": "rloo", "mesh": "stencil=2"}, r"--mesh stencil=2 does not apply with --method rloo"),
+        ({"estimator": "boltzmann", "mesh": "stencil=2"}, r"does not apply with --estimator boltzmann"),
         ({"kept_labels": 20}, r"--kept-labels does not apply without --reuse"),
         ({"reuse": 1, "kept_labels": 7}, r"--kept-labels 7 has no room for the 8 pairs of one step"),
         ({"reuse": -1}, r"--reuse must be at least 0, got -1"),
@@ -138,13 +147,20 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
             {"method": "sail", "reuse": 1, "from_preferences": "x"},
             r"--from-preferences does not apply with --method sail",
         ),
+        ({"method": "label-gradient", "kl_price": 0.0}, r"--method label-gradient needs a positive --kl-price"),
+        (
+            {"reuse": 1, "from_preferences": "bare.jsonl"},
+            r"--from-preferences bare.jsonl: Record 0 is of the kind Prompt; pairs",
+        ),
         ({"reuse": 1, "from_preferences": "none.jsonl"}, r"There is no file or folder none.jsonl"),
         ({"labels_per_step": 9}, r"--labels-per-step 9 is more than the 8 pairs of a step"),
         ({"labels_per_step": 0}, r"--labels-per-step must be at least 1"),
+        ({"target_kl": 1.0, "steps": 10**20}, r"--steps must be at most 2147483647, got 1000"),
         ({"target_kl": 0.0}, r"--target-kl must be positive"),
     ],
 )
-def test_what_a_method_does_not_read_is_refused(here, options, message):
+def test_what_a_method_does_not_read_is_refused(here, always, options, message):
+    (here / "bare.jsonl").write_text('{"prompt": "good day"}\n')
     with pytest.raises((ValueError, DataError), match=message):
         align.main(settings(here, **options))
     assert not (here / "by-method" / "align-0").exists()
