@@ -57,7 +57,7 @@ class Config:
     labels: tuple[int, ...] = (1_024, 5_120, 20_480)
     """Labels after which runs are compared, in whole steps of 32 labels."""
     options: tuple[str, ...] = ()
-    """Further options of every run, as NAME=VALUE."""
+    """Further options of every run, as NAME=VALUE, or NAME for a switch."""
     golds: tuple[str, ...] = ("glad words", "checklist")
     """Hidden scores of the text, of `SCORED`."""
     seeds: int = 5
@@ -129,9 +129,6 @@ def check(config: Config) -> None:
         )
     if list(config.labels) != sorted(set(config.labels)):
         raise ValueError(f"--labels rise, got {config.labels}.")
-    for option in config.options:
-        if "=" not in option:
-            raise ValueError(f"--options are NAME=VALUE, got {option!r}.")
 
 
 def command(config: Config, folder: pathlib.Path, cell: Cell) -> list[str]:
@@ -152,8 +149,9 @@ def command(config: Config, folder: pathlib.Path, cell: Cell) -> list[str]:
         "data-dir": folder.absolute() / "prepared",
         "run": run_name(cell),
         config.vary: cell.value,
-    } | dict(option.split("=", 1) for option in config.options)
+    }
     flat = [text for option, value in options.items() for text in (f"--{option}", str(value))]
+    flat += [text for option in config.options for text in f"--{option}".split("=", 1)]
     return [sys.executable, "-m", "jaxrlhf.commands.main", "align", *flat]
 
 
