@@ -155,7 +155,8 @@ def _downloaded(name: HubName) -> pathlib.Path:
         listed: list[str] = []
         if not _is_cached(name, patterns):
             with contextlib.suppress(*FAILURES):
-                listed = huggingface_hub.list_repo_files(name.repository, repo_type="dataset", revision=name.revision)
+                found = huggingface_hub.dataset_info(name.repository, revision=name.revision)
+                listed = [file.rfilename for file in found.siblings or []]
         if listed:
             _check_one(name, listed)
         folder = _snapshot(name, "dataset", patterns)

@@ -54,7 +54,7 @@ def data_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     given = [ending for ending, files in by_format.items() if files]
     if len(given) > 1:
         raise DataError(
-            f"The folder {path} holds files that end in {' and '.join(given)}, perhaps of the same data; give one file, "
+            f"{path} holds files that end in {' and '.join(given)}, perhaps of the same data; give one file, "
             "or a folder with one format."
         )
     files = by_format[given[0]] if given else _named(found, PLAIN)

@@ -102,7 +102,7 @@ def served(here, tmp_path, monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     address, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "cache"
     for module, name, value in (
         (huggingface_hub.constants, "ENDPOINT", address),
@@ -300,6 +300,18 @@ def test_data_of_this_machine_win_and_a_missing_file_asks_no_hub(served, tmp_pat
     (tmp_path / "org" / "pairs").write_text('{"prompt": "here"}\n')
     assert prompts("org/pairs", tmp_path) == ("org/pairs", ["here"])
     assert served.sent == []
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumedData(Resumed):
+    data: str = "org/pairs:train.jsonl"
+
+
+def test_a_resumed_run_reads_its_data_at_their_commit(served, tmp_path):
+    served.repositories["org/pairs"], served.revisions["main"] = shards("train.jsonl"), NEW
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text(json.dumps({"data": f"org/pairs@{OLD}:train.jsonl"}))
+    assert hub.pinned(ResumedData(pathlib.Path("base"), tmp_path)).data == f"org/pairs@{OLD}:train.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
