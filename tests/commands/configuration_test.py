@@ -305,3 +305,11 @@ def test_settings_that_cannot_be_printed_are_an_error_in_one_sentence(monkeypatc
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_tracker_that_is_not_installed_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = [*GIVEN, "--output", str(tmp_path / "runs"), "--run", "first", "--track", "wandb"]
+    with pytest.raises(ValueError, match="Tracking needs the library wandb, which is not installed"):
+        open_folder(parse(Align, arguments, "align"), "align")
+    assert not (tmp_path / "runs").exists()
