@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 import reprlib
+import sys
 import textwrap
 import types
 import typing
@@ -66,7 +67,7 @@ def parse(kind: type, arguments: Sequence[str], name: str) -> Any:
     unset = {each: value for each, value in added.items() if getattr(config, each) == options[each].default}
     config = dataclasses.replace(config, **unset)
     if printing:
-        print(config_text(config, name), end="")
+        print(config_text(config, name, letters=sys.stdout.encoding or "utf-8"), end="")
         raise SystemExit(0)
     return config
 
@@ -78,17 +79,23 @@ def config_values(config: Any, name: str) -> dict[str, Any]:
     return {"command": name, "version": jaxrlhf.__version__} | values
 
 
-def config_text(config: Any, name: str) -> str:
-    """Returns a configuration as YAML, in groups, with the help of each option above it."""
+def config_text(config: Any, name: str, *, letters: str = "utf-8") -> str:
+    """Returns a configuration as YAML, in groups, with the help of each option above it.
+
+    Args:
+        config: the configuration.
+        name: of the command.
+        letters: an encoding; values that have letters which it lacks are escaped.
+    """
     values = {key: None if value == NOT_GIVEN else value for key, value in config_values(config, name).items()}
-    lines = [_yaml_line(key, values[key]) for key in NOT_SETTINGS]
+    lines = [_yaml_line(key, values[key], letters) for key in NOT_SETTINGS]
     for title, options in groups_of(type(config)).items():
         lines += ["", f"# {title[0].upper()}{title[1:]}", ""]
         for option in options:
             lines += textwrap.wrap(
                 option.help, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
             )
-            lines.append(_yaml_line(option.name, values[option.name]))
+            lines.append(_yaml_line(option.name, values[option.name], letters))
     return "\n".join(lines) + "\n"
 
 
@@ -270,8 +277,9 @@ for _kind, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
-def _yaml_line(key: str, value: Any) -> str:
+def _yaml_line(key: str, value: Any, letters: str) -> str:
     # A line end of Unicode's that is not escaped is read as a space.
-    plain_text = "\x85" not in str(value)
-    line = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=True, allow_unicode=plain_text, width=math.inf)
+    text = str(value)
+    as_it_is = "\x85" not in text and text.encode(letters, "replace").decode(letters) == text
+    line = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=True, allow_unicode=as_it_is, width=math.inf)
     return line.strip()[1:-1]

@@ -71,7 +71,11 @@ def read_existing(config: Align, policy: Model) -> Existing | None:
         )
     others = len(tokenized.rows) - len(rows)
     note = f"Existing preferences: {describe_rows(tokenized._replace(rows=rows))}"
-    note += f"; {others:,} dropped (too long for --max-prompt or --max-new-tokens)." if others else "."
+    note += f"; {others:,} dropped (too long for --max-prompt or --max-new-tokens)" if others else ""
+    cut = sum(
+        len(text.tokens) - _start(row) > config.max_new_tokens for row in rows for text in (row.first, row.second)
+    )
+    note += f"; {cut:,} completions cut to --max-new-tokens." if cut else "."
     prompts, completions = zip(*(_split(row, config.max_new_tokens) for row in rows), strict=True)
     tokens, mask = rectangle(list(itertools.chain.from_iterable(completions)), config.max_new_tokens)
     return Existing(

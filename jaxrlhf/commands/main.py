@@ -66,10 +66,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     from jaxrlhf.training.resume import StoppedError
 
     (command,) = (command for command, place in PLACES.items() if place[2] == type(config).__name__)
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that lacks a letter must not end a run.
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    _replace_missing_letters()
     try:
         check_flags(config)
         if getattr(config, "processes", None):
@@ -94,6 +91,13 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
         raise SystemExit(130) from None
 
 
+def _replace_missing_letters() -> None:
+    """A terminal that lacks a letter must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _sentence(error: Exception) -> str:
     message = " ".join(str(error).split())
     if any(os.strerror(number) in message for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
@@ -111,9 +115,10 @@ def _with_flags(message: str, config: Any) -> str:
 
 def run_command(name: str, arguments: Sequence[str]) -> Any:
     """Runs a command by its name, with its options and files of options; ends as `run` does."""
+    _replace_missing_letters()
     try:
         config = parse(COMMANDS[name][0], arguments, name)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK"):
             raise
         print(f"jaxrlhf: {_sentence(error)}", file=sys.stderr)
@@ -128,6 +133,7 @@ def main() -> None:
         run_command(arguments[0], arguments[1:])
         return
     # Lists the commands, or refuses what is none.
+    _replace_missing_letters()
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
         for name, kind in _kinds(arguments).items()

@@ -27,6 +27,7 @@ from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.resume import RunCheckpointer, StoppedError
 from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.tracking import check_tracker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ def open_folder(config: Any, name: str) -> RunFolder:
     created = []
 
     def create():
+        # A library that is missing leaves no folder behind.
+        check_tracker(getattr(config, "track", None))
         created.append(RunFolder(config.output, name, **named))
         return str(created[0].path.absolute())
 

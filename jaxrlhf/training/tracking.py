@@ -10,6 +10,12 @@ from typing import Any, Literal, NamedTuple
 from jaxrlhf.training.run_folder import plain
 
 Kind = Literal["tensorboard", "wandb", "trackio"]
+LIBRARIES: dict[Kind, tuple[str, str]] = {
+    "tensorboard": ("tensorboardX", "SummaryWriter"),
+    "wandb": ("wandb", "init"),
+    "trackio": ("trackio", "init"),
+}
+"""The library of each kind, and what is used of it."""
 
 
 class Tracker(NamedTuple):
@@ -50,8 +56,14 @@ def tracker(kind: Kind | None, folder: pathlib.Path, *, name: str, config: Any) 
     raise ValueError(f"There is no tracker {kind!r}; choose tensorboard, wandb, trackio or none.")
 
 
+def check_tracker(kind: Kind | None) -> None:
+    """Raises ValueError where the library of a tracker is not installed."""
+    if kind is not None:
+        _library(*LIBRARIES[kind])
+
+
 def _tensorboard(folder: pathlib.Path, name: str, config: Any) -> Tracker:
-    library = _library("tensorboardX", "SummaryWriter")
+    library = _library(*LIBRARIES["tensorboard"])
     # A killed run loses at most the last ten seconds.
     writer = library.SummaryWriter(str(folder), flush_secs=10)
     writer.add_text("config", f"{name}\n\n```json\n{json.dumps(plain(config), indent=2, default=str)}\n```")
@@ -64,7 +76,7 @@ def _tensorboard(folder: pathlib.Path, name: str, config: Any) -> Tracker:
 
 
 def _wandb(folder: pathlib.Path, name: str, config: Any) -> Tracker:
-    library = _library("wandb", "init")
+    library = _library(*LIBRARIES["wandb"])
     try:
         run = library.init(project="jaxrlhf", name=name, dir=str(folder), config=plain(config))
     except library.Error as error:
@@ -81,7 +93,7 @@ def _wandb(folder: pathlib.Path, name: str, config: Any) -> Tracker:
 
 
 def _trackio(name: str, config: Any) -> Tracker:
-    library = _library("trackio", "init")
+    library = _library(*LIBRARIES["trackio"])
     # A resumed run goes on under its name; a notebook shows no dashboard unasked.
     run = library.init(project="jaxrlhf", name=name, config=plain(config), resume="allow", embed=False)
 

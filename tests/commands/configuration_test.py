@@ -277,3 +277,39 @@ def test_the_page_is_true(tmp_path, monkeypatch):
         else:
             assert isinstance(parse(KINDS[name], arguments, name), KINDS[name])
     assert configuration.NOTHING == "None" and "`None`" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["sample", "--policy", "ü", "--print-config"]])
+def test_a_terminal_that_lacks_letters_shows_what_it_can(tmp_path, monkeypatch, arguments):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", *arguments])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    sys.stdout.flush()
+    assert not caught.value.code and output.getvalue().isascii()
+    if "--print-config" in arguments:
+        # No letter of a setting is lost.
+        (tmp_path / "a.yaml").write_bytes(output.getvalue())
+        assert parse(KINDS["sample"], ["--config", str(tmp_path / "a.yaml")], "sample").policy == pathlib.Path("ü")
+
+
+def test_settings_that_cannot_be_printed_are_an_error_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", "sample", "--policy", "p", "--print-config"])
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_tracker_that_is_not_installed_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = [*GIVEN, "--output", str(tmp_path / "runs"), "--run", "first", "--track", "wandb"]
+    with pytest.raises(ValueError, match="Tracking needs the library wandb, which is not installed"):
+        open_folder(parse(Align, arguments, "align"), "align")
+    assert not (tmp_path / "runs").exists()

@@ -85,12 +85,14 @@ def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, alwa
     lines = (here / "pairs.jsonl").read_text().splitlines()
     long = json.dumps({"prompt": "day " * 20 + "?", "chosen": " sun", "rejected": " rain"})
     late = json.dumps({"prompt": "day ?", "chosen": " the" * 6 + " sun", "rejected": " the" * 6 + " rain"})
-    (here / "known.jsonl").write_text("\n".join([*lines, long, late]) + "\n")
+    cut = json.dumps({"prompt": "day ?", "chosen": " sun" * 7, "rejected": " rain" * 7})
+    (here / "known.jsonl").write_text("\n".join([*lines, long, late, cut]) + "\n")
     options = {"steps": 1, "reuse": 1, "from_preferences": "known.jsonl", "annotator": "always:longer"}
     options |= {"method": "iterated", "reward_learning_rate": 3e-2, "warmup": 0, "run": "known", "resume": True}
     folder = align.main(settings(here, **options))
     said = " ".join(capsys.readouterr().out.split())
-    assert "Existing preferences: 60 rows" in said and "1 dropped (too long" in said, said
+    assert "Existing preferences: 61 rows" in said and "1 dropped (too long" in said, said
+    assert "; 2 completions cut to --max-new-tokens." in said, said
     found = evaluate.main(
         evaluate.Evaluate(reward=folder, data="pairs.jsonl", held_out=0.25, split="test", data_dir=here / "prepared")
     )

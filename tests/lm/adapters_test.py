@@ -183,6 +183,8 @@ SETTINGS = {
     "bias": ("all", "sets bias to 'all'"),
     "peft_type": ("LOHA", "is of the type 'LOHA'"),
     "task_type": ("TOKEN_CLS", "is for the task 'TOKEN_CLS'"),
+    "lora_alpha": ("16", "the lora_alpha '16', which is no number"),
+    "alpha_pattern": ({"(": 4}, "has an alpha_pattern that cannot be read"),
     "init_lora_weights": ("pissa", "changes the base"),
     "base_model_name_or_path": ("somebody/model", "is an adapter of somebody/model, which is not a local directory"),
 }
@@ -194,7 +196,7 @@ def test_what_cannot_be_merged_is_refused_before_a_tensor_is_read(world, name):
     value, message = SETTINGS[name]
     settings = json.loads((adapter / ADAPTER).read_text()) | {name: value}
     (adapter / ADAPTER).write_text(json.dumps(settings))
-    if name not in ("task_type", "base_model_name_or_path"):
+    if name not in ("task_type", "base_model_name_or_path", "lora_alpha", "alpha_pattern"):
         (adapter / ADAPTER_WEIGHTS).write_bytes(b"cut")
     with pytest.raises(WeightsError, match=message):
         read_parameters(adapter, "policy")
@@ -210,6 +212,7 @@ def test_a_file_that_does_not_fit_is_named(world):
     wrong = {
         "which its base .* does not have": renamed,
         "has shape .* where its base": good | {first: np.zeros((4, 99), np.float32)},
+        "of the shape": good | {first: np.zeros((0, 99), np.float32)},
         "and no lora_B to it": {name: good[name] for name in good if name != first.replace("lora_A", "lora_B")},
         "which cannot be merged here": good | {"something.else": np.zeros(3, np.float32)},
     }

@@ -93,12 +93,16 @@ def open_adapter(directory: Path, find_base: FindBase = as_it_is) -> Adapter:
     """
     settings, source = read_json(directory, ADAPTER), directory / ADAPTER
     _check_settings(settings, source)
-    kind = TASKS.get(settings.get("task_type") or "CAUSAL_LM")
+    kind = TASKS.get(str(settings.get("task_type") or "CAUSAL_LM"))
     if kind is None:
         raise WeightsError(f"{source} is for the task {settings['task_type']!r}: give one for {' or '.join(TASKS)}.")
     with _opened(directory) as file:
         names = list(file.keys())
-        ranks = {name: file.get_slice(name).get_shape()[0] for name in names if name.endswith(".lora_A.weight")}
+        shapes = {name: file.get_slice(name).get_shape() for name in names if name.endswith(".lora_A.weight")}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not shape[0]:
+            raise WeightsError(f"{directory} has {name} of the shape {tuple(shape)}: copy or save it again.")
+    ranks = {name: shape[0] for name, shape in shapes.items()}
     scalings, replaced = {}, []
     for name in names:
         if not name.startswith(PREFIX) or "lora_embedding" in name or "lora_magnitude" in name:
@@ -109,7 +113,7 @@ def open_adapter(directory: Path, find_base: FindBase = as_it_is) -> Adapter:
         elif part == "A.weight":
             if f"{PREFIX}{module}.lora_B.weight" not in names:
                 raise WeightsError(f"{directory} has {name} and no lora_B to it: copy or save it again.")
-            scalings[f"{module}.weight"] = _scaling(settings, module, ranks[name])
+            scalings[f"{module}.weight"] = _scaling(settings, module, ranks[name], source)
         elif part != "B.weight" or f"{PREFIX}{module}.lora_A.weight" not in names:
             raise WeightsError(f"{directory} has {name} alone, which cannot be merged: copy or save it again.")
     return Adapter(directory, _base_of(settings, directory, find_base), kind, scalings, tuple(replaced))
@@ -278,13 +282,15 @@ def _check_settings(settings: dict[str, Any], source: Path) -> None:
         )
 
 
-def _scaling(settings: dict[str, Any], module: str, rank: int) -> float:
+def _scaling(settings: dict[str, Any], module: str, rank: int, source: Path) -> float:
     """Returns alpha / rank, or with rslora alpha / sqrt(rank), as PEFT chooses alpha for a module."""
-    alpha = settings.get("lora_alpha", 8)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+    alpha, patterns = settings.get("lora_alpha", 8), settings.get("alpha_pattern") or {}
+    try:
+        alpha = next((own for key, own in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), alpha)
+    except (AttributeError, re.error) as error:
+        raise WeightsError(f"{source} has an alpha_pattern that cannot be read ({error}): save it again.") from None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise WeightsError(f"{source} gives {module} the lora_alpha {alpha!r}, which is no number: write one.")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
