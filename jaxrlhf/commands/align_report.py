@@ -12,6 +12,7 @@ from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.comparison import Comparison, comparison_table
+from jaxrlhf.commands.compilation import cache_text
 from jaxrlhf.commands.methods import labels_per_step
 from jaxrlhf.commands.models import Model
 from jaxrlhf.commands.running import finish
@@ -39,6 +40,7 @@ def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPla
     }
     if config.reuse:
         rows["kept labels"] = f"at most {config.kept_labels:,}, {config.reuse} updates from them per step"
+    rows["compiled programs"] = cache_text()
     print_table(console, title_of(config), rows | policy.plan_rows() | {"prompts": "\n".join(notes)})
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.commands.compilation import CompilationConfig
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.options import Groups
@@ -25,7 +26,7 @@ HELP = "Commands: /reset begins anew, /quit ends; so does the end of the input."
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class Chat(CompilationConfig):
     """Talks with a policy in the terminal, or answers each line that is piped in.
 
     The model's chat template is used if it has one, and else a plain transcript. /reset begins anew, /quit or the end of

@@ -14,6 +14,7 @@ from jaxrlhf.commands.annotators import (
     AnnotatorConfig,
 )
 from jaxrlhf.commands.best_of import LARGEST
+from jaxrlhf.commands.compilation import CompilationConfig
 from jaxrlhf.commands.data import Format, open_records, skipped_lines, unread_rows
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, open_model
@@ -37,7 +38,7 @@ from jaxrlhf.training.progress import bytes_text, count_text, print_table
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(AnnotatorConfig):
+class Evaluate(AnnotatorConfig, CompilationConfig):
     """Compares policies with a reference, or evaluates a reward model on preferences.
 
     With --policy, --reference and --annotator or --score: win rate, KL and length on the prompts of --data. With --reward

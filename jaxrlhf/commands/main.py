@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from jaxrlhf.commands.compilation import CompilationConfig, use_compilation_cache
 from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
@@ -69,6 +70,8 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     _replace_missing_letters()
     try:
         check_flags(config)
+        if isinstance(config, CompilationConfig):
+            use_compilation_cache(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
         return COMMANDS[command][1](pinned(config))

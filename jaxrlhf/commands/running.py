@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Key, Params
+from jaxrlhf.commands.compilation import CompilationConfig
 from jaxrlhf.commands.configuration import config_values
 from jaxrlhf.commands.model_card import COMMANDS, Told, write_cards
 from jaxrlhf.commands.options import Groups
@@ -31,7 +32,7 @@ from jaxrlhf.training.tracking import check_tracker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(CompilationConfig):
     """Settings common to all training runs: folder, checkpoints, devices, logging."""
 
     GROUPS: ClassVar[Groups] = {

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrlhf.annotation.functions import completions_of, unpadded
 from jaxrlhf.commands.best_of import open_chooser, reward_scorer
+from jaxrlhf.commands.compilation import CompilationConfig
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import Model, open_model
 from jaxrlhf.commands.options import Groups
@@ -24,7 +25,7 @@ from jaxrlhf.lm.transformer.model import decoder
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(CompilationConfig):
     """Generates completions of a prompt and prints them."""
 
     GROUPS: ClassVar[Groups] = {

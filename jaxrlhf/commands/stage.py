@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.commands.adapters import AdapterConfig
+from jaxrlhf.commands.compilation import cache_text
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import refuse_unused
 from jaxrlhf.commands.models import Model, as_saved, open_model, save_model, save_trained_adapter
@@ -343,5 +344,6 @@ def print_plan(console: Console, stage: Stage, optimizer: optax.GradientTransfor
         "parameters": f"{count_text(total)}, {count_text(count)} of them trained",
         "memory": memory,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "compiled programs": cache_text(),
     }
     print_table(console, stage.title, stage.plan_rows | rows)
