@@ -47,8 +47,8 @@ class Recording:
     def close(self, phase: str) -> None:
         """Ends a phase, which began where the last one ended."""
         now = time.process_time(), time.monotonic(), self.counts[MISS], self.counts[HIT]
-        differences = [after - before for after, before in zip(now, self._last, strict=True)]
-        self.rows.append((phase, *differences))
+        cpu, elapsed, compiled, read = (after - before for after, before in zip(now, self._last, strict=True))
+        self.rows.append((phase, cpu, elapsed, int(compiled), int(read)))
         self._last = now
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxrlhf.commands.compilation import CompilationConfig, use_compilation_cache
+from jaxrlhf.commands.compilation import use_compilation_cache
 from jaxrlhf.commands.configuration import parse
 from jaxrlhf.commands.flags import check_flags, flag
 from jaxrlhf.data.records import DataError
@@ -70,7 +70,7 @@ def run(config: Any, name: str = "jaxrlhf") -> Any:
     _replace_missing_letters()
     try:
         check_flags(config)
-        if isinstance(config, CompilationConfig):
+        if hasattr(config, "compilation_cache"):
             use_compilation_cache(config)
         if getattr(config, "processes", None):
             processes.connect(processes.parse_process_address(config.processes))
