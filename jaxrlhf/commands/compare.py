@@ -47,6 +47,8 @@ def main(config: Compare) -> None:
     check_local(config.output, "--output")
     if config.output.suffix != ".html":
         raise ValueError(f"--output {config.output} must end with .html.")
+    if config.output.is_dir():
+        raise ValueError(f"--output {config.output} is a folder; give the name of a file.")
     if not config.output.parent.is_dir():
         raise ValueError(f"There is no folder {config.output.parent} for the page; create it.")
     runs = [read_run(path, name) for name, path in named(config.runs).items()]
@@ -84,8 +86,9 @@ def write_comparison(output: pathlib.Path, runs: Sequence[Run]) -> None:
     settings, last, results = settings_table(runs), last_values_table(runs), results_table(runs)
     known = [run for run in runs if run.config is not None]
     notes = [note for run in runs for note in run.notes]
+    summary = ", ".join(run.name for run in runs)
     if len(known) > 1 and not settings.rows:
-        notes.insert(0, "The settings of the runs do not differ.")
+        summary += "\n\nThe settings do not differ."
     panels = list(panels_of(runs).items())
     with tempfile.TemporaryDirectory() as folder:
         figures = []
@@ -95,7 +98,7 @@ def write_comparison(output: pathlib.Path, runs: Sequence[Run]) -> None:
         write_page(
             output,
             title="Comparison of runs",
-            summary=", ".join(run.name for run in runs),
+            summary=summary,
             tables=[settings] if settings.rows else [],
             figures=figures,
             after_figures=[table for table in (last, results) if table.rows],

@@ -12,6 +12,8 @@ from jaxrlhf.training.series import Series, read_rows, series_of
 
 HALF = "_half_interval"
 """Ends the name of the half-width of a 95% interval."""
+LARGEST = 1e300
+"""Values beyond it leave a gap in a curve, as differences between them overflow when axes are laid out."""
 
 Panel = tuple[str, str, dict[str, tuple[list, ...]]]
 """A panel of `figures.draw_curves`."""
@@ -112,10 +114,10 @@ def panels_of(runs: Sequence[Run]) -> dict[str, Panel]:
 def _line(series: Series | None, half: Series | None) -> tuple[list, ...]:
     if series is None:
         return [], []
-    ys = [_finite(value) for value in series.values]
+    ys = [_drawable(value) for value in series.values]
     if half is None or half.steps != series.steps:
         return series.steps, ys
-    widths = [_finite(value) for value in half.values]
+    widths = [_drawable(value) for value in half.values]
     lower = [y - width for y, width in zip(ys, widths, strict=True)]
     return series.steps, ys, lower, [y + width for y, width in zip(ys, widths, strict=True)]
 
@@ -194,8 +196,8 @@ def _setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+def _drawable(value: float) -> float:
+    return value if abs(value) < LARGEST else math.nan
 
 
 def _read_json(folder: pathlib.Path, name: str) -> dict[str, Any] | None:

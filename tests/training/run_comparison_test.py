@@ -95,7 +95,8 @@ def test_a_study_without_steps_or_config(tmp_path):
 
 def test_the_page_stands_alone_with_the_settings_first(tmp_path, capsys):
     names = ["_first", "a$b$ <script>x</script>".replace("/", "|")]
-    rows = [{"step": 1, "_loss$": 1.0}, {"step": 2, "_loss$": math.inf}]
+    rows = [{"step": 1, "_loss$": 1.0}, {"step": 2, "_loss$": math.inf}, {"step": 3, "_loss$": 1.7e308}]
+    rows.append({"step": 4, "_loss$": -1.7e308})
     paths = [
         folder(tmp_path, name, rows=rows, config={"seed": number}, results={"end": 2.0})
         for number, name in enumerate(names)
@@ -109,6 +110,15 @@ def test_the_page_stands_alone_with_the_settings_first(tmp_path, capsys):
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert f"{page} compares 2 runs.\n" == capsys.readouterr().out
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted([*names, "page.html"])
+
+
+def test_a_page_of_runs_with_the_same_settings_says_so(tmp_path):
+    paths = tuple(folder(tmp_path, name, config={"seed": 1}) for name in ("a", "b"))
+    compare.main(compare.Compare(runs=paths, output=tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert "<p>The settings do not differ.</p>" in text
+    assert "a has no metrics yet." in text
+    assert "<img" not in text
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
@@ -125,6 +135,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
         (("a", "empty"), "p.html", "empty holds no run: config.json, metrics.jsonl and results.json are missing"),
         (("a", "damaged"), "p.html", r"config\.json is no JSON object; mend it, or move it away"),
         (("a", "b"), "a/metrics.jsonl", r"--output a/metrics\.jsonl must end with \.html"),
+        (("a", "b"), "folder.html", r"--output folder\.html is a folder; give the name of a file\."),
         (("a", "b"), "none/p.html", "There is no folder none for the page; create it"),
         (("a", "b"), "gs:/bucket/p.html", "is an address"),
         (tuple(map(str, range(25))), "p.html", "25 runs are given, and curves of more than 24"),
@@ -135,10 +146,11 @@ def test_what_cannot_be_compared_is_refused(runs, output, message, tmp_path, mon
         folder(tmp_path, name, config={"seed": 1})
     folder(tmp_path, "damaged", config=[1])
     folder(tmp_path, "empty")
+    folder(tmp_path, "folder.html")
     monkeypatch.chdir(tmp_path)
     paths = tuple(tmp_path / each.format(tmp_path.name) for each in runs)
     with pytest.raises(SystemExit) as caught:
         run_command(compare.Compare(runs=paths, output=tmp_path.__class__(output)))
     assert caught.value.code == 2
     assert re.search(message, capsys.readouterr().err)
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "damaged", "empty"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "damaged", "empty", "folder.html"]
