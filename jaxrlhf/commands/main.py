@@ -35,6 +35,7 @@ PLACES = {
     "export": ("export", "export", "Export"),
     "doctor": ("doctor", "doctor", "Doctor"),
     "watch": ("watch", "watch", "Watch"),
+    "compare": ("compare", "compare", "Compare"),
 }
 """Of each command: the module with its `main`, the module with its configuration, and the configuration's name."""
 

@@ -80,18 +80,58 @@ def write_report(
     for group in samples:
         for prompt, texts in group.rows:
             _check_width(group.title, f"{prompt!r:.40}", len(texts), len(group.columns))
+    return write_page(
+        folder / "report.html",
+        title=title,
+        summary=summary,
+        tables=tables,
+        figures=[_figure_file(folder, name) for name in figures],
+        config=config,
+        samples=samples,
+        notes=notes,
+        where=f", on {jax.device_count()} × {jax.devices()[0].device_kind}",
+    )
+
+
+def write_page(
+    path: pathlib.Path,
+    *,
+    title: str,
+    summary: str,
+    tables: Sequence[Table],
+    figures: Sequence[pathlib.Path],
+    config: Any,
+    after_figures: Sequence[Table] = (),
+    samples: Sequence[Samples] = (),
+    notes: Sequence[str] = (),
+    where: str = "",
+) -> pathlib.Path:
+    """Writes a self-contained page without scripts, whole or not at all; returns its path.
+
+    Args:
+        path: of the page.
+        title: as for `write_report`, and so are summary, tables, config, samples and notes.
+        summary: plain text.
+        tables: shown before the figures.
+        figures: .png or .svg files.
+        config: shown collapsed.
+        after_figures: tables shown below the figures.
+        samples: model outputs.
+        notes: one sentence each.
+        where: what the page's last line says after the versions.
+    """
     text = TEMPLATE.render(
         title=title,
         paragraphs=[part.strip() for part in re.split(r"\n\s*\n", summary) if part.strip()],
-        tables=[(table.title, _right_aligned(table), table.columns, _cells(table)) for table in tables],
-        figures=[(_caption(name), _data_uri(folder, name)) for name in figures],
+        tables=_shown(tables),
+        figures=[(_caption(each.name), _data_uri(each)) for each in figures],
+        after_figures=_shown(after_figures),
         samples=samples,
         notes=notes,
         config=json.dumps(plain(config), indent=2, default=str, ensure_ascii=False),
-        versions=f"jaxrlhf {jaxrlhf.__version__}, JAX {jax.__version__}",
-        devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        versions=f"jaxrlhf {jaxrlhf.__version__}, JAX {jax.__version__}{where}",
     )
-    path, partial = folder / "report.html", folder / f".report.html.{os.getpid()}"
+    partial = path.parent / f".{path.name}.{os.getpid()}"
     try:
         # A model's text may contain half a surrogate pair, which UTF-8 cannot encode.
         partial.write_bytes(text.encode("utf-8", errors="replace"))
@@ -99,6 +139,10 @@ def write_report(
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _shown(tables: Sequence[Table]) -> list[tuple]:
+    return [(table.title, _right_aligned(table), table.columns, _cells(table)) for table in tables]
 
 
 def tables_of(text: str) -> list[Table]:
@@ -183,12 +227,16 @@ def _caption(name: str) -> str:
     return pathlib.PurePath(name).stem.replace("_", " ")
 
 
-def _data_uri(folder: pathlib.Path, name: str) -> str:
+def _figure_file(folder: pathlib.Path, name: str) -> pathlib.Path:
     path = folder / name
     if path.suffix not in MIME:
         raise ValueError(f"The figure {name} is neither a .png nor a .svg file.")
     if not path.is_file():
         raise ValueError(f"The figure {name} is not in {folder}; draw it before the report is written.")
+    return path
+
+
+def _data_uri(path: pathlib.Path) -> str:
     return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -224,20 +272,7 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
 
 # The content security policy blocks scripts and external resources, in case a text escapes the escaping. dir="auto" keeps
 # right-to-left text from changing the direction of its surroundings.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>{{ style | safe }}</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for paragraph in paragraphs %}
-<p>{{ paragraph }}</p>
-{% endfor %}
+PAGE = """{% macro show(tables) %}
 {% for table_title, right, columns, rows in tables %}
 <h2>{{ table_title }}</h2>
 <div class="scroll"><table>
@@ -257,12 +292,29 @@ PAGE = """<!doctype html>
 </tbody>
 </table></div>
 {% endfor %}
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style | safe }}</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for paragraph in paragraphs %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+{{ show(tables) }}
 {% if figures %}
 <h2>Figures</h2>
 {% for caption, uri in figures %}
 <figure><img src="{{ uri }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 {% endif %}
+{{ show(after_figures) }}
 {% for group in samples %}
 <h2>{{ group.title }}</h2>
 {% for prompt, texts in group.rows %}
@@ -286,7 +338,7 @@ PAGE = """<!doctype html>
 {% endif %}
 <h2>Configuration</h2>
 <details><summary>show</summary><pre>{{ config }}</pre></details>
-<footer>{{ versions }}, on {{ devices }}</footer>
+<footer>{{ versions }}</footer>
 </body>
 </html>
 """
