@@ -40,7 +40,7 @@ class Recording:
 
     def __init__(self):
         """Begins; the CPU time of imports before it counts in the first phase."""
-        self.rows: list[tuple[str, float, float, int, int]] = []
+        self.rows: list[tuple[Any, ...]] = []
         self.counts = collections.Counter()
         self._last = 0.0, time.monotonic(), 0, 0
 

@@ -284,6 +284,10 @@ def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:
 
 
 def _recorder(config: Align, run: Run) -> Recorder:
+    def policy_of(state: Any) -> Params:
+        # Placed as the reference is, the policy is evaluated by the program that has evaluated the reference.
+        return put_on_devices(run.setup.policy_of(state), run.frozen_where.reference)
+
     compare = policy_comparer(
         run.policy._replace(params=run.frozen.reference),
         run.prompts.held_out,
@@ -297,7 +301,7 @@ def _recorder(config: Align, run: Run) -> Recorder:
         run.tracker,
         compare,
         reference=run.frozen.reference,
-        policy_of=run.setup.policy_of,
+        policy_of=policy_of,
         kl_price=config.kl_price,
         rewards=config.rewards,
     )

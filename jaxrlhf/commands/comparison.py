@@ -134,6 +134,8 @@ def open_comparer(
     complete = _completer(reference, max_new_tokens=max_new_tokens, temperature=temperature)
     label, tokenizer = _label_function(annotator), reference.bundle.tokenizer
     length = max(len(prompt) for prompt in prompts)
+    # The reference completes the same prompts with the same keys at every call.
+    references: dict[int, Completions] = {}
 
     def compare(respond: Respond) -> Comparison:
         batches = []
@@ -146,8 +148,9 @@ def open_comparer(
             if everywhere is not None:
                 rows, policy_key, reference_key = put_on_devices((rows, policy_key, reference_key), everywhere)
             own, log_ratio = respond(start, policy_key, rows)
-            other, _ = gathered(complete(reference.params, reference.params, reference_key, rows))
-            completed = _Completed(gathered(rows), own, other, log_ratio)
+            if start not in references:
+                references[start], _ = gathered(complete(reference.params, reference.params, reference_key, rows))
+            completed = _Completed(gathered(rows), own, references[start], log_ratio)
             # Filler is not shown to the annotator: labels may cost money.
             completed = _first(len(batch), completed)
             batches.append(_compare(completed, label, order_key, label_key, tokenizer))

@@ -76,7 +76,7 @@ def use_compilation_cache(config: CompilationConfig) -> None:
 
 def _set_folder(folder: pathlib.Path | None) -> None:
     path = None if folder is None else str(folder.absolute())
-    if path != _value("jax_compilation_cache_dir"):
+    if path != _setting("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", path)
         # JAX keeps the first folder that a process used.
         compilation_cache.reset_cache()
@@ -90,16 +90,15 @@ def default_folder() -> pathlib.Path:
 
 def cache_text() -> str:
     """Returns what the plan says of the cache: its folder, and the bytes in it."""
-    folder = _value("jax_compilation_cache_dir")
-    if folder is None or not _value("jax_enable_compilation_cache"):
+    folder = _setting("jax_compilation_cache_dir")
+    if folder is None or not _setting("jax_enable_compilation_cache"):
         return "off"
-    limit = _value("jax_compilation_cache_max_size")
+    limit = _setting("jax_compilation_cache_max_size")
     most = "" if limit < 0 else f" of at most {bytes_text(limit)}"
     return f"{folder}, {bytes_text(_size(pathlib.Path(folder)))}{most}"
 
 
-def _value(name: str) -> Any:
-    """Returns one of JAX's settings."""
+def _setting(name: str) -> Any:
     return getattr(jax.config, name)
 
 

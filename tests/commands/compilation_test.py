@@ -21,7 +21,7 @@ VARIABLES = tuple(name.upper() for name in NAMES)
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch, tmp_path):
     """The environment of a user who has set nothing; JAX's settings as they were afterwards."""
-    before = {name: getattr(jax.config, name) for name in NAMES}
+    before = {name: setting(name) for name in NAMES}
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
@@ -31,14 +31,18 @@ def own_settings(monkeypatch, tmp_path):
     compilation.compilation_cache.reset_cache()
 
 
+def setting(name):
+    return getattr(jax.config, name)
+
+
 def folder_after(choice=None):
     use_compilation_cache(CompilationConfig(compilation_cache=choice))
-    return jax.config.jax_compilation_cache_dir
+    return setting("jax_compilation_cache_dir")
 
 
 def test_the_folder(monkeypatch, tmp_path):
     assert folder_after() == str(tmp_path / "user" / "jaxrlhf")
-    assert jax.config.jax_compilation_cache_max_size == compilation.LARGEST_CACHE
+    assert setting("jax_compilation_cache_max_size") == compilation.LARGEST_CACHE
     assert folder_after(str(tmp_path / "given")) == str(tmp_path / "given")
     assert cache_text() == f"{tmp_path / 'given'}, 0 B of at most 4 GB"
     assert folder_after("off") is None and cache_text() == "off"
@@ -52,7 +56,7 @@ def test_the_users_own_settings_of_jax_win(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "123")
     jax.config.update("jax_compilation_cache_max_size", 123)
     folder_after()
-    assert jax.config.jax_compilation_cache_max_size == 123
+    assert setting("jax_compilation_cache_max_size") == 123
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "of JAX"))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of JAX"))
     assert folder_after() == str(tmp_path / "of JAX")
