@@ -1,6 +1,7 @@
 """Online RLHF, by default as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
 
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from jaxrlhf.commands.align_inputs import (
     with_label_cache,
 )
 from jaxrlhf.commands.align_report import Recorder, method_notes, print_plan, write_align_report
-from jaxrlhf.commands.align_setup import AlignSetup, build_setup, scale_notes
+from jaxrlhf.commands.align_setup import AlignSetup, build_setup, scale_notes, scale_of
 from jaxrlhf.commands.annotators import (
     JUDGE_SETTINGS,
     ComparisonAnnotator,
@@ -304,6 +305,7 @@ def _recorder(config: Align, run: Run) -> Recorder:
         policy_of=policy_of,
         kl_price=config.kl_price,
         rewards=config.rewards,
+        scale_of=functools.partial(scale_of, config),
     )
 
 

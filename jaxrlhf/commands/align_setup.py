@@ -167,12 +167,19 @@ def _reward_part(config: Align, upper: Params) -> Any:
     return reward.network if config.reward_network else None
 
 
+def scale_of(config: Align, state: Any) -> dict[str, float]:
+    """Returns the learned scale and the effective beta, for the metrics; nothing without --learn-scale."""
+    if not config.learn_scale:
+        return {}
+    scale = float(np.exp(np.asarray(state.upper.log_scale)))
+    return {"scale": scale, "effective_beta": float(state.upper.effective_beta(config.beta))}
+
+
 def scale_notes(config: Align, state: Any) -> list[str]:
     """Returns a sentence on the learned scale, if there is one."""
-    if not config.learn_scale:
-        return []
-    scale, beta = float(np.exp(np.asarray(state.upper.log_scale))), float(state.upper.effective_beta(config.beta))
-    return [f"The reward's learned scale is {scale:.3g} at the end: an effective beta of {beta:.3g}."]
+    found = scale_of(config, state)
+    sentence = "The reward's learned scale is {scale:.3g} at the end: an effective beta of {effective_beta:.3g}."
+    return [sentence.format(**found)] if found else []
 
 
 def _all_weights(config: Align, policy: Model, reward: Model) -> _Trained:

@@ -24,6 +24,9 @@ def test_the_scale_is_learned_reported_and_left_out_of_the_saved_reward(here, tr
     assert "learned scale is" in text and "effective beta" in text
     row = [row for row in RunFolder.followed(folder).metrics() if "upper_loss" in row][-1]
     assert np.isfinite(row["coupled_slope"]) and np.isfinite(row["kl_slope"])
+    (evaluated,) = [row for row in RunFolder.followed(folder).metrics() if "scale" in row]
+    assert evaluated["scale"] != 1 and f"learned scale is {evaluated['scale']:.3g} at the end" in text
+    assert evaluated["effective_beta"] * evaluated["scale"] == pytest.approx(0.2)
     reward = models.open_model(folder / "reward", "reward")
     assert reward.params["head"].shape == (reward.config.width,)
     assert json.loads((folder / "config.json").read_text())["learn_scale"] is True
