@@ -116,7 +116,8 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     learn_scale: bool = False
     """Learns how far the reward is followed from --kl-price, so that --beta is only where it starts."""
     scale_learning_rate: float | None = None
-    """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.1."""
+    """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.01.
+    A policy that is far behind its reward gives the scale a wrong direction, so that it must move more slowly."""
     weights_learning_rate: float | None = None
     """Learning rate of the weights of --rewards; by default 0.02. With 0 they stay as given."""
     policy_learning_rate: float | None = None

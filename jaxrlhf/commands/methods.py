@@ -95,7 +95,7 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         weights = adam(_given(config.weights_learning_rate, 0.02))
         reward, fit = mixture_optimizer(weights, reward), mixture_optimizer(weights, fit)
     if config.learn_scale:
-        reward = scale_optimizer(reward, adam(_given(config.scale_learning_rate, 0.1)))
+        reward = scale_optimizer(reward, adam(_given(config.scale_learning_rate, 0.01)))
         fit = scale_optimizer(fit, optax.set_to_zero())
     return Parts(
         problem,
