@@ -105,8 +105,9 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     from_preferences: str | None = None
     """Pairs with known preferences, as `jaxrlhf reward` reads them, that are among the kept labels from the beginning and
     are learned from once before the first step; needs --reuse."""
-    estimator: Estimator = "central"
-    """How the reward's gradient accounts for the policy's response to it, with --method bilevel; decoupled ignores it."""
+    estimator: Estimator | None = None
+    """How the reward's gradient accounts for the policy's response to it, with --method bilevel; decoupled ignores it.
+    By default central, or with --learn-scale boltzmann, whose response does not lag behind the policy."""
     relative_sigma: float = 0.2
     """Perturbation of the finite-difference stencils, sigma / beta."""
     utility_weight: float = 1.0
@@ -116,8 +117,7 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     learn_scale: bool = False
     """Learns how far the reward is followed from --kl-price, so that --beta is only where it starts."""
     scale_learning_rate: float | None = None
-    """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.01.
-    A policy that is far behind its reward gives the scale a wrong direction, so that it must move more slowly."""
+    """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.03."""
     weights_learning_rate: float | None = None
     """Learning rate of the weights of --rewards; by default 0.02. With 0 they stay as given."""
     policy_learning_rate: float | None = None
@@ -143,19 +143,25 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     """Time limit in seconds for a function to label or score the pairs of a step; an LLM judge has limits of its own."""
 
 
+def estimator_of(config: Align) -> Estimator:
+    """Returns the estimator of --estimator, or its default."""
+    return config.estimator or ("boltzmann" if config.learn_scale else "central")
+
+
 def check_config(config: Align) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
     check_flags(config)
     check_method(config)
     configured_adapters(config)
-    if config.estimator in ("boltzmann", "decoupled"):
+    estimator = estimator_of(config)
+    if estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
-        refuse_unused(config, unused, f"with --estimator {config.estimator}, which has no stencil")
+        refuse_unused(config, unused, f"with --estimator {estimator}, which has no stencil")
     split = parse_mesh(config.mesh).get("stencil", 1)
-    if split != 1 and (config.method != "bilevel" or config.estimator in ("boltzmann", "decoupled")):
-        without = f"--method {config.method}" if config.method != "bilevel" else f"--estimator {config.estimator}"
+    if split != 1 and (config.method != "bilevel" or estimator in ("boltzmann", "decoupled")):
+        without = f"--method {config.method}" if config.method != "bilevel" else f"--estimator {estimator}"
         raise ValueError(f"--mesh stencil={split} does not apply with {without}, which has no stencil to split.")
-    if config.learn_scale and config.estimator == "decoupled":
+    if config.learn_scale and estimator == "decoupled":
         raise ValueError(
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."
         )

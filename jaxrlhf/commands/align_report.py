@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.base.types import Params
-from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.align_config import Align, estimator_of
 from jaxrlhf.commands.comparison import Comparison, comparison_table
 from jaxrlhf.commands.compilation import cache_text
 from jaxrlhf.commands.methods import labels_per_step
@@ -218,7 +218,7 @@ PANELS = (
 
 
 def _draw(folder: RunFolder, config: Align, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-    name = config.estimator if config.method == "bilevel" else config.method
+    name = estimator_of(config) if config.method == "bilevel" else config.method
     panels: dict[str, Any] = {}
 
     def add(title: str, field: str, unit: str, source: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.base.algorithm import Algorithm, compose, label_by
 from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.align_config import Align, estimator_of
 from jaxrlhf.commands.mixture import weights_of
 from jaxrlhf.lm.pairing import Prompts, Responses
 from jaxrlhf.preferences.mixture import attach_scores, mixture_optimizer, report_mixture
@@ -95,7 +95,7 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         weights = adam(_given(config.weights_learning_rate, 0.02))
         reward, fit = mixture_optimizer(weights, reward), mixture_optimizer(weights, fit)
     if config.learn_scale:
-        reward = scale_optimizer(reward, adam(_given(config.scale_learning_rate, 0.01)))
+        reward = scale_optimizer(reward, adam(_given(config.scale_learning_rate, 0.03)))
         fit = scale_optimizer(fit, optax.set_to_zero())
     return Parts(
         problem,
@@ -127,7 +127,7 @@ def rule_of(config: Align) -> bilevel.HypergradientRule:
         "boltzmann": bilevel.boltzmann,
         "decoupled": bilevel.decoupled,
     }
-    return rules[config.estimator]()
+    return rules[estimator_of(config)]()
 
 
 def _label_weight(config: Align) -> float:

@@ -75,7 +75,7 @@ WRONG = {
         "--dtype does not apply with --tokenizer",
     ),
     "no-stencil": (
-        align.Align(**ALIGN, estimator="boltzmann", relative_sigma=0.1),
+        align.Align(**ALIGN, learn_scale=True, relative_sigma=0.1),
         "--relative-sigma does not apply with --estimator boltzmann",
     ),
     "no-tangent": (
