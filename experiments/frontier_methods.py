@@ -59,6 +59,7 @@ class Setup(NamedTuple):
         implicit_weight: that weight divided by beta, where the reward is a policy's log-ratio: its likelihood scales with
             beta as well.
         relative_sigma: of the stencil.
+        reference_responses: to a prompt, in self-play; 0: the win rate is that against the policy itself.
     """
 
     policy: LanguageModel
@@ -79,6 +80,7 @@ class Setup(NamedTuple):
     utility_weight: float = 1.0
     implicit_weight: float = 0.3
     relative_sigma: float = 0.2
+    reference_responses: int = 0
 
 
 class Method(NamedTuple):
@@ -164,6 +166,7 @@ def parts_of(setup: Setup, rates: Rates, method: methods.Method, *, kl_price: An
         utility_weight=setup.implicit_weight if method.learns == "log-ratio" else setup.utility_weight,
         critic=methods.Critic(token_critic(setup.policy), setup.critic, adam(rates.critic, setup.steps)),
         steps=setup.lower_steps,
+        reference_responses=setup.reference_responses,
     )
 
 

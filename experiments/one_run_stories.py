@@ -4,6 +4,7 @@ All runs of a method, seeds by starts, are one program (`vmap`). Each spends the
 responses; a run's policy is measured by its utility, win rate against the reference less the stated price of its KL.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ METHODS = (SCALED, PLAIN, "RLOO", "PPO", "GRPO", "online DPO", "offline DPO", CO
 BETAS = (0.1, 0.25, 0.6, 1.5, 4.0)
 TARGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """KLs in nats, the controller's setting in place of beta."""
+REFERENCE_RESPONSES = 2
+"""Responses of the reference to a prompt and step beside the pairs, in the bilevel methods."""
 
 
 class Budget(NamedTuple):
@@ -86,7 +89,8 @@ class Price(NamedTuple):
 
 
 def bilevel_method(setup: Setup, rates: Rates, price: Price, *, learned: bool) -> Method:
-    """Returns bilevel descent by the Boltzmann rule on pairs with the reference, with or without a learned scale."""
+    """Returns bilevel descent by the Boltzmann rule, in self-play, with or without a learned scale."""
+    setup = setup._replace(reference_responses=REFERENCE_RESPONSES)
     method = methods.METHODS["bilevel"]
     parts = parts_of(setup, rates, method, kl_price=price.kl_price)._replace(
         rule=bilevel.boltzmann(), utility_weight=price.weight, tangent_optimizer=optax.set_to_zero(), scaled=learned
@@ -104,11 +108,13 @@ def bilevel_method(setup: Setup, rates: Rates, price: Price, *, learned: bool) -
     return Method(make, rates, has_reward=True)
 
 
-def method_of(name: str, setup: Setup, price: Price) -> Method:
-    """Returns a method by its name in `METHODS`."""
+def method_of(name: str, setup: Setup, price: Price, rate_factor: float = 1.0) -> Method:
+    """Returns a method by its name in `METHODS`, with its policy's learning rate multiplied."""
+    key = {SCALED: "boltzmann", PLAIN: "boltzmann", CONTROLLER: "RLOO"}.get(name, name)
+    rates = dataclasses.replace(RATES[key], policy=rate_factor * RATES[key].policy)
     if name in (SCALED, PLAIN):
-        return bilevel_method(setup, RATES["boltzmann"], price, learned=name == SCALED)
-    return build("RLOO" if name == CONTROLLER else name, setup, RATES["RLOO" if name == CONTROLLER else name])
+        return bilevel_method(setup, rates, price, learned=name == SCALED)
+    return build(key, setup, rates)
 
 
 class Runner(NamedTuple):
@@ -121,7 +127,13 @@ class Runner(NamedTuple):
 
 
 def compile_runs(
-    name: str, stories: StoryModel, setup: Setup, price: Price, first_reward: Callable, budget: Budget
+    name: str,
+    stories: StoryModel,
+    setup: Setup,
+    price: Price,
+    first_reward: Callable,
+    budget: Budget,
+    rate_factor: float = 1.0,
 ) -> Runner:
     """Returns a method compiled for all runs at once, each with a beta (or a target KL) of its own.
 
@@ -132,8 +144,9 @@ def compile_runs(
         price: of the bilevel methods.
         first_reward: `key -> ` initial parameters of the learner's reward.
         budget: of a run.
+        rate_factor: of the policy's learning rate.
     """
-    method = method_of(name, setup, price)
+    method = method_of(name, setup, price, rate_factor)
     controlled = target_kl(
         method.make, target=ramp(1.0, steps=2 * budget.steps // 3, begin=setup.hold), beta=method.rates.beta,
         gain=0.03, proportional=1.5,
@@ -174,16 +187,17 @@ def run_method(
     golds: dict[str, Gold],
     baselines: dict[str, np.ndarray],
     budget: Budget,
+    rate_factor: float = 1.0,
 ) -> Iterator[tuple[str, Outcome]]:
     """Yields the outcome of a method under each gold reward; compiled once.
 
     Args:
-        name, stories, setup, price, first_reward, budget: of `compile_runs`.
+        name, stories, setup, price, first_reward, budget, rate_factor: of `compile_runs`.
         golds: gold rewards by name.
         baselines: gold rewards `[O, N]` of responses of the reference, by the gold's name.
     """
     starts = TARGETS if name == CONTROLLER else BETAS
-    runner = compile_runs(name, stories, setup, price, first_reward, budget)
+    runner = compile_runs(name, stories, setup, price, first_reward, budget, rate_factor)
     for label, gold in golds.items():
         began = time.monotonic()
         states, labels, responses = _train(runner, stories, gold, budget, starts)

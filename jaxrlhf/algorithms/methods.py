@@ -5,7 +5,7 @@
 
 | name | learns | a pair is | source |
 |---|---|---|---|
-| `bilevel` | reward and policy; the reward's gradient includes the policy's response | policy, reference | arXiv 2410.15610 |
+| `bilevel` | reward and policy; the reward's gradient includes the policy's response | policy, policy as an opponent | arXiv 2410.15610 |
 | `iterated` | reward and policy, each with the other held fixed | policy, reference | arXiv 1909.08593 |
 | `rloo` | as `iterated`, policy by leave-one-out baselines | policy, policy | arXiv 2402.14740 |
 | `ppo` | as `iterated`, policy by a critic's advantages and clipped ratios, token by token | policy, policy | arXiv 1707.06347 |
@@ -24,6 +24,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrlhf.algorithms.actor_critic import actor_critic
@@ -49,6 +51,7 @@ from jaxrlhf.bilevel import (
 from jaxrlhf.preferences import objectives
 from jaxrlhf.preferences.annotators import from_both_sides
 from jaxrlhf.preferences.scale import learn_scale
+from jaxrlhf.preferences.self_play import wins_against_reference
 
 Against = Literal["reference", "policy", "self"]
 """Where the second response of a pair comes from, as in `lm.pairing`."""
@@ -72,7 +75,7 @@ class Parts(NamedTuple):
     """What methods are assembled from; each method reads some of it.
 
     Attributes:
-        problem: `(objective, *, against, per_token=False) -> BilevelProblem`.
+        problem: `(objective, *, against, per_token=False, reference_responses=0) -> BilevelProblem`.
         policy_optimizer: of the policy.
         tangent_optimizer: of the policy's response to the reward, `bilevel` with a stencil.
         reward_optimizer: of the reward in an update on fresh pairs.
@@ -86,6 +89,9 @@ class Parts(NamedTuple):
         sequential: as in `bilevel_descent`.
         label_weight: factor of what a labelled pair costs: pairs over labels where only some pairs of a step, drawn at
             random, are labelled. Costs are then unbiased, and the KL keeps its price.
+        reference_responses: of `bilevel` on pairs of the policy's own: responses of the reference to each prompt, without
+            labels, that say what a win is worth against the reference (`preferences.self_play`); 0 leaves wins against
+            the policy itself.
     """
 
     problem: Callable[..., BilevelProblem]
@@ -101,6 +107,7 @@ class Parts(NamedTuple):
     steps: int = 1
     sequential: bool = False
     label_weight: float = 1.0
+    reference_responses: int = 2
 
     def of(self, *parts: objectives.Objective, **keywords: Any) -> BilevelProblem:
         """Returns the problem of a sum of objectives."""
@@ -176,18 +183,23 @@ class Reusing(NamedTuple):
     review: Callable[[Any, Any, Params], Any]
 
 
-def bilevel(
-    parts: Parts, beta: Any, *, against: Against = "reference", rule: HypergradientRule | None = None
-) -> Algorithm:
+def bilevel(parts: Parts, beta: Any, *, against: Against = "self", rule: HypergradientRule | None = None) -> Algorithm:
     """Returns bilevel descent of the uncoupled likelihood and the coupled utility.
 
     Args:
         parts, beta: of the method.
-        against: "reference", or "self": the win rate is then that against the policy held fixed.
+        against: "reference"; or "self", where both responses of a pair are the policy's, each once held fixed, and their
+            label counts by what it says about wins against the reference (`preferences.self_play`).
         rule: in place of the parts'.
     """
     utility = objectives.utility(weight=parts.utility_weight, kl_price=parts.kl_price)
-    problem = _scaled(parts, parts.of(objectives.likelihood(coupled=False), utility, against=against), beta)
+    witnesses = (
+        {"reference_responses": parts.reference_responses} if against == "self" and parts.reference_responses else {}
+    )
+    problem = parts.of(objectives.likelihood(coupled=False), utility, against=against, **witnesses)
+    problem = _scaled(parts, problem, beta)
+    if witnesses:
+        problem = wins_against_reference(problem, scale=_scale_of if parts.scaled else lambda upper: 1.0)
     solver = tangent(parts.policy_optimizer, parts.tangent_optimizer, steps=parts.steps)
     algorithm = bilevel_descent(
         problem,
@@ -244,9 +256,11 @@ def label_gradient(parts: Parts, kl_price: Any) -> Algorithm:
 
 
 METHODS: dict[str, Method] = {
-    "bilevel": Method(bilevel, "reward", "reference", held_out=True),
+    "bilevel": Method(bilevel, "reward", "self", held_out=True),
     "implicit-bilevel": Method(implicit_bilevel, "log-ratio", "self"),
-    "iterated": Method(lambda parts, beta: bilevel(parts, beta, rule=decoupled()), "reward", "reference"),
+    "iterated": Method(
+        lambda parts, beta: bilevel(parts, beta, against="reference", rule=decoupled()), "reward", "reference"
+    ),
     "rloo": Method(functools.partial(iterated, gradient="rloo"), "reward", "policy"),
     "grpo": Method(functools.partial(iterated, gradient="grpo", per_token=True), "reward", "policy", per_token=True),
     "ppo": Method(functools.partial(iterated, gradient="ppo", per_token=True), "reward", "policy", per_token=True),
@@ -284,6 +298,10 @@ def _weighted(objective: objectives.Objective, weight: float) -> objectives.Obje
         return PairCost(*(weight * part for part in objective.pair_cost(returns, labels)))
 
     return objective._replace(pair_cost=pair_cost)
+
+
+def _scale_of(upper: Any) -> jax.Array:
+    return jnp.exp(upper.log_scale)
 
 
 def _scaled(parts: Parts, problem: BilevelProblem, beta: Any) -> BilevelProblem:

@@ -153,6 +153,8 @@ def refitted(
     if updates < 1 or size < 1:
         raise ValueError(f"A fit needs updates and a size of at least 1, got {updates} and {size}.")
 
+    sample = pairs_alone(sample)
+
     def init(key, upper, lower):
         buffer = preference_buffer.empty(sample, labels=labels, capacity=capacity)
         inner = algorithm.init(key, upper, lower)
@@ -160,7 +162,8 @@ def refitted(
 
     def update(key, state, labelled, frozen):
         fit_key, update_key = jax.random.split(key)
-        buffer = preference_buffer.add(state.buffer, labelled, step=state.step)
+        pairs = labelled._replace(sample=pairs_alone(labelled.sample))
+        buffer = preference_buffer.add(state.buffer, pairs, step=state.step)
 
         def refit_with(inner):
             before = state._replace(inner=inner, buffer=buffer)
@@ -177,6 +180,11 @@ def refitted(
         return after._replace(step=state.step + 1), report
 
     return _wrapped(algorithm, init, update, annotate)
+
+
+def pairs_alone(sample: Sample) -> Sample:
+    """Returns the sample without its responses of the reference, which a fit to labels does not read."""
+    return sample._replace(reference_responses=())
 
 
 def replay(

@@ -29,6 +29,8 @@ class Sample(NamedTuple):
         from_policy: `[2]`, 1 where a slot is filled by the policy, 0 where by the reference. Slot 0 is the policy's.
         num_draws: `[]`, number of independent pairs behind each prompt's measure: M when drawn, infinity when
             enumerated. It sets the leave-one-out correction of `importance.others_mean`.
+        reference_responses: pytree, leaves `[B, K, ...]`: responses of the reference to the same prompts that belong to no
+            pair, for costs that compare with them (`preferences.self_play`); or ().
     """
 
     prompts: Batch
@@ -39,6 +41,7 @@ class Sample(NamedTuple):
     measure: jax.Array
     from_policy: jax.Array
     num_draws: jax.Array
+    reference_responses: Batch = ()
 
 
 SKIPPED = -1.0
@@ -85,6 +88,7 @@ class BilevelProblem(NamedTuple):
         cost: `(upper, reward, labelled, frozen) -> PairCost`, where `reward` is the output of the function `reward` for
             this `upper`, so that no model runs twice.
         kl_price: kappa >= 0; adds `kappa KL(policy || reference)` to the coupled upper objective.
+        reference_returns: `(upper, sample, frozen) -> [B, K]`, returns of the sample's `reference_responses`, or None.
     """
 
     sample: Callable[[Key, Params, Batch, Params], Sample]
@@ -92,6 +96,7 @@ class BilevelProblem(NamedTuple):
     reward: Callable[[Params, Sample, Params], jax.Array]
     cost: Callable[[Params, jax.Array, Labelled, Params], PairCost]
     kl_price: float | jax.Array = 0.0
+    reference_returns: Callable[[Params, Sample, Params], jax.Array] | None = None
 
 
 def uniform_measure(batch: int, pairs: int, *, dtype: Any = None) -> tuple[jax.Array, jax.Array]:

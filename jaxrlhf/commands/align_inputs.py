@@ -12,6 +12,7 @@ from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_settings, open_annotator, people_of
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.existing import Existing
+from jaxrlhf.commands.methods import method_of
 from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on
 from jaxrlhf.commands.stage import dtype_of
 from jaxrlhf.data.tokenization import describe_rows, tokenize_prompts
@@ -100,7 +101,7 @@ def counted(annotator: ComparisonAnnotator, config: Align) -> ComparisonAnnotato
     people, host = annotator.people, annotator.host
     if people is None or host is None:
         return annotator
-    against_reference = METHODS[config.method].against == "reference"
+    against_reference = method_of(config).against == "reference"
 
     def annotate(key, sample):
         labels = host(key, sample)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.algorithms.replay import ReplayedState
 from jaxrlhf.base.problem import SKIPPED
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.data import read_all
+from jaxrlhf.commands.methods import method_of
 from jaxrlhf.commands.models import Model
 from jaxrlhf.data.batches import PromptRows, padded_prompts, rectangle
 from jaxrlhf.data.records import DataError
@@ -113,7 +113,7 @@ def begin_with(
         review: of `methods.Reusing`.
         mesh, state_where: of the run.
     """
-    method, size = METHODS[config.method], config.batch_size
+    method, size = method_of(config), config.batch_size
     model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
     count, columns = chunks_of(existing, size), _kept(state).buffer.pairs.sample.prompts.tokens.shape[1]
 

@@ -1,5 +1,6 @@
 """The algorithm of `jaxrlhf align`: a method by its name, labels that are kept, a target for the KL."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import optax
 
 from jaxrlhf import bilevel, preferences
 from jaxrlhf.algorithms.methods import METHODS, Critic, Method, Parts
+from jaxrlhf.algorithms.methods import bilevel as bilevel_method
 from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.base.algorithm import Algorithm, compose, label_by
 from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, Sample, uniform_measure
@@ -23,6 +25,17 @@ from jaxrlhf.training.sharding import parse_mesh
 
 RAMP = 2 / 3
 """Fraction of a run over which the KL that is aimed at rises to --target-kl."""
+
+
+def method_of(config: Align) -> Method:
+    """Returns the method of a run.
+
+    Functions of --rewards score the responses of pairs alone, so the pairs of bilevel are then with the reference.
+    """
+    method = METHODS[config.method]
+    if config.rewards and config.method == "bilevel":
+        return method._replace(assemble=functools.partial(bilevel_method, against="reference"), against="reference")
+    return method
 
 
 class Assembled(NamedTuple):
@@ -46,14 +59,14 @@ def build_algorithm(
 
     Args:
         config: of the run.
-        problem: `(objective, *, against, per_token=False) -> BilevelProblem`.
+        problem: of `methods.Parts`.
         critic: `(optimizer) -> ` the critic of PPO.
         annotate: the annotator, if it can be traced.
         start: upper, lower and frozen parameters, or their shapes.
         prompt_length: columns of a step's prompts, where labels are kept.
         existing_rows: rows kept for labels that exist before the run.
     """
-    method = METHODS[config.method]
+    method = method_of(config)
     parts = _parts(config, problem, critic)
     first = config.beta if method.weighs == "beta" else config.kl_price
 

@@ -63,6 +63,7 @@ def bandit_problem(
     against_reference: bool = True,
     pairs: int | None = None,
     counts: bool = False,
+    reference_responses: int = 0,
 ) -> BilevelProblem:
     """Returns the bandit as a bilevel problem.
 
@@ -76,6 +77,7 @@ def bandit_problem(
         against_reference: whether the second response of a pair comes from the reference.
         pairs: pairs drawn per context and step; None lists all K^2.
         counts: whether to draw how often each pair occurs in place of the pairs.
+        reference_responses: arms that the reference draws in each context beside the pairs (`preferences.self_play`).
 
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), or pairs < 1, or counts are asked for
@@ -106,7 +108,17 @@ def bandit_problem(
             measure=measure,
             from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], log_policy.dtype),
             num_draws=num_draws,
+            reference_responses=witnesses(key, frozen),
         )
+
+    def witnesses(key: Key, frozen: Bandit):
+        if not reference_responses:
+            return ()
+        shape, key = (reference_responses, len(frozen.reference)), jax.random.fold_in(key, 1)
+        return jax.random.categorical(key, frozen.reference, axis=-1, shape=shape).T
+
+    def reference_returns(upper, sample, frozen):
+        return _gather(reward(upper, frozen.features)[sample.prompts], sample.reference_responses)
 
     def log_prob(lower, sample, frozen):
         return _at_sample(jax.nn.log_softmax(policy(lower, frozen), axis=-1), sample)
@@ -117,6 +129,7 @@ def bandit_problem(
         reward=lambda upper, sample, frozen: _at_sample(reward(upper, frozen.features), sample),
         cost=objective.cost,
         kl_price=objective.kl_price,
+        reference_returns=reference_returns if reference_responses else None,
     )
 
 

@@ -7,6 +7,7 @@ with a second one of its own.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class _Setup(NamedTuple):
     rollout: RolloutModel | None
     policy_params: Callable[[Params, LanguageFrozen], Params]
     reward_params: Callable[[Params, LanguageFrozen], Params]
+    reference_responses: int
 
 
 def language_problem(
@@ -75,6 +77,7 @@ def language_problem(
     pairs: int,
     generation: Generation,
     against: Against = "reference",
+    reference_responses: int = 0,
     per_token: bool = False,
     microbatches: int = 1,
     rollout: RolloutModel | None = None,
@@ -93,6 +96,8 @@ def language_problem(
         against: where the second response of a pair comes from: "reference"; "policy", whose log-probabilities are trained
             for both responses; or "self", for updates that see every pair from both sides
             (`preferences.from_both_sides`), each response against the other held fixed.
+        reference_responses: K, responses of the reference to each prompt beside the pairs, which nobody labels; see
+            `preferences.self_play`.
         per_token: whether every token is a step (T = L) in place of the whole completion (T = 1). The reward arrives with
             the last token; the problem is the same one.
         microbatches: into how many the models split a batch of responses (`microbatch.in_microbatches`); must divide B M.
@@ -116,14 +121,16 @@ def language_problem(
     if not generation.temperature > 0:
         raise ValueError(f"The policy's temperature must be positive, got {generation.temperature}.")
     setup = _Setup(
-        policy, reward, generation, pairs, against, per_token, microbatches, rollout, policy_params, reward_params
-    )
+        policy, reward, generation, pairs, against, per_token, microbatches, rollout, policy_params, reward_params,
+        reference_responses,
+    )  # fmt: skip
     return BilevelProblem(
         sample=functools.partial(_sample, setup),
         log_prob=functools.partial(_log_prob, setup),
         reward=functools.partial(_reward, setup),
         cost=objective.cost,
         kl_price=objective.kl_price,
+        reference_returns=functools.partial(_reference_returns, setup) if reference_responses else None,
     )
 
 
@@ -152,7 +159,18 @@ def _sample(setup: _Setup, key: Key, lower: Params, data: Prompts, frozen: Langu
         measure=measure,
         from_policy=from_policy(setup.against, behaviour.dtype),
         num_draws=num_draws,
+        reference_responses=_reference_responses(setup, reference_key, data, frozen),
     )
+
+
+def _reference_responses(setup: _Setup, key: Key, data: Prompts, frozen: LanguageFrozen) -> Responses | tuple[()]:
+    """Returns K responses of the reference to each prompt, `[B, K, L]`."""
+    count = setup.reference_responses
+    if not count:
+        return ()
+    rows = Prompts(*(jnp.repeat(leaf, count, axis=0) for leaf in data))
+    responses, _ = _generate(setup, key, frozen.reference, rows)
+    return Responses(*(leaf.reshape(-1, count, leaf.shape[-1]) for leaf in responses))
 
 
 def _log_prob(setup: _Setup, lower: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
@@ -167,8 +185,7 @@ def _log_prob(setup: _Setup, lower: Params, sample: Sample, frozen: LanguageFroz
 
 
 def _reward(setup: _Setup, upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
-    responses, params = sample.responses, setup.reward_params(upper, frozen)
-    score = functools.partial(score_responses, setup.reward, params, sample.prompts, microbatches=setup.microbatches)
+    responses, score = sample.responses, _scores(setup, upper, sample, frozen)
     if setup.against == "self":
         rewards = both_sides(score(Responses(*(leaf[:, :, :1] for leaf in responses)))[:, :, 0])
     else:
@@ -176,16 +193,33 @@ def _reward(setup: _Setup, upper: Params, sample: Sample, frozen: LanguageFrozen
     return step_rewards(rewards, responses.mask, per_token=setup.per_token)
 
 
+def _reference_returns(setup: _Setup, upper: Params, sample: Sample, frozen: LanguageFrozen) -> jax.Array:
+    responses = Responses(*(leaf[:, :, None] for leaf in sample.reference_responses))
+    rows = responses.tokens.shape[0] * responses.tokens.shape[1]
+    fewer = setup._replace(microbatches=math.gcd(setup.microbatches, rows))
+    return _scores(fewer, upper, sample, frozen)(responses)[:, :, 0]
+
+
+def _scores(setup: _Setup, upper: Params, sample: Sample, frozen: LanguageFrozen) -> Callable[[Responses], jax.Array]:
+    params = setup.reward_params(upper, frozen)
+    return functools.partial(score_responses, setup.reward, params, sample.prompts, microbatches=setup.microbatches)
+
+
 def _sample_responses(setup: _Setup, key: Key, params: Params, rows: Prompts) -> tuple[Responses, jax.Array]:
     """Returns one response a row, and its log-probabilities `[N, T]` under the policy model with these parameters."""
-    model, rollout_params = setup.policy, params
-    if setup.rollout is not None:
-        model, rollout_params = setup.rollout.model, setup.rollout.params_of(params)
-    completions = generate(model, rollout_params, key, *rows, **setup.generation._asdict())
-    responses = Responses(completions.tokens, completions.mask)
+    responses, log_prob = _generate(setup, key, params, rows)
     if setup.rollout is not None:
         return responses, _log_probs(setup, params, rows, responses)
-    return responses, step_log_probs(completions.log_prob, per_token=setup.per_token)
+    return responses, step_log_probs(log_prob, per_token=setup.per_token)
+
+
+def _generate(setup: _Setup, key: Key, params: Params, rows: Prompts) -> tuple[Responses, jax.Array]:
+    """Returns one response a row, and its tokens' log-probabilities `[N, L]` under the model that sampled it."""
+    model = setup.policy
+    if setup.rollout is not None:
+        model, params = setup.rollout.model, setup.rollout.params_of(params)
+    completions = generate(model, params, key, *rows, **setup.generation._asdict())
+    return Responses(completions.tokens, completions.mask), completions.log_prob
 
 
 def _log_probs(setup: _Setup, params: Params, rows: Prompts, responses: Responses) -> jax.Array:

@@ -61,6 +61,7 @@ def rows(sample: Sample) -> Sample:
         measure=flat(sample.measure),
         from_policy=sample.from_policy,
         num_draws=jnp.ones_like(sample.num_draws),
+        reference_responses=jax.tree.map(lambda leaf: jnp.repeat(leaf, pairs, axis=0), sample.reference_responses),
     )
 
 

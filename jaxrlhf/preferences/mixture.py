@@ -86,6 +86,7 @@ def mixture_problem(
         log_prob=lambda lower, sample, frozen: problem.log_prob(lower, _without_scores(sample), frozen),
         reward=reward,
         cost=cost,
+        reference_returns=None,  # their scores are not known
     )
 
 

@@ -99,7 +99,12 @@ def learn_scale(problem: BilevelProblem, *, beta: float | jax.Array) -> BilevelP
             uncoupled=problem.cost(upper.reward, unscaled, labelled, frozen).uncoupled,
         )
 
-    return problem._replace(reward=reward, cost=cost)
+    def reference_returns(upper: ScaledReward, sample: Sample, frozen: Params) -> jax.Array:
+        assert problem.reference_returns is not None
+        return _times_scale(upper, problem.reference_returns(upper.reward, sample, frozen))
+
+    returns = None if problem.reference_returns is None else reference_returns
+    return problem._replace(reward=reward, cost=cost, reference_returns=returns)
 
 
 def _zero(upper: ScaledReward) -> jax.Array:

@@ -25,12 +25,16 @@ def make():
 
 
 def parts(**options):
-    def problem(objective, *, against, per_token=False):
+    def problem(objective, *, against, per_token=False, reference_responses=0):
         del per_token  # an arm is one step
         if against == "self":
             objective = objective._replace(against_reference=False)  # the opponent takes the reference's place
         return bandit.bandit_problem(
-            lambda upper, features: upper, objective, against_reference=against == "reference", **options
+            lambda upper, features: upper,
+            objective,
+            against_reference=against == "reference",
+            reference_responses=reference_responses,
+            **options,
         )
 
     def value(critic, sample, frozen):
