@@ -83,7 +83,8 @@ def decoder(
         dtype: of the residual stream and the linear maps; None is the widest of the parameters', so that adapters in
             float32 on weights in bfloat16 give states in float32.
         remat: what the backward pass recomputes, to save memory: "layer", everything but each layer's input, or
-            "products", everything but the results of linear maps; by default only attention scores, where they are large.
+            "products", everything but the results of linear maps; by default only attention scores, where they are large,
+            and on a CPU with more than `trunk.MAX_UNROLLED_LAYERS` layers all but results of linear maps and attention.
         attention: what computes the attention of whole rows, "xla" or "cudnn" (NVIDIA GPUs, a dtype in half precision, no
             capped scores); cached decoding is the same for both.
 

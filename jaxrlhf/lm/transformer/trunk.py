@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.lm.transformer.block import Block, Norm, normal
+from jaxrlhf.lm.transformer.block import KEPT, Block, Norm, normal
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import (
     attend,
@@ -35,6 +35,9 @@ REMAT = {
 }
 """What is saved of a layer for the backward pass, by name: only its input, or also the results of its linear maps."""
 
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(KEPT)
+"""What is saved by default of the layers of a scan on a CPU. A scan stacks what it saves, and on a CPU writing norms,
+activations and reshaped weights into the stacks takes longer than computing them again."""
 
 Attention = Literal["xla", "cudnn"]
 """What computes the attention of whole rows: plain products, or cuDNN's fused kernel (`layers.attend_fused`)."""
@@ -190,7 +193,11 @@ class Trunk(nnx.Module):
             attended = attention(query, key, value, _select(kind.windowed, *allowed))
             return block.finish(x, attended), (key, value) if keep else None
 
-        checkpoint = None if remat is None else functools.partial(jax.checkpoint, policy=REMAT[remat])
+        checkpoint = None
+        if remat is not None:
+            checkpoint = functools.partial(jax.checkpoint, policy=REMAT[remat])
+        elif self.config.layers > MAX_UNROLLED_LAYERS and jax.default_backend() == "cpu":
+            checkpoint = functools.partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         x, kept = self.apply_layers(self.embed(tokens, positions, dtype), step, checkpoint=checkpoint)
         return self.final_norm(x), kept
 
