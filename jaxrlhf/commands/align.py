@@ -223,8 +223,14 @@ def train(
     safe = algorithm._replace(**{name: guarded(getattr(algorithm, name), state=1) for name in ("step", "update")})
     compiled = compile_algorithm(safe, run.mesh, state=run.state_where, frozen=run.frozen_where)
     # Kept pairs are arrays of one shape.
-    multiple = prompt_columns(config, run.prompts, run.existing) if config.reuse else column_multiple(config)
-    batches = prompt_batches(run.prompts.training, batch_size=config.batch_size, seed=config.seed, multiple=multiple)
+    widest = prompt_columns(config, run.prompts, run.existing)
+    batches = prompt_batches(
+        run.prompts.training,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        multiple=widest if config.reuse else column_multiple(config),
+        widest=widest,
+    )
     loop = LoopSettings(
         name="align",
         unit="completions",

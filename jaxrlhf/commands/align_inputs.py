@@ -59,13 +59,13 @@ def read_prompts(config: Align, policy: Model) -> PromptSplits:
 
 
 def column_multiple(config: Align) -> int:
-    """Returns the number that columns of prompts are a multiple of."""
+    """Returns the number that columns of prompts are a multiple of, except in the widest batches."""
     return min(32, config.max_prompt)
 
 
 def prompt_columns(config: Align, prompts: PromptSplits, existing: Existing | None) -> int:
-    """Returns the columns of the longest prompt."""
-    multiple, longest = column_multiple(config), max(map(len, prompts.training))
+    """Returns the columns of the widest batch: those of the longest prompt, rounded up to a multiple of 8."""
+    multiple, longest = min(8, column_multiple(config)), max(map(len, prompts.training))
     if existing is not None:
         longest = max(longest, existing.prompts.tokens.shape[1])
     return -(-longest // multiple) * multiple

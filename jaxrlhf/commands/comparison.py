@@ -133,7 +133,7 @@ def open_comparer(
     """
     complete = _completer(reference, max_new_tokens=max_new_tokens, temperature=temperature)
     label, tokenizer = _label_function(annotator), reference.bundle.tokenizer
-    length = max(len(prompt) for prompt in prompts)
+    length, rows_of_batch = max(len(prompt) for prompt in prompts), min(BATCH_SIZE, len(prompts))
     # The reference completes the same prompts with the same keys at every call.
     references: dict[int, Completions] = {}
 
@@ -143,7 +143,7 @@ def open_comparer(
             policy_key, reference_key, order_key, label_key = jax.random.split(jax.random.key(seed + start), 4)
             batch = list(prompts[start : start + BATCH_SIZE])
             # All batches have one shape: the last is filled up with its first prompt.
-            padded = padded_prompts(batch + batch[:1] * (BATCH_SIZE - len(batch)), length)
+            padded = padded_prompts(batch + batch[:1] * (rows_of_batch - len(batch)), length)
             rows = Prompts(*(jnp.asarray(part) for part in padded))
             if everywhere is not None:
                 rows, policy_key, reference_key = put_on_devices((rows, policy_key, reference_key), everywhere)
@@ -188,6 +188,8 @@ def _completer(reference: Model, *, max_new_tokens: int, temperature: float) -> 
             max_new_tokens=max_new_tokens,
             stop_ids=bundle.stop_ids,
             pad_id=bundle.pad_id,
+            # The first prompts are completed in the same way whether or not others follow.
+            drawn_rows=BATCH_SIZE,
         )
         reference_log_prob = completion_log_probs(
             model, reference_params, *rows, completions.tokens, completions.mask, temperature=temperature

@@ -135,9 +135,13 @@ def prompt_batches(
     multiple: int = 64,
     window: int = 32,
     shard: tuple[int, int] = (0, 1),
+    widest: int | None = None,
 ) -> grain.IterDataset[PromptRows]:
-    """Returns infinite batches of prompts; arguments and errors as `pair_batches`."""
-    return _by_length(rows, padded_prompts, batch_size, seed, multiple, window, shard)
+    """Returns infinite batches of prompts; arguments and errors as `pair_batches`.
+
+    `widest` bounds the columns of a batch after rounding; no prompt may be longer.
+    """
+    return _by_length(rows, padded_prompts, batch_size, seed, multiple, window, shard, widest)
 
 
 def evaluation_batches(
@@ -256,14 +260,14 @@ class _BatchIndices:
         return batches[np.random.default_rng([self._seed, window]).permutation(self._window)]
 
 
-def _by_length(rows, padded, batch_size, seed, multiple, window, shard) -> grain.IterDataset:
+def _by_length(rows, padded, batch_size, seed, multiple, window, shard, widest=None) -> grain.IterDataset:
     lengths, own_rows = _lengths(rows), _shard_slice(batch_size, shard)
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}.")
 
     def batch(indices: np.ndarray) -> Any:
         length = _round_up(lengths[indices].max(), multiple)
-        return padded([rows[index] for index in indices[own_rows]], length)
+        return padded([rows[index] for index in indices[own_rows]], length if widest is None else min(length, widest))
 
     _round_up(1, multiple)  # checks it at the call
     batches = grain.MapDataset.source(_BatchIndices(lengths, batch_size, seed, window)).map(batch)

@@ -1,6 +1,5 @@
 """Sampling completions: prefill the cache with the prompts, then decode one token a row and step."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.lm.memory import tree_bytes
-from jaxrlhf.lm.microbatch import fewest_microbatches, in_microbatches, rows_per_cpu_device
+from jaxrlhf.lm.microbatch import completions_together, fewest_microbatches, in_microbatches, rows_per_cpu_device
 from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
 
 CPU_CACHE_BYTES = 2**22
@@ -63,9 +62,11 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     pad_id: int = 0,
+    completions: int = 1,
+    drawn_rows: int | None = None,
     microbatches: int | None = None,
 ) -> Completions:
-    """Samples one completion a prompt; the key is consumed.
+    """Samples one completion a prompt, or several; the key is consumed.
 
     `y_t = min { v : sum_{w <= v} p(w) > u_t }`, with `p = softmax(logits / temperature)` cut to its nucleus
     and one uniform `u_t` a row and step. A row ends with its first stop token, which is part of the completion; the loop
@@ -84,6 +85,10 @@ def generate(
         temperature: divides the logits; 0 is greedy decoding.
         top_p: mass of the nucleus, in (0, 1]; 1 samples from the whole distribution.
         pad_id: fills a row after its end.
+        completions: C, of each prompt, in `N C` rows. They are those of prompts repeated C times each, up to rounding; a
+            model with `shared_prompts` computes each prompt once.
+        drawn_rows: number of rows that uniforms are drawn for, at least `N C`, which is the default. With the same number,
+            a row's completion does not depend on how many rows follow it.
         microbatches: into how many the rows are split, sampled one after another; only one's cache is held at a time.
             Default `sampling_microbatches`: 1, except on a CPU.
 
@@ -98,26 +103,49 @@ def generate(
             prompt is empty.
     """
     check_arguments(model, prompts, prompt_mask, max_new_tokens, stop_ids, temperature, top_p, pad_id)
+    if completions < 1:
+        raise ValueError(f"completions must be at least 1, got {completions}.")
+    rows = len(prompts) * completions
+    if drawn_rows is not None and drawn_rows < rows:
+        raise ValueError(f"drawn_rows must be at least the number of rows, {rows}, got {drawn_rows}.")
     # All uniforms are drawn up front: samples depend neither on which rows have ended nor on the microbatches.
-    uniforms = jax.random.uniform(key, (max_new_tokens, len(prompts)), jnp.float32).T
+    uniforms = jax.random.uniform(key, (max_new_tokens, drawn_rows or rows), jnp.float32)[:, :rows].T
 
-    sample = functools.partial(
-        sample_rows, model, stop_ids=stop_ids, temperature=temperature, top_p=top_p, pad_id=pad_id
-    )
+    together = 1 if model.shared_prompts is None else completions
     if microbatches is None:
-        microbatches = sampling_microbatches(model, params, prompts, max_new_tokens)
-    return in_microbatches(sample, microbatches)(params, prompts, prompt_mask, uniforms)
+        many = jax.ShapeDtypeStruct((rows // together, prompts.shape[1]), prompts.dtype)
+        microbatches = sampling_microbatches(model, params, many, max_new_tokens, together=together)
+    together = completions_together(together, prompts=rows // together, microbatches=microbatches)
+    if together < completions:
+        prompts, prompt_mask = (jnp.repeat(leaf, completions // together, axis=0) for leaf in (prompts, prompt_mask))
+
+    def sample(params, prompts, prompt_mask, uniforms):
+        settings: Any = {"stop_ids": stop_ids, "temperature": temperature, "top_p": top_p, "pad_id": pad_id}
+        rows = sample_rows(model, params, prompts, prompt_mask, uniforms.reshape(-1, max_new_tokens), **settings)
+        return jax.tree.map(lambda leaf: leaf.reshape(uniforms.shape), rows)
+
+    sampled = in_microbatches(sample, microbatches)(
+        params, prompts, prompt_mask, uniforms.reshape(len(prompts), together, -1)
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, max_new_tokens), sampled)
 
 
-def sampling_microbatches(model: LanguageModel, params: Any, prompts: jax.Array, max_new_tokens: int) -> int:
+def sampling_microbatches(
+    model: LanguageModel,
+    params: Any,
+    prompts: jax.Array | jax.ShapeDtypeStruct,
+    max_new_tokens: int,
+    *,
+    together: int = 1,
+) -> int:
     """Returns the default number of microbatches of a sampler: 1, except on a CPU.
 
     Each step reads the weights once, however many rows there are, and the cache of every row. Once the caches outweigh the
     weights, more rows save no traffic; on a CPU they evict one another from the processor's caches, at twice the time a
     row. There a microbatch has as many rows as divide all and fit `CPU_CACHE_BYTES` or the size of the weights, but at
-    least 8.
+    least 8. `together` completions of a prompt stay in one microbatch.
     """
-    per_device = rows_per_cpu_device(len(prompts))
+    per_device = rows_per_cpu_device(prompts.shape[0])
     if per_device is None:
         return 1
     length = prompts.shape[1] + max_new_tokens
@@ -132,7 +160,7 @@ def sampling_microbatches(model: LanguageModel, params: Any, prompts: jax.Array,
     # A difference: a cache may also hold arrays that do not grow with the rows.
     row_bytes = max(1, cache_bytes(3) - cache_bytes(2))
     max_rows = max(CPU_CACHE_BYTES, tree_bytes(params)) // row_bytes
-    return fewest_microbatches(per_device, max_rows=max_rows, min_rows=8)
+    return fewest_microbatches(per_device, max_rows=max(1, max_rows // together), min_rows=-(-8 // together))
 
 
 def sample_rows(
@@ -147,10 +175,14 @@ def sample_rows(
     top_p: float,
     pad_id: int,
 ) -> Completions:
-    """Does as `generate`, for all rows at once and with the uniforms `[N, L]` as an argument."""
-    (rows, prompt_length), max_new_tokens = prompts.shape, uniforms.shape[1]
+    """Does as `generate`, for all rows at once and with the uniforms `[N C, L]` as an argument, C rows of each prompt."""
+    (rows, max_new_tokens), prompt_length = uniforms.shape, prompts.shape[1]
     prompts, prompt_mask = pad_left(prompts, prompt_mask)
     hidden, cache = model.prefill(params, prompts, prompt_mask, prompt_length + max_new_tokens)
+    if rows > len(prompts):
+        assert model.shared_prompts is not None
+        count = rows // len(prompts)
+        hidden, cache = jnp.repeat(hidden, count, axis=0), model.shared_prompts.repeat(cache, count)
     # Time is the first axis inside the loop, so that a step writes one contiguous row.
     empty = Completions(
         tokens=jnp.full((max_new_tokens, rows), pad_id, jnp.int32),

@@ -1,5 +1,6 @@
 """Differentiable log-probabilities of given completions, under the sampler's distribution."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -50,15 +51,16 @@ def completion_log_probs(
         params: its parameters; gradients flow to them.
         prompts: `[N, P]` int32, padded on either side, at least one real token a row.
         prompt_mask: `[N, P]`, True on real tokens.
-        completions: `[N, L]` int32, padded on the right.
-        completion_mask: `[N, L]`, True on real tokens, the stop token included.
+        completions: `[N, L]` int32, padded on the right; or `[N, C, L]`, C of each prompt, which a model with
+            `shared_prompts` then reads once for all of them.
+        completion_mask: likewise, True on real tokens, the stop token included.
         temperature: the sampler's, so that both refer to the same distribution.
         chunk_size: columns whose logits are materialised at once; by default `default_chunk_size`.
         microbatches: into how many the rows are split, one after another, recomputed in the backward pass; by default
             `default_microbatches`.
 
     Returns:
-        `[N, L]` float32, nats, never positive; 0 where `completion_mask` is False.
+        float32 of the completions' shape, nats, never positive; 0 where `completion_mask` is False.
 
     Raises:
         ValueError: `temperature` or `chunk_size` is not positive, the columns exceed the model's context, or the
@@ -68,8 +70,7 @@ def completion_log_probs(
         raise ValueError(f"temperature must be positive to have log-probabilities, got {temperature}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    rows, length = completions.shape
-    prompt_length = prompts.shape[1]
+    rows, length, prompt_length = len(completions), completions.shape[-1], prompts.shape[1]
     if prompt_length + length > model.context_length:
         raise ValueError(
             f"{prompt_length} prompt columns and {length} completion columns exceed the model's context of "
@@ -78,17 +79,42 @@ def completion_log_probs(
 
     def read(params, prompts, prompt_mask, completions, completion_mask):
         prompts, prompt_mask = pad_left(prompts, prompt_mask)
-        completion_mask = completion_mask.astype(bool)
-        # The last completion token predicts no other.
-        tokens = jnp.concatenate([prompts, completions[:, :-1]], axis=1)
-        mask = jnp.concatenate([prompt_mask, completion_mask[:, :-1]], axis=1)
-        hidden = model.hidden(params, tokens, mask)[:, prompt_length - 1 :]
+        shape, completion_mask = completions.shape, completion_mask.astype(bool)
+        hidden = _predicting(model, params, prompts, prompt_mask, completions, completion_mask)
+        completions = completions.reshape(-1, length)
         columns = chunk_size or default_chunk_size(len(completions), model.vocabulary_size)
         scores = token_log_probs(model, params, hidden, completions, temperature, columns)
-        return jnp.where(completion_mask, scores.log_prob, 0.0)
+        return jnp.where(completion_mask, scores.log_prob.reshape(shape), 0.0)
 
-    microbatches = default_microbatches(rows, prompt_length + length) if microbatches is None else microbatches
+    if microbatches is None:
+        microbatches = default_microbatches(rows, prompt_length + math.prod(completions.shape[1:]))
     return in_microbatches(read, microbatches)(params, prompts, prompt_mask, completions, completion_mask)
+
+
+def _predicting(
+    model: LanguageModel,
+    params: Any,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    completions: jax.Array,
+    completion_mask: jax.Array,
+) -> jax.Array:
+    """Returns the states that predict the completions' tokens, `[N, L, D]`, or `[N * C, L, D]` of C for each prompt.
+
+    Arguments as of `completion_log_probs`, prompts padded on the left. The last token of a completion predicts no other.
+    """
+    before, before_mask = completions[..., :-1], completion_mask[..., :-1]
+    if completions.ndim == 3 and model.shared_prompts is not None and before.size:
+        last, states = model.shared_prompts.hidden(params, prompts, prompt_mask, before, before_mask)
+        last = jnp.broadcast_to(last[:, None, -1:], (*completions.shape[:2], 1, last.shape[-1]))
+        states = jnp.concatenate([last, states], axis=2)
+        return states.reshape(-1, *states.shape[2:])
+    if completions.ndim == 3:
+        prompts, prompt_mask = (jnp.repeat(leaf, completions.shape[1], axis=0) for leaf in (prompts, prompt_mask))
+        before, before_mask = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (before, before_mask))
+    tokens = jnp.concatenate([prompts, before], axis=1)
+    mask = jnp.concatenate([prompt_mask, before_mask], axis=1)
+    return model.hidden(params, tokens, mask)[:, prompts.shape[1] - 1 :]
 
 
 def default_chunk_size(rows: int, vocabulary_size: int) -> int:

@@ -47,6 +47,12 @@ def default_microbatches(rows: int, length: int) -> int:
     return fewest_microbatches(per_device, max_rows=max(1, tokens // length))
 
 
+def completions_together(count: int, *, prompts: int, microbatches: int) -> int:
+    """Returns how many of each prompt's `count` completions a row can hold so that the microbatches divide the rows."""
+    together = (size for size in range(count, 0, -1) if count % size == 0)
+    return next((size for size in together if prompts * count // size % microbatches == 0), 1)
+
+
 def rows_per_cpu_device(rows: int) -> int | None:
     """Returns the rows per CPU device in the current trace; None elsewhere.
 

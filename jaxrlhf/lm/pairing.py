@@ -44,6 +44,22 @@ def flatten_pairs(prompts: Prompts, responses: Responses) -> tuple[Prompts, Resp
     return rows, Responses(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in responses))
 
 
+def beside_prompts(prompts: Prompts, responses: Responses, together: int) -> tuple[Prompts, Responses]:
+    """Returns rows of a prompt and `together` of its responses, C.
+
+    Args:
+        prompts: `[B, P]`.
+        responses: `[B * K, L]`, K of each prompt in a row.
+        together: C, a divisor of K.
+
+    Returns:
+        Prompts `[B K / C, P]` and responses `[B K / C, C, L]`.
+    """
+    count = len(responses.tokens) // len(prompts.tokens) // together
+    rows = Prompts(*(jnp.repeat(leaf, count, axis=0) if count > 1 else leaf for leaf in prompts))
+    return rows, Responses(*(leaf.reshape(-1, together, leaf.shape[-1]) for leaf in responses))
+
+
 def both_sides(first: jax.Array) -> jax.Array:
     """Returns values of both slots `[B, 2M, 2, ...]` from those of the first `[B, 2M, ...]`, in self-play.
 

@@ -18,8 +18,8 @@ from jaxrlhf.base.problem import BilevelProblem, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.lm.generate import Generation, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.microbatch import in_microbatches
-from jaxrlhf.lm.pairing import Against, Prompts, Responses, both_sides, flatten_pairs, from_policy
+from jaxrlhf.lm.microbatch import completions_together, in_microbatches
+from jaxrlhf.lm.pairing import Against, Prompts, Responses, beside_prompts, both_sides, from_policy
 from jaxrlhf.lm.reward import RewardModel, score_responses
 from jaxrlhf.lm.steps import cumulative_discount, step_log_probs, step_rewards
 from jaxrlhf.lm.transformer.model import LanguageModel
@@ -136,16 +136,16 @@ def language_problem(
 
 def _sample(setup: _Setup, key: Key, lower: Params, data: Prompts, frozen: LanguageFrozen) -> Sample:
     batch, slots = data.tokens.shape[0], 1 if setup.against == "reference" else 2
-    rows = Prompts(*(jnp.repeat(leaf, setup.pairs * slots, axis=0) for leaf in data))
+    count = setup.pairs * slots
     policy_key, reference_key = jax.random.split(key)
 
     def by_pair(tree):
         return jax.tree.map(lambda leaf: leaf.reshape(batch, setup.pairs, slots, *leaf.shape[1:]), tree)
 
-    responses, behaviour = _sample_responses(setup, policy_key, setup.policy_params(lower, frozen), rows)
-    filled = by_pair((responses, behaviour, _log_probs(setup, frozen.reference, rows, responses)))
+    responses, behaviour = _sample_responses(setup, policy_key, setup.policy_params(lower, frozen), data, count)
+    filled = by_pair((responses, behaviour, _log_probs(setup, frozen.reference, data, responses)))
     if setup.against == "reference":
-        responses, behaviour = _sample_responses(setup, reference_key, frozen.reference, rows)
+        responses, behaviour = _sample_responses(setup, reference_key, frozen.reference, data, count)
         second = by_pair((responses, behaviour, behaviour))
         filled = jax.tree.map(lambda *slots: jnp.concatenate(slots, axis=2), filled, second)
     responses, behaviour, reference = filled
@@ -168,8 +168,7 @@ def _reference_responses(setup: _Setup, key: Key, data: Prompts, frozen: Languag
     count = setup.reference_responses
     if not count:
         return ()
-    rows = Prompts(*(jnp.repeat(leaf, count, axis=0) for leaf in data))
-    responses, _ = _generate(setup, key, frozen.reference, rows)
+    responses, _ = _generate(setup, key, frozen.reference, data, count)
     return Responses(*(leaf.reshape(-1, count, leaf.shape[-1]) for leaf in responses))
 
 
@@ -177,8 +176,8 @@ def _log_prob(setup: _Setup, lower: Params, sample: Sample, frozen: LanguageFroz
     # The reference's responses do not depend on the policy, nor do a fixed opponent's.
     slots = 2 if setup.against == "policy" else 1
     responses = Responses(*(leaf[:, :, :slots] for leaf in sample.responses))
-    log_prob = _log_probs(setup, setup.policy_params(lower, frozen), *flatten_pairs(sample.prompts, responses))
-    log_prob = log_prob.reshape(*responses.tokens.shape[:3], -1)
+    shape, rows = responses.tokens.shape, Responses(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in responses))
+    log_prob = _log_probs(setup, setup.policy_params(lower, frozen), sample.prompts, rows).reshape(*shape[:3], -1)
     if setup.against == "self":
         return both_sides(log_prob[:, :, 0])
     return jnp.pad(log_prob, ((0, 0), (0, 0), (0, 2 - slots), (0, 0)))
@@ -205,25 +204,30 @@ def _scores(setup: _Setup, upper: Params, sample: Sample, frozen: LanguageFrozen
     return functools.partial(score_responses, setup.reward, params, sample.prompts, microbatches=setup.microbatches)
 
 
-def _sample_responses(setup: _Setup, key: Key, params: Params, rows: Prompts) -> tuple[Responses, jax.Array]:
-    """Returns one response a row, and its log-probabilities `[N, T]` under the policy model with these parameters."""
-    responses, log_prob = _generate(setup, key, params, rows)
+def _sample_responses(
+    setup: _Setup, key: Key, params: Params, prompts: Prompts, count: int
+) -> tuple[Responses, jax.Array]:
+    """Returns `count` responses of each prompt, and their log-probabilities `[N, T]` under the policy model."""
+    responses, log_prob = _generate(setup, key, params, prompts, count)
     if setup.rollout is not None:
-        return responses, _log_probs(setup, params, rows, responses)
+        return responses, _log_probs(setup, params, prompts, responses)
     return responses, step_log_probs(log_prob, per_token=setup.per_token)
 
 
-def _generate(setup: _Setup, key: Key, params: Params, rows: Prompts) -> tuple[Responses, jax.Array]:
-    """Returns one response a row, and its tokens' log-probabilities `[N, L]` under the model that sampled it."""
+def _generate(setup: _Setup, key: Key, params: Params, prompts: Prompts, count: int) -> tuple[Responses, jax.Array]:
+    """Returns `count` responses of each prompt, and their tokens' log-probabilities under the model that sampled them."""
     model = setup.policy
     if setup.rollout is not None:
         model, params = setup.rollout.model, setup.rollout.params_of(params)
-    completions = generate(model, params, key, *rows, **setup.generation._asdict())
+    completions = generate(model, params, key, *prompts, completions=count, **setup.generation._asdict())
     return Responses(completions.tokens, completions.mask), completions.log_prob
 
 
-def _log_probs(setup: _Setup, params: Params, rows: Prompts, responses: Responses) -> jax.Array:
-    """Returns the log-probabilities `[N, T]` of one response a row."""
+def _log_probs(setup: _Setup, params: Params, prompts: Prompts, responses: Responses) -> jax.Array:
+    """Returns the log-probabilities `[N, T]` of responses `[N, L]`, N / B of each prompt in a row."""
+    count, microbatches = len(responses.tokens) // len(prompts.tokens), setup.microbatches
+    together = completions_together(count, prompts=len(prompts.tokens), microbatches=microbatches)
+    rows, grouped = beside_prompts(prompts, responses, together)
     read = functools.partial(completion_log_probs, setup.policy, temperature=setup.generation.temperature)
-    by_token = in_microbatches(read, setup.microbatches)(params, *rows, *responses)
+    by_token = in_microbatches(read, microbatches)(params, *rows, *grouped).reshape(responses.tokens.shape)
     return step_log_probs(by_token, per_token=setup.per_token)

@@ -1,5 +1,6 @@
 """Reward models: a language model's trunk with a linear head on the last token's state, or on the mean of all."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.base.types import Params
-from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
-from jaxrlhf.lm.pairing import Prompts, Responses, flatten_pairs
+from jaxrlhf.lm.microbatch import completions_together, default_microbatches, in_microbatches
+from jaxrlhf.lm.pairing import Prompts, Responses, beside_prompts, flatten_pairs
 from jaxrlhf.lm.transformer.layers import wide
 from jaxrlhf.lm.transformer.model import LanguageModel
 
@@ -24,11 +25,14 @@ class RewardModel(NamedTuple):
         score: `(params, tokens [N, T], mask [N, T]) -> [N]` float32, higher is better; padding on either side,
             at least one real token a row.
         from_trunk: `(language model's params) -> params`, a copy of a policy's weights under a zero head.
+        score_completions: `(params, prompts [N, P], mask, completions [N, C, L], mask) -> [N, C]`, `score` of each
+            completion after its prompt, which is read once; None where only `score` is known. Replace both together.
     """
 
     init: Callable[[jax.Array], Any]
     score: Callable[[Any, jax.Array, jax.Array], jax.Array]
     from_trunk: Callable[[Any], Any]
+    score_completions: Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
 
 
 def reward_model(
@@ -73,20 +77,42 @@ def reward_model(
     def init(key):
         return {"trunk": trunk_of(model.init(key)), "head": jnp.zeros(width, jnp.float32)}
 
-    def score(params, tokens, mask):
-        return in_microbatches(score_microbatch, default_microbatches(*tokens.shape))(params, tokens, mask)
-
-    def score_microbatch(params, tokens, mask):
-        hidden = model.hidden(params["trunk"], tokens, mask)
-        precise = wide(hidden.dtype)
-        return pool(hidden, mask, pooling).astype(precise) @ params["head"].astype(precise)
-
     def from_trunk(params):
         # Copies: a step that donates the policy's buffers must not take the reward's with them.
         trunk = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trunk_of(params))
         return {"trunk": trunk, "head": jnp.zeros(width, jnp.float32)}
 
-    return RewardModel(init, score, from_trunk)
+    score, score_completions = _scores(model, pooling)
+    return RewardModel(init, score, from_trunk, score_completions)
+
+
+def _scores(model: LanguageModel, pooling: Literal["last", "mean"]) -> tuple[Callable, Callable | None]:
+    """Returns `RewardModel.score` and `score_completions`."""
+
+    def of_state(params, state):
+        precise = wide(state.dtype)
+        return state.astype(precise) @ params["head"].astype(precise)
+
+    def read(params, tokens, mask):
+        return of_state(params, pool(model.hidden(params["trunk"], tokens, mask), mask, pooling))
+
+    def score(params, tokens, mask):
+        return in_microbatches(read, default_microbatches(*tokens.shape))(params, tokens, mask)
+
+    if model.shared_prompts is None:
+        return score, None
+    hidden = model.shared_prompts.hidden
+
+    def read_completions(params, prompts, prompt_mask, completions, mask):
+        masks = prompt_mask.astype(bool), mask.astype(bool)
+        states = hidden(params["trunk"], prompts, masks[0], completions, masks[1])
+        return of_state(params, pool_completions(*states, *masks, pooling))
+
+    def score_completions(params, *rows):
+        length = rows[0].shape[1] + math.prod(rows[2].shape[1:])
+        return in_microbatches(read_completions, default_microbatches(len(rows[0]), length))(params, *rows)
+
+    return score, score_completions
 
 
 def pool(hidden: jax.Array, mask: jax.Array, pooling: Literal["last", "mean"]) -> jax.Array:
@@ -100,10 +126,40 @@ def pool(hidden: jax.Array, mask: jax.Array, pooling: Literal["last", "mean"]) -
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
+def pool_completions(
+    of_prompts: jax.Array,
+    of_completions: jax.Array,
+    prompt_mask: jax.Array,
+    mask: jax.Array,
+    pooling: Literal["last", "mean"],
+) -> jax.Array:
+    """Returns `pool` of each completion after its prompt, `[N, C, D]` from states `[N, P, D]` and `[N, C, L, D]`."""
+    rows, count = of_completions.shape[:2]
+    of_completions, flat = (
+        of_completions.reshape(rows * count, *of_completions.shape[2:]),
+        mask.reshape(rows * count, -1),
+    )
+    if pooling == "mean":
+        states, masks = jnp.repeat(of_prompts, count, axis=0), jnp.repeat(prompt_mask, count, axis=0)
+        whole = jnp.concatenate([states, of_completions], axis=1), jnp.concatenate([masks, flat], axis=1)
+        return pool(*whole, pooling).reshape(rows, count, -1)
+    # A completion without a real token ends with its prompt.
+    of_prompt = jnp.repeat(pool(of_prompts, prompt_mask, pooling), count, axis=0)
+    ended = jnp.any(flat, axis=1, keepdims=True)
+    return jnp.where(ended, pool(of_completions, flat, pooling), of_prompt).reshape(rows, count, -1)
+
+
 def score_responses(
     reward: RewardModel, params: Params, prompts: Prompts, responses: Responses, *, microbatches: int = 1
 ) -> jax.Array:
     """Returns the reward model's score of each response with its prompt, `[B, M, K]`, computed in microbatches."""
+    shape = responses.tokens.shape[:3]
+    count = shape[1] * shape[2]
+    together = completions_together(count, prompts=shape[0], microbatches=microbatches)
+    if reward.score_completions is not None and together > 1:
+        flat = Responses(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in responses))
+        rows, grouped = beside_prompts(prompts, flat, together)
+        return in_microbatches(reward.score_completions, microbatches)(params, *rows, *grouped).reshape(shape)
     rows, (tokens, mask) = flatten_pairs(prompts, responses)
     tokens, mask = jnp.concatenate([rows.tokens, tokens], axis=1), jnp.concatenate([rows.mask, mask], axis=1)
-    return in_microbatches(reward.score, microbatches)(params, tokens, mask).reshape(responses.tokens.shape[:3])
+    return in_microbatches(reward.score, microbatches)(params, tokens, mask).reshape(shape)

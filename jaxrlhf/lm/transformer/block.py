@@ -6,6 +6,7 @@ Shapes: N rows, T columns, D width, K key/value heads, G query heads a key/value
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import layer_norm, rms_norm, rms_norm_from_one, rotate, split_rows, wide
@@ -19,6 +20,10 @@ ACTIVATIONS = {
 
 LINEAR_MAPS = ("query_key_value", "attention_output", "gate_up", "mlp_output")
 """Names of a block's linear maps."""
+
+
+KEPT = "kept"
+"""Name of what `trunk` keeps of a layer for the backward pass on a CPU: results of linear maps and of attention."""
 
 
 class Linear(nnx.Module):
@@ -107,7 +112,7 @@ class Block(nnx.Module):
         """
         config = self.config
         heads, group = config.key_value_heads, config.query_heads // config.key_value_heads
-        fused = self.query_key_value(self.attention_norm(x) if config.norm_before else x)
+        fused = checkpoint_name(self.query_key_value(self.attention_norm(x) if config.norm_before else x), KEPT)
         fused = fused.reshape(*x.shape[:2], heads, group + 2, config.head_size)
         query_key = fused[..., : group + 1, :]
         if config.query_key_norm:
@@ -129,9 +134,10 @@ class Block(nnx.Module):
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Returns the stream `x [N, T, D]` plus the projected attention `[N, T, K * G * H]` plus the MLP."""
         config = self.config
-        attended = self.attention_output(attended)
+        attended = self.attention_output(checkpoint_name(attended, KEPT))
         x = x + (self.attention_norm_after(attended) if config.norm_after else attended)
-        inner = self.gate_up(self.mlp_norm(x) if config.norm_before else x)
+        x = checkpoint_name(x, KEPT)
+        inner = checkpoint_name(self.gate_up(self.mlp_norm(x) if config.norm_before else x), KEPT)
         activation = ACTIVATIONS[config.activation]
         if config.gated:
             gate, up = jnp.split(inner, 2, axis=-1)

@@ -196,16 +196,62 @@ def attend(
 def attend_causally(
     query: jax.Array, keys: jax.Array, values: jax.Array, allowed: jax.Array, **settings: Any
 ) -> jax.Array:
-    """Returns `attend` of a whole row to itself (S = T), where no query attends to a later column.
+    """Returns `attend` of a row's last T columns to all S of them, where no query attends to a later column.
 
-    Queries are computed in blocks (`query_blocks`), each without the keys after its last column: two blocks compute 3/4 of
-    the square of scores, four 5/8.
+    Queries are computed in blocks (`query_blocks`), each without the keys after its last column: of whole rows (S = T),
+    two blocks compute 3/4 of the square of scores, four 5/8.
     """
+    before = keys.shape[-1] - query.shape[1]
     outputs = [
-        attend(query[:, begin:end], keys[..., :end], values[:, :, :end], allowed[:, begin:end, :end], **settings)
+        attend(
+            query[:, begin:end],
+            keys[..., : before + end],
+            values[:, :, : before + end],
+            allowed[:, begin:end, : before + end],
+            **settings,
+        )
         for begin, end in query_blocks(query.shape[1])
     ]
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def attend_completions(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    allowed: tuple[jax.Array, jax.Array],
+    *,
+    completions: int,
+    **settings: Any,
+) -> jax.Array:
+    """Returns `attend_causally` of rows of a prompt and several completions, which attend to it and to themselves.
+
+    Args:
+        query: `[N, P + C L, K, G, H]`, the prompt's P columns and then C completions of L columns each.
+        keys, values: as `attend`'s, of the same columns.
+        allowed: of the prompt's columns `[N, P, P]`, and of each completion's to the prompt's and its own
+            `[N C, L, P + L]`.
+        completions: C.
+        settings: of `attend`.
+
+    Returns:
+        `[N, P + C L, K * G * H]`.
+    """
+    rows, prompt = query.shape[0], allowed[0].shape[-1]
+
+    def with_prompt(leaf: jax.Array, axis: int) -> jax.Array:
+        # The prompt's columns before each completion's: copies of keys and values are small beside what they save.
+        first, rest = jnp.split(leaf, [prompt], axis=axis)
+        shape = (*rest.shape[:axis], completions, -1, *rest.shape[axis + 1 :])
+        rest = jnp.moveaxis(rest.reshape(shape), axis, 1).reshape(
+            rows * completions, *rest.shape[1:axis], *shape[axis + 1 :]
+        )
+        return jnp.concatenate([jnp.repeat(first, completions, axis=0), rest], axis=axis)
+
+    of_prompt = attend_causally(query[:, :prompt], keys[..., :prompt], values[:, :, :prompt], allowed[0], **settings)
+    own = query[:, prompt:].reshape(rows * completions, -1, *query.shape[2:])
+    of_completions = attend_causally(own, with_prompt(keys, 3), with_prompt(values, 2), allowed[1], **settings)
+    return jnp.concatenate([of_prompt, of_completions.reshape(rows, -1, of_completions.shape[-1])], axis=1)
 
 
 def attend_fused(

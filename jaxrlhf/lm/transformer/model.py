@@ -16,11 +16,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.lm.transformer.block import LINEAR_MAPS
+from jaxrlhf.lm.transformer.cache import repeated
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import capped, wide
 from jaxrlhf.lm.transformer.trunk import REMAT, Attention, Trunk
 
-__all__ = ["DecoderConfig", "LanguageModel", "decoder", "pad_left", "without_cache"]
+__all__ = ["DecoderConfig", "LanguageModel", "SharedPrompts", "decoder", "pad_left", "without_cache"]
+
+
+class SharedPrompts(NamedTuple):
+    """Functions of a language model for several completions of each prompt, whose columns are then computed once.
+
+    Attributes:
+        hidden: `(params, prompts [N, P], prompt_mask, completions [N, C, L], mask) -> (states of the prompts [N, P, D], of
+            the completions [N, C, L, D])`, those of `LanguageModel.hidden` for each completion after its prompt.
+        repeat: `(cache of prefill, count) -> cache` with each row `count` times in a row.
+    """
+
+    hidden: Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    repeat: Callable[[Any, int], Any]
 
 
 class LanguageModel(NamedTuple):
@@ -41,6 +55,8 @@ class LanguageModel(NamedTuple):
         decode: `(params, tokens [N], cache) -> (hidden [N, D], cache)`, one more real token in every row.
         vocabulary_size: V.
         context_length: the largest number of columns that `hidden` and the cache may have.
+        shared_prompts: the same functions for several completions of a prompt; None computes each with its prompt. Replace
+            it together with `hidden`, or by None.
     """
 
     init: Callable[[jax.Array], Any]
@@ -50,6 +66,7 @@ class LanguageModel(NamedTuple):
     decode: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
     vocabulary_size: int
     context_length: int
+    shared_prompts: SharedPrompts | None = None
 
 
 def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +100,8 @@ def decoder(
         dtype: of the residual stream and the linear maps; None is the widest of the parameters', so that adapters in
             float32 on weights in bfloat16 give states in float32.
         remat: what the backward pass recomputes, to save memory: "layer", everything but each layer's input, or
-            "products", everything but the results of linear maps; by default only attention scores, where they are large.
+            "products", everything but the results of linear maps; by default only attention scores, where they are large,
+            and on a CPU with more than `trunk.MAX_UNROLLED_LAYERS` layers all but results of linear maps and attention.
         attention: what computes the attention of whole rows, "xla" or "cudnn" (NVIDIA GPUs, a dtype in half precision, no
             capped scores); cached decoding is the same for both.
 
@@ -114,14 +132,6 @@ def decoder(
         stream = jnp.result_type(*jax.tree.leaves(params)) if dtype is None else jnp.dtype(dtype)
         return nnx.merge(structure, params), stream
 
-    def init(key):
-        trunk_key, head_key = jax.random.split(key)
-        params = nnx.to_pure_dict(nnx.state(Trunk(config, nnx.Rngs(trunk_key))))
-        if not config.tied_embeddings:
-            shape = (config.width, config.vocabulary_size)
-            params["output_head"] = config.width**-0.5 * jax.random.normal(head_key, shape)
-        return params
-
     def hidden(params, tokens, mask):
         module, stream = trunk(params)
         mask = mask if jnp.issubdtype(mask.dtype, jnp.integer) else mask.astype(bool)
@@ -140,7 +150,26 @@ def decoder(
         module, stream = trunk(params)
         return module.decode(tokens, cache, stream)
 
-    return LanguageModel(init, hidden, logits, prefill, decode, config.vocabulary_size, config.context_length)
+    def hidden_completions(params, prompts, prompt_mask, completions, mask):
+        module, stream = trunk(params)
+        masks = prompt_mask.astype(bool), mask.astype(bool)
+        return module.forward_completions(prompts, masks[0], completions, masks[1], stream, remat=remat)
+
+    # cuDNN's kernel takes whole rows.
+    shared_prompts = SharedPrompts(hidden_completions, repeated) if attention == "xla" else None
+    sizes = config.vocabulary_size, config.context_length
+    init = functools.partial(_init, config)
+    return LanguageModel(init, hidden, logits, prefill, decode, *sizes, shared_prompts)
+
+
+def _init(config: DecoderConfig, key: jax.Array) -> Any:
+    """Returns random parameters of a decoder."""
+    trunk_key, head_key = jax.random.split(key)
+    params = nnx.to_pure_dict(nnx.state(Trunk(config, nnx.Rngs(trunk_key))))
+    if not config.tied_embeddings:
+        shape = (config.width, config.vocabulary_size)
+        params["output_head"] = config.width**-0.5 * jax.random.normal(head_key, shape)
+    return params
 
 
 def _adapted(params: Any) -> frozenset[str]:

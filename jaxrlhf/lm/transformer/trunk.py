@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.lm.transformer.block import Block, Norm, normal
+from jaxrlhf.lm.transformer.block import KEPT, Block, Norm, normal
+from jaxrlhf.lm.transformer.cache import Cache, append
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import (
     attend,
     attend_causally,
+    attend_completions,
     attend_fused,
     frequencies,
     positions_of,
@@ -35,30 +37,12 @@ REMAT = {
 }
 """What is saved of a layer for the backward pass, by name: only its input, or also the results of its linear maps."""
 
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(KEPT)
+"""What is saved by default of the layers of a scan on a CPU. A scan stacks what it saves, and on a CPU writing norms,
+activations and reshaped weights into the stacks takes longer than computing them again."""
 
 Attention = Literal["xla", "cudnn"]
 """What computes the attention of whole rows: plain products, or cuDNN's fused kernel (`layers.attend_fused`)."""
-
-
-class Cache(NamedTuple):
-    """Keys and values so far, so that a decoding step writes each in place.
-
-    Attributes:
-        layers: parameters of each layer where layers are unrolled, so that no step slices the stack again; else None.
-        keys: rotated, `[L, N, K, H, C]`; where layers are unrolled a tuple of L arrays, which need no slicing. With a
-            single row these have no axis N: compilers would drop it in products, and copy the cache between the shapes.
-        values: likewise, `[L, N, K, C, H]`.
-        valid: `[N, C]`, True where a real token has been written.
-        positions: `[N]` int32, position of the next token.
-        column: scalar int32, column of the next token, in every row.
-    """
-
-    layers: Any
-    keys: Any
-    values: Any
-    valid: jax.Array
-    positions: jax.Array
-    column: jax.Array
 
 
 class LayerKind(NamedTuple):
@@ -177,12 +161,71 @@ class Trunk(nnx.Module):
         real = mask[:, None, :] if mask.dtype == jnp.bool_ else mask[:, None, :] == mask[:, :, None]
         allowed = real & (columns[None, :, None] >= columns[None, None, :])
         allowed = allowed, allowed & self.in_window(positions, positions)
-        rotations = self.rotations(positions)
         attend_rows = attend_fused if kernel == "cudnn" else attend_causally
         attention = functools.partial(attend_rows, **self.score_settings())
-        # Scores are quadratic in T: recomputing many of them in the backward pass beats saving them.
         if kernel == "xla" and not keeps_scores(self.config, *tokens.shape):
             attention = jax.checkpoint(attention)
+        return self._through_layers(tokens, positions, dtype, attention, allowed, keep=keep, remat=remat)
+
+    def forward_completions(
+        self,
+        prompts: jax.Array,
+        prompt_mask: jax.Array,
+        completions: jax.Array,
+        mask: jax.Array,
+        dtype: jnp.dtype,
+        *,
+        remat: str | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns states of prompts `[N, P, D]` and of their completions `[N, C, L, D]`, the prompts computed once.
+
+        The same as `forward` of every completion after its prompt.
+
+        Args:
+            prompts, prompt_mask: `[N, P]`.
+            completions, mask: `[N, C, L]`, C completions of each prompt.
+            dtype, remat: as in `forward`.
+        """
+        (rows, prompt_length), (count, length) = prompts.shape, completions.shape[1:]
+        whole = jnp.concatenate([jnp.repeat(prompt_mask, count, axis=0), mask.reshape(-1, length)], axis=1)
+        whole_positions = positions_of(whole)
+        columns = jnp.arange(prompt_length + length)
+        allowed = whole[:, None, :] & (columns[None, :, None] >= columns[None, None, :])
+        # Of the first completion's row the prompt's columns, of every row the completion's.
+        of_prompt = allowed[::count, :prompt_length, :prompt_length]
+        of_completions = allowed[:, prompt_length:]
+        prompt_positions = whole_positions[::count, :prompt_length]
+        own_positions = whole_positions[:, prompt_length:]
+        windowed = (
+            of_prompt & self.in_window(prompt_positions, prompt_positions),
+            of_completions & self.in_window(own_positions, whole_positions),
+        )
+        attention = functools.partial(attend_completions, completions=count, **self.score_settings())
+        if not keeps_scores(self.config, rows * count, prompt_length + length):
+            attention = jax.checkpoint(attention)
+        x, _ = self._through_layers(
+            jnp.concatenate([prompts, completions.reshape(rows, -1)], axis=1),
+            jnp.concatenate([prompt_positions, own_positions.reshape(rows, -1)], axis=1),
+            dtype,
+            attention,
+            ((of_prompt, of_completions), windowed),
+            remat=remat,
+        )
+        return x[:, :prompt_length], x[:, prompt_length:].reshape(rows, count, length, -1)
+
+    def _through_layers(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        dtype: jnp.dtype,
+        attention: Callable,
+        allowed: tuple[Any, Any],
+        *,
+        keep: bool = False,
+        remat: str | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Does as `forward`, with `attention(query, key, value, allowed)`, allowed without and with a window."""
+        rotations = self.rotations(positions)
 
         def step(block, index, kind, x, layer_input):
             del index, layer_input
@@ -190,9 +233,16 @@ class Trunk(nnx.Module):
             attended = attention(query, key, value, _select(kind.windowed, *allowed))
             return block.finish(x, attended), (key, value) if keep else None
 
-        checkpoint = None if remat is None else functools.partial(jax.checkpoint, policy=REMAT[remat])
-        x, kept = self.apply_layers(self.embed(tokens, positions, dtype), step, checkpoint=checkpoint)
+        x, kept = self.apply_layers(self.embed(tokens, positions, dtype), step, checkpoint=self._checkpoint(remat))
         return self.final_norm(x), kept
+
+    def _checkpoint(self, remat: str | None) -> Callable | None:
+        """Returns what wraps a layer, so that the backward pass recomputes what `remat` says."""
+        if remat is not None:
+            return functools.partial(jax.checkpoint, policy=REMAT[remat])
+        if self.config.layers > MAX_UNROLLED_LAYERS and jax.default_backend() == "cpu":
+            return functools.partial(jax.checkpoint, policy=KEEP_PRODUCTS)
+        return None
 
     def in_window(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns whether keys at `[N, S]` are in the window of queries at `[N, T]`; `[N, T, S]` or broadcasts to it."""
@@ -239,8 +289,8 @@ class Trunk(nnx.Module):
         def step(block, index, kind, carry, layer_input):
             x, keys, values = carry
             query, key, value = block.project(x, _rotation(kind, *rotations))
-            keys, layer_keys = _append(keys, key, index, cache.column, axis=-1)
-            values, layer_values = _append(values, value, index, cache.column, axis=-2)
+            keys, layer_keys = append(keys, key, index, cache.column, axis=-1)
+            values, layer_values = append(values, value, index, cache.column, axis=-2)
             attended = attend(
                 query, layer_keys, layer_values, _select(kind.windowed, *allowed), **self.score_settings()
             )
@@ -253,20 +303,11 @@ class Trunk(nnx.Module):
 
 
 def keeps_scores(config: DecoderConfig, rows: int, length: int) -> bool:
-    """Returns whether the attention scores of these rows are saved for the backward pass (`MAX_SAVED_SCORE_BYTES`)."""
+    """Returns whether the attention scores of these rows are saved for the backward pass (`MAX_SAVED_SCORE_BYTES`).
+
+    Scores are quadratic in the length: recomputing many of them beats saving them.
+    """
     return 4 * rows * length**2 * config.query_heads * config.layers <= MAX_SAVED_SCORE_BYTES
-
-
-def _append(kept: Any, new: jax.Array, index: Any, column: jax.Array, *, axis: int) -> tuple[Any, jax.Array]:
-    """Returns keys or values of all layers with one more column in layer `index`, and those of that layer."""
-    if isinstance(kept, tuple):
-        update = new.reshape(new.shape[-kept[index].ndim :])
-        layer = jax.lax.dynamic_update_slice_in_dim(kept[index], update, column, axis=axis)
-        return (*kept[:index], layer, *kept[index + 1 :]), layer.reshape(-1, *layer.shape[-3:])
-    start = [jnp.zeros((), jnp.int32)] * kept.ndim
-    start[0], start[axis] = index, column
-    kept = jax.lax.dynamic_update_slice(kept, new[None], start)
-    return kept, jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
 
 
 def _rotation(kind: LayerKind, full: Any, within: Any) -> Any:
