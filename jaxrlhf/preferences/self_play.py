@@ -25,8 +25,6 @@ import jax.numpy as jnp
 from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost
 from jaxrlhf.base.types import Params
 
-DOUBT = 0.5
-"""Prior standard deviation of the calibration."""
 LEVEL = 0.05
 """Difference of returns below which the exchange rate is taken from its limit; the error is of order LEVEL^2 / 100."""
 
@@ -49,26 +47,6 @@ def exchange_rate(returns: jax.Array, reference: jax.Array) -> jax.Array:
     is_level = jnp.abs(difference) < LEVEL
     margin = jax.nn.sigmoid(jnp.where(is_level, 1.0, difference)) - 0.5
     return jnp.where(is_level, limit, (wins[..., 0] - wins[..., 1]) / margin)
-
-
-def calibration(differences: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns c `[]`, by which differences of return must be multiplied to explain labels that they were not fitted to.
-
-    The most probable c under E[z] = sigmoid(c d), with the prior that c is 1 with a standard deviation of `DOUBT`.
-
-    Args:
-        differences: `[...]`, d.
-        labels: `[...]`, z; negative where there is none.
-    """
-    counted = (labels >= 0).astype(differences.dtype)
-
-    def newton(_, factor):
-        wins = jax.nn.sigmoid(factor * differences)
-        slope = jnp.sum(counted * (labels - wins) * differences) - (factor - 1.0) / DOUBT**2
-        curvature = jnp.sum(counted * wins * (1.0 - wins) * jnp.square(differences)) + 1.0 / DOUBT**2
-        return jnp.clip(factor + slope / curvature, 0.05, 3.0)
-
-    return jax.lax.fori_loop(0, 8, newton, jnp.ones((), differences.dtype))
 
 
 def wins_against_reference(
@@ -97,9 +75,6 @@ def wins_against_reference(
         sample, labels = labelled
         fixed, unit = jax.lax.stop_gradient(upper), jax.lax.stop_gradient(scale(upper))
         returns = jnp.sum(sample.cumulative_discount * jax.lax.stop_gradient(reward), axis=-1)
-        differences = (returns[..., :1] - returns[..., 1:]) / unit
-        unit = unit / calibration(differences, labels)
-        jax.debug.print("c {c} sd {s}", c=calibration(differences, labels), s=jnp.std(differences))
         rate = exchange_rate(returns / unit, reference_returns(fixed, sample, frozen) / unit)
         given = problem.cost(upper, reward, labelled, frozen)
         ties = labelled._replace(labels=jnp.where(labels < 0, labels, 0.5))
