@@ -27,7 +27,7 @@ from frontier_tasks import Gold, fit_gold_model, model_gold, reference_pool
 from rich.console import Console
 from stories import load_stories
 
-from jaxrlhf.evaluation.statistics import student_interval
+from jaxrlhf.evaluation.statistics import paired_gain, student_interval
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Table, rich_table, write_report
@@ -35,6 +35,10 @@ from jaxrlhf.training.run_folder import RunFolder
 
 SCALED = one_run_exact.SCALED
 CONTROLLER = one_run_exact.CONTROLLER
+SHARED = ", labels shared by the sweep"
+"""Ends the names of problems in which a sweep spends the labels of one run."""
+SHARED_RATES = (1.0, 3.0)
+"""Factors of the policy's learning rate in these sweeps: shorter runs might want faster ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +62,12 @@ class Config:
     """First seed of the stories."""
     steps: int = 64
     """Outer steps of a run on the stories, of 8 prompts with 4 pairs; each pair costs one label."""
-    story_weight: float = 10.0
+    story_weight: float = 1.0
     """Weight of the utility beside the likelihood, on the stories."""
     scale_learning_rate: float = 0.1
     """Adam's learning rate of the log scale, on the stories."""
+    shared_labels: bool = False
+    """On the stories, also sweeps that spend the labels of one run in all: a part for each of their starts."""
     exact_steps: int = 200
     """Outer steps of a run on the exact problems, of 8 contexts with 16 pairs."""
     instance: int = 0
@@ -162,8 +168,23 @@ def story_results(config: Config) -> Iterator[Result]:
             continue
         runs = one_run_stories.run_method(name, stories, setup, price, first_reward, golds, baselines, budget)
         for label, outcome in runs:
-            arrays = (outcome.utility, outcome.win_rate, outcome.kl, outcome.scale)
-            yield Result(f"stories, {label}", name, outcome.starts, *arrays, 0.5, 1.0, None, outcome.labels)
+            yield _of_stories(f"stories, {label}", name, outcome)
+        if not (config.shared_labels and one_run_stories.is_swept(name)):
+            continue
+        for factor in SHARED_RATES:
+            part = one_run_stories.share_of(setup, budget)
+            runs = one_run_stories.run_method(
+                name, stories, part.setup, price, first_reward, golds, baselines, part.budget, factor
+            )
+            for label, outcome in runs:
+                yield _of_stories(
+                    f"stories, {label}{SHARED}", name if factor == 1 else f"{name}, {factor:g} x rate", outcome
+                )
+
+
+def _of_stories(problem: str, name: str, outcome: one_run_stories.Outcome) -> Result:
+    arrays = (outcome.utility, outcome.win_rate, outcome.kl, outcome.scale)
+    return Result(problem, name, outcome.starts, *arrays, 0.5, 1.0, None, outcome.labels)
 
 
 def with_best_as_optimum(results: list[Result]) -> list[Result]:
@@ -223,6 +244,35 @@ def sweep_table(results: list[Result]) -> Table:
     return Table("One run from any start, against the sweep of the best rival", columns, rows)
 
 
+def shared_table(results: list[Result]) -> Table:
+    """Returns one run of ours, mean over its starts, beside the best start of sweeps on as many labels in all."""
+    rows = []
+    for each in results:
+        if each.problem.endswith(SHARED):
+            whole = each.problem.removesuffix(SHARED)
+            ours = [result.utility for result in results if (result.problem, result.method) == (whole, SCALED)]
+            best = each.utility[:, int(np.mean(each.utility, axis=0).argmax())]
+            gain = _gain(ours, best)
+            hindsight = _gain(ours, each.utility.max(axis=1))
+            rows.append((whole, each.method, f"{each.labels:,}", _with_interval(best), gain, hindsight))
+    columns = (
+        "problem",
+        "method",
+        "labels a start",
+        "utility at its best start",
+        "ours, mean of starts, less that",
+        "less each seed's best start",
+    )
+    return Table("One run, against sweeps that spend the same labels in all", columns, rows)
+
+
+def _gain(ours: list[np.ndarray], theirs: np.ndarray) -> str:
+    if not ours:
+        return ""
+    mean, half = paired_gain(np.mean(ours[0], axis=1), theirs)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
 def speed_table(results: list[Result]) -> Table:
     """Returns the labels to 95% of a run's own final gain: at each method's best start, and over all starts."""
     rows = []
@@ -275,7 +325,9 @@ def main(config: Config) -> pathlib.Path:
     if config.policy is not None:
         story_methods = [name for name in one_run_stories.METHODS if not config.methods or name in config.methods]
         on_stories = []
-        with progress("stories", len(story_methods) * len(config.golds), "runs", console=console) as advance:
+        sweeps = [name for name in story_methods if config.shared_labels and one_run_stories.is_swept(name)]
+        count = len(story_methods) + len(SHARED_RATES) * len(sweeps)
+        with progress("stories", count * len(config.golds), "runs", console=console) as advance:
             for result in story_results(config):
                 on_stories.append(result)
                 folder.append_metrics(**result._asdict())
@@ -291,7 +343,8 @@ def report(folder: RunFolder, config: Config, results: list[Result], seconds: fl
         "results.json", {"config": config, "seconds": seconds, "results": [each._asdict() for each in results]}
     )
     draw(folder, results)
-    tables = [sweep_table(results), *tables_of(results), speed_table(results)]
+    tables = [sweep_table(results), shared_table(results), *tables_of(results), speed_table(results)]
+    tables = [table for table in tables if table.rows]
     device = jax.devices()[0].device_kind
     summary = f"Price {config.kl_price:g} of win rate a nat, {config.seeds} seeds, {seconds:.0f} s on {device}."
     publish(

@@ -126,6 +126,26 @@ class Runner(NamedTuple):
     generate: Callable
 
 
+def is_swept(name: str) -> bool:
+    """Whether a method is another one, whose setting has to be found by a sweep."""
+    return name not in (SCALED, PLAIN)
+
+
+class Part(NamedTuple):
+    """Setup and budget of the runs of a sweep that spends the labels of one run."""
+
+    setup: Setup
+    budget: Budget
+
+
+def share_of(setup: Setup, budget: Budget) -> Part:
+    """Returns setup and budget for one start of a sweep on the labels of one run, steps rounded up."""
+    steps = max(2, -(-budget.steps // len(BETAS)))
+    hold = max(1, round(setup.hold * steps / budget.steps))
+    shorter = setup._replace(steps=steps, hold=hold, buffer=steps * setup.batch)
+    return Part(shorter, budget._replace(steps=steps))
+
+
 def compile_runs(
     name: str,
     stories: StoryModel,

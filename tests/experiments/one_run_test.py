@@ -87,15 +87,37 @@ def test_what_cannot_be_run_is_refused(tmp_path, capsys, options, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_on_the_labels_of_one_run_is_beside_the_mean_of_its_starts():
+    def result(problem, method, utility, labels):
+        utility = np.array(utility)
+        return one_run.Result(problem, method, (0.1, 0.6), utility, utility, utility, utility, 0.5, 1.0, None, labels)
+
+    ours = result("p", one_run.SCALED, [[0.6, 0.7], [0.7, 0.9]], 100)
+    sweep = result("p" + one_run.SHARED, "RLOO", [[0.5, 0.6], [0.7, 0.6]], 50)
+    (row,) = one_run.shared_table([ours, sweep]).rows
+    # Our means are 0.65 and 0.8; the best start is 0.6 on average (0.1 and 0.6 tie), each seed's best 0.6 and 0.7.
+    assert row[:3] == ("p", "RLOO", "50") and row[3].startswith("0.600")
+    assert row[4].startswith("0.125") and row[5].startswith("0.075")
+
+
+def test_a_part_has_its_share_of_the_steps():
+    setup = stories.Setup(*[None] * 8, 512, 8, 8, hold=6)._replace(steps=64)
+    part = stories.share_of(setup, stories.Budget((0,), 64, 8, 1))
+    assert (part.budget.steps, part.setup.steps, part.setup.hold, part.setup.buffer) == (13, 13, 1, 104)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"the pretrained model is missing: {STORIES}")
 @pytest.mark.parametrize("methods", [(stories.SCALED, "online DPO"), (stories.CONTROLLER,)])
 def test_stories_run_from_every_start(tmp_path, methods):
     config = one_run.Config(
         policy=STORIES, methods=methods, golds=("words",), families=("linear",), kinds=("bandit",), seeds=2, steps=2,
-        exact_steps=2, output=tmp_path,
+        exact_steps=2, shared_labels=True, output=tmp_path,
     )  # fmt: skip
     results = results_of(one_run.main(config))
+    shared = {method for problem, method in results if problem.endswith(one_run.SHARED)}
+    swept = [method for method in methods if method != stories.SCALED]
+    assert shared == {*swept, *(f"{method}, 3 x rate" for method in swept)}
     for method in methods:
         result = results["stories, words", method]
         assert np.shape(result["utility"]) == (2, 5) and result["labels"] == 2 * 8 * 4
