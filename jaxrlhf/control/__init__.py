@@ -1,0 +1,12 @@
+"""Preference learning of control tasks: the steps of PEBBLE and of its relatives as pure functions.
+
+In the order in which a run uses them:
+
+- `exploration`: state entropy as a reward, before any label is bought.
+- `pairs`: which pairs of segments to ask about, by the disagreement or the entropy of an ensemble; recent episodes,
+  scored anew by the current reward.
+- `ensembles`: rewards of several members, trained on the same labels.
+- `teachers`: B-Pref's semi-synthetic annotators.
+
+`jaxrlhf.mdp` has the environments and the episodes, `jaxrlhf.algorithms` the actor-critic and the fit of a reward.
+"""
