@@ -8,7 +8,8 @@ In the order in which a run uses them:
 - `ensembles`: rewards of several members, trained on the same labels.
 - `teachers`: B-Pref's semi-synthetic annotators.
 - `soft_actor_critic`: the off-policy lower level, from `collection` (parallel environments), `replay` (experience and
-  segments of it) and `soft_policies` (discrete and continuous actions).
+  segments of it) and `soft_policies` (discrete and continuous actions). `pebble`: all of it together.
 
-`jaxrlhf.mdp` has the environments and the episodes, `jaxrlhf.algorithms` the on-policy actor-critic and the fit of a reward.
+`jaxrlhf.mdp` has the environments and the episodes, `jaxrlhf.algorithms` the on-policy actor-critic and the fit of a
+reward.
 """

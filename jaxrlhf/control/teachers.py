@@ -11,6 +11,7 @@ From the true rewards of two segments an annotator, in this order,
 where "the policy's" is the mean true return of the policy over as many steps as a segment has: thresholds that adapt.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ def teacher_annotator(teacher: Teacher = TEACHERS["oracle"], *, labels: int = 1)
         choice_key, mistake_key = jax.random.split(key)
         shape = (*difference.shape[:-1], labels)
         drawn = jax.random.uniform(choice_key, shape)
-        if jnp.isinf(teacher.rationality):
+        if math.isinf(teacher.rationality):
             wins = jnp.broadcast_to(difference > 0, shape)
         else:
             wins = drawn < jax.nn.sigmoid(teacher.rationality * difference)

@@ -156,7 +156,7 @@ def test_teachers_judge_as_published(name):
     together = Teacher(rationality=0.5, decay=0.8, mistake=0.2, skip=0.3, equal=0.4)
     teacher = TEACHERS.get(name, together)
     sample, margin, draws = sample_of(count=12), 2.0, 4000
-    labels = np.asarray(teacher_annotator(teacher, labels=draws)(jax.random.key(0), sample, margin))
+    labels = np.asarray(jax.jit(teacher_annotator(teacher, labels=draws))(jax.random.key(0), sample, margin))
     assert labels.shape == (1, 12, draws)
     for number in range(12):
         gold, window = np.asarray(sample.responses.gold)[0, number], np.asarray(sample.responses.window)[0, number]
