@@ -9,6 +9,7 @@ In the order in which a run uses them:
 - `teachers`: B-Pref's semi-synthetic annotators.
 - `soft_actor_critic`: the off-policy lower level, from `collection` (parallel environments), `replay` (experience and
   segments of it) and `soft_policies` (discrete and continuous actions). `pebble`: all of it together.
+- `adapters`, `host`: environments of other libraries. `preference_files`: labels that exist.
 
 `jaxrlhf.mdp` has the environments and the episodes, `jaxrlhf.algorithms` the on-policy actor-critic and the fit of a
 reward.

@@ -115,6 +115,13 @@ def collect(
     return experience, tracks
 
 
+def example_of(tracks: Tracks, actions: jax.Array | jax.ShapeDtypeStruct) -> Experience:
+    """Returns one step of experience `[1, E]` with the shapes and dtypes of `collect`'s, zeros otherwise."""
+    observed = jnp.zeros_like(tracks.observation)[None]
+    number = jnp.zeros_like(tracks.total)[None]
+    return Experience(observed, jnp.zeros((1, *actions.shape), actions.dtype), observed, number, number, number, number)
+
+
 def _renew_leaf(renew: Callable) -> Callable:
     """Returns the function of state leaves; random keys are chosen by their raw data."""
 

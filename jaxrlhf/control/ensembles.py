@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.reward_learning import RewardAlgorithm, RewardInfo, RewardState, fit
-from jaxrlhf.base.problem import Sample
+from jaxrlhf.base.problem import Labelled, Sample
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.preferences.buffer import PreferenceBuffer
 
@@ -77,3 +77,48 @@ def fit_members(
     return jax.vmap(lambda key, member: fit(key, algorithm, member, buffer, frozen, size=size, steps=steps))(
         keys, members
     )
+
+
+def agreement(reward: SampleReward, members: Params, labelled: Labelled) -> jax.Array:
+    """Returns the fraction of the labels that each member predicts, `[E]`; ties and skipped pairs left out, 1 if none."""
+    returns = jax.vmap(lambda member: segment_returns(reward, member, labelled.sample))(members)
+    prefers = (returns[..., 0] > returns[..., 1]).astype(labelled.labels.dtype)[..., None]
+    decided = ((labelled.labels == 0) | (labelled.labels == 1)).astype(prefers.dtype)[None]
+    right = jnp.sum(decided * (prefers == labelled.labels[None]), axis=(1, 2, 3))
+    count = jnp.sum(decided)
+    return jnp.where(count > 0, right / jnp.maximum(count, 1.0), 1.0)
+
+
+def fit_until(
+    key: Key,
+    fit: RewardAlgorithm,
+    members: RewardState,
+    reward: SampleReward,
+    buffer: PreferenceBuffer,
+    *,
+    size: int,
+    steps: int,
+    epochs: int,
+    enough: float,
+) -> tuple[RewardState, jax.Array, jax.Array]:
+    """Fits the members until each predicts more than `enough` of the buffer's labels, for at most so many epochs.
+
+    Consumes the key.
+
+    Returns:
+        The members, the smallest of their accuracies, and the epochs taken.
+    """
+
+    def measured(members: RewardState) -> jax.Array:
+        return jnp.min(agreement(reward, members.upper, buffer.pairs))
+
+    def unfinished(carry: tuple) -> jax.Array:
+        _, accuracy, epoch = carry
+        return (epoch < epochs) & (accuracy <= enough)
+
+    def one_epoch(carry: tuple) -> tuple:
+        members, _, epoch = carry
+        members, _ = fit_members(jax.random.fold_in(key, epoch), fit, members, buffer, size=size, steps=steps)
+        return members, measured(members), epoch + 1
+
+    return jax.lax.while_loop(unfinished, one_epoch, (members, measured(members), jnp.zeros((), jnp.int32)))

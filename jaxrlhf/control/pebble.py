@@ -29,7 +29,7 @@ from jaxrlhf.base.problem import BilevelProblem, Labelled, PairCost, Sample
 from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.control import replay as experience_replay
 from jaxrlhf.control.collection import Experience
-from jaxrlhf.control.ensembles import SampleReward, fit_members, of_samples, segment_returns, win_probabilities
+from jaxrlhf.control.ensembles import agreement, fit_until, of_samples, win_probabilities
 from jaxrlhf.control.pairs import Criterion, choose
 from jaxrlhf.control.replay import Replay
 from jaxrlhf.control.soft_actor_critic import Relabel, SoftInfo, SoftState
@@ -155,6 +155,7 @@ def pebble(
     segment: int,
     interval: int,
     sessions: int,
+    kept: int = 0,
     annotate: Annotator | None = None,
     candidates: int = 10,
     criterion: Criterion = "disagreement",
@@ -178,9 +179,10 @@ def pebble(
         segment: steps of a segment.
         interval: steps of the learner in a session.
         sessions: how many there will be at most: room for labels; later ones overwrite the oldest.
+        kept: room for pairs that are labelled before the first session (`learn_offline`).
         annotate: labels a query; its `frozen` is that of `step`. Without it only `propose` and `update` remain.
         candidates: pairs drawn for each that is asked about.
-        criterion: how the query is chosen from the candidates, from the second session on.
+        criterion: how the query is chosen from the candidates, once there are labels; at first it is drawn.
         labels: labels a pair.
         fit_size: batch size of the fit.
         fit_steps: steps of an epoch of the fit.
@@ -205,7 +207,7 @@ def pebble(
         soft = learner.init(key, upper, lower)
         members = jax.vmap(fit.init)(upper)
         rows = jax.eval_shape(lambda key, replay: query(key, replay, upper, jnp.asarray(True)), key, soft.replay)
-        buffer = preference_buffer.empty(rows, labels=labels, capacity=sessions * queries)
+        buffer = preference_buffer.empty(rows, labels=labels, capacity=sessions * queries + kept)
         return PebbleState(jnp.zeros((), jnp.int32), soft, members, buffer)
 
     def query(key: Key, replay: Replay, upper: Params, by_chance: jax.Array) -> Sample:
@@ -218,7 +220,7 @@ def pebble(
 
     def propose(key: Key, state: PebbleState, data: Batch, frozen: Params) -> Sample:
         del data, frozen
-        return query(key, state.learner.replay, state.upper, state.step == 0)
+        return query(key, state.learner.replay, state.upper, state.labels.added == 0)
 
     def update(key: Key, state: PebbleState, labelled: Labelled, frozen: Params) -> tuple[PebbleState, PebbleInfo]:
         del frozen
@@ -248,49 +250,45 @@ def pebble(
     return Algorithm(init, compose(propose, label_by(annotate), update), propose, update)
 
 
-def agreement(reward: SampleReward, members: Params, labelled: Labelled) -> jax.Array:
-    """Returns the fraction of the labels that each member predicts, `[E]`; ties and skipped pairs left out, 1 if none."""
-    returns = jax.vmap(lambda member: segment_returns(reward, member, labelled.sample))(members)
-    prefers = (returns[..., 0] > returns[..., 1]).astype(labelled.labels.dtype)[..., None]
-    decided = ((labelled.labels == 0) | (labelled.labels == 1)).astype(prefers.dtype)[None]
-    right = jnp.sum(decided * (prefers == labelled.labels[None]), axis=(1, 2, 3))
-    count = jnp.sum(decided)
-    return jnp.where(count > 0, right / jnp.maximum(count, 1.0), 1.0)
-
-
-def fit_until(
+def learn_offline(
     key: Key,
     fit: RewardAlgorithm,
-    members: RewardState,
-    reward: SampleReward,
-    buffer: PreferenceBuffer,
+    reward: Callable[[Params, jax.Array, jax.Array], jax.Array],
+    state: PebbleState,
+    labelled: Labelled,
     *,
-    size: int,
-    steps: int,
-    epochs: int,
-    enough: float,
-) -> tuple[RewardState, jax.Array, jax.Array]:
-    """Fits the members until each predicts more than `enough` of the buffer's labels, for at most so many epochs.
+    size: int = 128,
+    steps: int = 20,
+    epochs: int = 50,
+    enough: float = 0.97,
+) -> tuple[PebbleState, jax.Array]:
+    """Returns the state with labels that exist among its own and the ensemble fitted to them, and `fit_until`'s accuracy.
 
-    Consumes the key.
+    Sessions go on from there, online. Consumes the key.
 
-    Returns:
-        The members, the smallest of their accuracies, and the epochs taken.
+    Args:
+        key: consumed.
+        fit, reward: of `pebble`.
+        state: of `pebble`, with room for the pairs (`kept`).
+        labelled: rows `[N, 1, 2, segment]`, such as `preference_files.read_preferences` returns.
+        size, steps, epochs, enough: of `fit_until`.
+
+    Raises:
+        ValueError: the rows are not shaped like the state's, or there are more than it has room for.
     """
-
-    def measured(members: RewardState) -> jax.Array:
-        return jnp.min(agreement(reward, members.upper, buffer.pairs))
-
-    def unfinished(carry: tuple) -> jax.Array:
-        _, accuracy, epoch = carry
-        return (epoch < epochs) & (accuracy <= enough)
-
-    def one_epoch(carry: tuple) -> tuple:
-        members, _, epoch = carry
-        members, _ = fit_members(jax.random.fold_in(key, epoch), fit, members, buffer, size=size, steps=steps)
-        return members, measured(members), epoch + 1
-
-    return jax.lax.while_loop(unfinished, one_epoch, (members, measured(members), jnp.zeros((), jnp.int32)))
+    stored = jax.tree.map(lambda leaf: leaf.shape[1:], state.labels.pairs.sample.responses)
+    given = jax.tree.map(lambda leaf: leaf.shape[1:], labelled.sample.responses)
+    if stored != given or labelled.labels.shape[1:] != state.labels.pairs.labels.shape[1:]:
+        raise ValueError(
+            f"The labelled segments have the shapes {given}, those of the sessions {stored}; they must agree."
+        )
+    buffer = preference_buffer.add(state.labels, labelled)
+    sample_reward = of_samples(reward)
+    members, accuracy, _ = fit_until(
+        key, fit, state.members, sample_reward, buffer, size=size, steps=steps, epochs=epochs, enough=enough
+    )
+    learner = state.learner._replace(upper=members.upper)
+    return state._replace(labels=buffer, members=members, learner=learner), accuracy
 
 
 def policy_return(state: PebbleState, *, segment: int, recent: int = 1000) -> jax.Array:

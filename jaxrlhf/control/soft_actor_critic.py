@@ -20,7 +20,7 @@ import optax
 from jaxrlhf.base.algorithm import Algorithm, compose, owned
 from jaxrlhf.base.types import Batch, Key, Params
 from jaxrlhf.control import replay as experience_replay
-from jaxrlhf.control.collection import Experience, Tracks, begin, collect
+from jaxrlhf.control.collection import Experience, Tracks, begin, collect, example_of
 from jaxrlhf.control.replay import Replay
 from jaxrlhf.control.soft_policies import SoftPolicy, smaller
 from jaxrlhf.mdp.environments import Environment
@@ -179,7 +179,7 @@ def soft_actor_critic(
     def init(key: Key, upper: Params, lower: Params) -> SoftState:
         critic_key, track_key = jax.random.split(key)
         tracks = begin(track_key, environment, environments=environments)
-        example = jax.eval_shape(lambda key: collect(key, environment, soft.uniform, tracks, steps=1)[0], key)
+        actions = jax.eval_shape(soft.uniform, key, tracks.observation)
         return SoftState(
             step=jnp.zeros((), jnp.int32),
             upper=owned(upper),
@@ -187,7 +187,7 @@ def soft_actor_critic(
                 owned(lower), critic_key, first_critic, optimizer,
                 temperature=first_temperature if temperature is None else temperature,
             ),
-            replay=experience_replay.empty(example, capacity=capacity // environments),
+            replay=experience_replay.empty(example_of(tracks, actions), capacity=capacity // environments),
             tracks=tracks,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 Critics are stacked, leaves `[2, ...]`; a soft policy takes the smaller value of the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -82,7 +82,7 @@ def discrete(
 
 
 def continuous(
-    moments: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]],
+    moments: Callable[[Params, jax.Array], Sequence[jax.Array]],
     critic: Callable[[Params, jax.Array, jax.Array], jax.Array],
     environment: Environment,
     *,
@@ -118,9 +118,7 @@ def continuous(
     )
 
 
-def squashed_actor(
-    moments: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]], environment: Environment
-) -> Actor:
+def squashed_actor(moments: Callable[[Params, jax.Array], Sequence[jax.Array]], environment: Environment) -> Actor:
     """Returns the actor `low + (high - low) (tanh(u) + 1) / 2` of a normal u; its samples are differentiable.
 
     Log-probabilities are densities of the action scaled to [-1, 1], whatever the bounds:

@@ -13,7 +13,8 @@ import pytest
 from jaxrlhf.algorithms.reward_learning import reward_learning
 from jaxrlhf.base.problem import SKIPPED, Labelled
 from jaxrlhf.control import ensembles, soft_policies
-from jaxrlhf.control.pebble import agreement, explore, nearest_states, pebble, policy_return, segment_problem
+from jaxrlhf.control.pebble import explore, learn_offline, nearest_states, pebble, policy_return, segment_problem
+from jaxrlhf.control.preference_files import read_preferences, write_preferences
 from jaxrlhf.control.soft_actor_critic import relabelled, soft_actor_critic
 from jaxrlhf.control.teachers import teacher_annotator
 from jaxrlhf.mdp import tabular
@@ -42,7 +43,16 @@ def learners(**settings):
 
 
 FIT = reward_learning(segment_problem(reward), optax.adam(0.05))
-NUMBERS = {"queries": 8, "segment": 3, "interval": 20, "sessions": 6, "fit_size": 16, "fit_steps": 10, "epochs": 5}
+NUMBERS = {
+    "queries": 8,
+    "segment": 3,
+    "interval": 20,
+    "sessions": 6,
+    "fit_size": 16,
+    "fit_steps": 10,
+    "epochs": 5,
+    "kept": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +102,9 @@ def test_the_query_is_what_the_ensemble_disagrees_on_after_the_first_session(run
     algorithm, _, explored, _, _ = run
     spread = []
     for step in (0, 1):
-        queries = algorithm.propose(jax.random.key(2), explored._replace(step=jnp.asarray(step)), None, ())
+        queries = algorithm.propose(
+            jax.random.key(2), explored._replace(labels=explored.labels._replace(added=jnp.asarray(step))), None, ()
+        )
         assert queries.responses.observations.shape == (8, 1, 2, 3, 3)
         probabilities = ensembles.win_probabilities(ensembles.of_samples(reward), explored.upper, queries)
         spread.append(float(jnp.mean(jnp.std(probabilities, axis=0))))
@@ -115,10 +127,33 @@ def test_ties_and_skipped_pairs_are_left_out_of_the_agreement(run):
     sums = np.asarray(jnp.sum(queries.responses.gold, axis=-1))[:, 0]
     right = (sums[:, 0] > sums[:, 1]).astype(float)
     labels = np.concatenate([right[:4], 1 - right[4:6], [0.5, SKIPPED]])[:, None, None]
-    found = agreement(ensembles.of_samples(reward), GOLD[None], Labelled(queries, jnp.asarray(labels)))
+    found = ensembles.agreement(ensembles.of_samples(reward), GOLD[None], Labelled(queries, jnp.asarray(labels)))
     np.testing.assert_allclose(found, [4 / 6], rtol=1e-6)
     nobody = Labelled(queries, jnp.full((8, 1, 1), SKIPPED))
-    np.testing.assert_array_equal(agreement(ensembles.of_samples(reward), GOLD[None], nobody), [1.0])
+    np.testing.assert_array_equal(ensembles.agreement(ensembles.of_samples(reward), GOLD[None], nobody), [1.0])
+
+
+def test_labels_from_a_file_come_first_and_sessions_go_on(run, tmp_path):
+    algorithm, begun, explored, final, _ = run
+    bought = jax.tree.map(lambda leaf: leaf[:8], final.labels.pairs._replace(
+        sample=final.labels.pairs.sample._replace(from_policy=None, num_draws=None)
+    ))  # fmt: skip
+    write_preferences(tmp_path / "pairs.npz", bought)
+    labelled = read_preferences(tmp_path / "pairs.npz")
+    np.testing.assert_array_equal(labelled.labels, bought.labels)
+    for name in ("observations", "actions", "gold", "window"):
+        np.testing.assert_array_equal(getattr(labelled.sample.responses, name), getattr(bought.sample.responses, name))
+    before = ensembles.agreement(ensembles.of_samples(reward), explored.upper, labelled)
+    state, accuracy = learn_offline(jax.random.key(0), FIT, reward, explored, labelled, size=16, steps=20, epochs=3)
+    assert int(state.labels.filled) == 8 and int(state.step) == 0 and accuracy > np.min(before)
+    np.testing.assert_array_equal(state.policy, explored.policy)
+    np.testing.assert_array_equal(state.learner.upper, state.members.upper)
+    queries = algorithm.propose(jax.random.key(2), state, None, ())
+    state, _ = algorithm.update(jax.random.key(3), state, Labelled(queries, jnp.ones((8, 1, 1))), ())
+    assert int(state.labels.filled) == 16 and int(state.step) == 1
+    longer = labelled._replace(labels=jnp.concatenate([labelled.labels] * 2, axis=-1))
+    with pytest.raises(ValueError, match="they must agree"):
+        learn_offline(jax.random.key(0), FIT, reward, begun, longer)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from jaxrlhf.control.soft_actor_critic import (
     temperature_loss,
 )
 from jaxrlhf.mdp import tabular
-from jaxrlhf.mdp.environments import Environment, gymnax_environment, tabular_environment
+from jaxrlhf.mdp.environments import Environment, categorical_actor, gymnax_environment, roll_out, tabular_environment
 
 
 def counter(*, ends_at=3, cut_at=None):
@@ -275,10 +275,12 @@ def test_a_host_may_step_the_environments():
 def dense(key, *sizes):
     keys = jax.random.split(key, len(sizes) - 1)
     shapes = itertools.pairwise(sizes)
-    return [
+    layers = [
         (jax.random.normal(key, shape) / np.sqrt(shape[0]), jnp.zeros((1, shape[1])))
         for key, shape in zip(keys, shapes, strict=True)
     ]
+    weight, bias = layers[-1]
+    return [*layers[:-1], (0.01 * weight, bias)]
 
 
 def forward(layers, inputs):
@@ -290,34 +292,46 @@ def forward(layers, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, steps, least", [("CartPole-v1", 6000, 180.0), ("Pendulum-v1", 8000, -300.0)])
-def test_two_tasks_are_solved(name, steps, least):
-    """Mean true return of the last quarter of the run, over 3 seeds in one program."""
+@pytest.mark.parametrize("name, scale, least", [("CartPole-v1", 0.1, 195.0), ("Pendulum-v1", 1.0, -200.0)])
+def test_two_tasks_are_solved(name, scale, least):
+    """The mean true return of 20 episodes of each of 3 policies without noise, after 10,000 steps, in one program."""
     gymnax = pytest.importorskip("gymnax", reason="needs the extra control")
     with jax.numpy_rank_promotion("allow"):
         environment = gymnax_environment(*gymnax.make(name))
         observed, actions = environment.observation_size, environment.actions
         if environment.continuous:
-            soft = soft_policies.continuous(
-                lambda policy, observations: jnp.split(forward(policy, observations), 2, axis=-1),
-                lambda one, observations, actions: forward(one, jnp.concatenate([observations, actions], -1))[..., 0],
-                environment,
+
+            def moments(policy, observations):
+                return jnp.split(forward(policy, observations), 2, axis=-1)
+
+            def value(one, observations, actions):
+                return forward(one, jnp.concatenate([observations, actions], -1))[..., 0]
+
+            soft = soft_policies.continuous(moments, value, environment)
+            greedy = soft_policies.squashed_actor(
+                lambda policy, observations: (moments(policy, observations)[0], jnp.asarray([-5.0])), environment
             )
             sizes = (observed + actions, 64, 64, 1), (observed, 64, 64, 2 * actions)
         else:
             soft = soft_policies.discrete(forward, forward, environment)
+            greedy = categorical_actor(lambda policy, observations: 1e4 * forward(policy, observations))
             sizes = (observed, 64, 64, actions), (observed, 64, 64, actions)
+
+        def scaled(upper, batch, replay):
+            return scale * batch.reward
+
         algorithm = soft_actor_critic(
-            environment, soft, lambda key: dense(key, *sizes[0]), optimizer=optax.adam(1e-3), target_rate=0.01,
-            random_steps=500, batch_size=64, capacity=20_000, episode_steps=200,
+            environment, soft, lambda key: dense(key, *sizes[0]), reward=scaled,
+            optimizer=optax.adam(1e-3), target_rate=0.01, random_steps=500, batch_size=64, capacity=20_000,
+            episode_steps=200,
         )  # fmt: skip
 
         def train(key):
-            first_key, policy_key, key = jax.random.split(key, 3)
+            first_key, policy_key, key, last_key = jax.random.split(key, 4)
             state = algorithm.init(first_key, (), dense(policy_key, *sizes[1]))
-            keys = jax.random.split(key, steps)
-            return jax.lax.scan(lambda state, key: algorithm.step(key, state, None, ()), state, keys)[1].finished
+            keys = jax.random.split(key, 10_000)
+            state, _ = jax.lax.scan(lambda state, key: algorithm.step(key, state, None, ()), state, keys)
+            return roll_out(last_key, greedy, state.policy, environment, episodes=20, steps=200).reward.sum(axis=1)
 
-        finished = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
-    mean = finished[:, -steps // 4 :].mean(axis=1)
-    assert jnp.mean(mean) > least, mean
+        returns = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
+    assert jnp.mean(returns) > least, returns.mean(axis=1)
