@@ -6,7 +6,6 @@ All methods run the same loop (`control_training.py`) and differ in the fields o
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from control_tasks import Task
@@ -14,7 +13,8 @@ from control_tasks import Task
 from jaxrlhf import bilevel, objectives
 from jaxrlhf.algorithms.actor_critic import actor_critic
 from jaxrlhf.bilevel import HypergradientRule
-from jaxrlhf.mdp.exploration import state_entropy_bonus
+from jaxrlhf.control import ensembles
+from jaxrlhf.control.pairs import Criterion, share_labelled
 from jaxrlhf.mdp.trajectories import trajectory_problem
 
 
@@ -27,7 +27,7 @@ class Method(NamedTuple):
         rule: the hypergradient rule; the default, `decoupled`, ignores how the policy responds to the reward.
         objective: the upper objective that the rule descends: "utility" or "brier".
         members: size of the reward ensemble; the policy is trained on its mean.
-        disagreement: label the pairs on which the ensemble disagrees most, instead of random ones.
+        query: which pairs to label: "uniform" draws them, "disagreement" takes those on which the ensemble disagrees most.
         replay: number of recent batches of episodes that the policy trains on, each scored by the current reward.
         exploration: initial outer steps that maximise state entropy instead of reward; no labels are bought in them.
     """
@@ -36,7 +36,7 @@ class Method(NamedTuple):
     rule: HypergradientRule = bilevel.decoupled()
     objective: str = "utility"
     members: int = 1
-    disagreement: bool = False
+    query: Criterion = "uniform"
     replay: int = 1
     exploration: int = 0
 
@@ -46,7 +46,7 @@ class Method(NamedTuple):
         return 2 if self.objective == "brier" else 1
 
 
-PEBBLE = Method(members=3, disagreement=True, replay=2, exploration=5)
+PEBBLE = Method(members=3, query="disagreement", replay=2, exploration=5)
 METHODS = {
     "oracle": Method(reward="gold"),
     "oracle, replay": Method(reward="gold", replay=2),
@@ -54,7 +54,7 @@ METHODS = {
     "iterated": Method(),
     "iterated, entropy first": Method(exploration=5),
     "iterated, ensemble": Method(members=3),
-    "iterated, disagreement": Method(members=3, disagreement=True),
+    "iterated, disagreement": Method(members=3, query="disagreement"),
     "iterated, replay": Method(replay=2),
     "iterated, all of PEBBLE": PEBBLE,
     "bilevel central": Method(rule=bilevel.central(0.2)),
@@ -62,7 +62,7 @@ METHODS = {
     "bilevel Brier": Method(rule=bilevel.central(0.2), objective="brier"),
     "bilevel, entropy first": Method(rule=bilevel.central(0.2), exploration=5),
     "bilevel, all of PEBBLE": PEBBLE._replace(rule=bilevel.central(0.2)),
-    "bilevel, disagreement": Method(rule=bilevel.central(0.2), members=3, disagreement=True),
+    "bilevel, disagreement": Method(rule=bilevel.central(0.2), members=3, query="disagreement"),
 }
 """Methods by their name on the command line."""
 
@@ -121,43 +121,14 @@ def collecting_steps(task: Task, method: Method, budget: Budget) -> int:
 def coupled_objective(name: str, beta: float, labelled_fraction: float) -> objectives.Objective:
     """Returns the upper objective, unbiased when only a fraction of the pairs is labelled."""
     objective = {"utility": objectives.utility(kl_price=beta / 4), "brier": objectives.brier()}[name]
-
-    def pair_cost(returns, labels):
-        return jax.tree.map(lambda cost: cost / labelled_fraction, objective.pair_cost(returns, labels))
-
-    return objective._replace(pair_cost=pair_cost)
+    return share_labelled(objective, labelled_fraction)
 
 
-def member_reward(task: Task):
-    """Returns the reward of one ensemble member, as a problem's `reward`."""
-
-    def reward(member, sample, frozen):
-        del frozen
-        return task.reward(member, sample.responses.observations, sample.responses.actions)
-
-    return reward
-
-
-def mean_reward(task: Task, method: Method):
+def policy_reward(task: Task, method: Method) -> ensembles.SampleReward:
     """Returns the reward that the policy is trained on: the ensemble's mean, or the true one for the oracle."""
-    of_member = member_reward(task)
-
-    def reward(members, sample, frozen):
-        if method.reward == "gold":
-            return task.scale * sample.responses.gold
-        return jnp.mean(jax.vmap(lambda member: of_member(member, sample, frozen))(members), axis=0)
-
-    return reward
-
-
-def entropy_reward(task: Task):
-    """Returns the exploration reward: a bonus for states that few episodes have visited."""
-
-    def reward(members, sample, frozen):
-        del members, frozen
-        return state_entropy_bonus(task.units * sample.responses.observations, sample.cumulative_discount > 0)
-
-    return reward
+    if method.reward == "gold":
+        return lambda members, sample, frozen: task.scale * sample.responses.gold
+    return ensembles.mean_of(ensembles.of_samples(task.reward))
 
 
 def problem_of(task: Task, budget: Budget, objective: objectives.Objective, reward: Callable) -> bilevel.BilevelProblem:

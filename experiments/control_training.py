@@ -17,16 +17,17 @@ from control_methods import (
     Method,
     collecting_steps,
     descent_on,
-    entropy_reward,
-    mean_reward,
-    member_reward,
+    policy_reward,
     problem_of,
 )
 from control_tasks import Task
 
 from jaxrlhf import bilevel, objectives, preferences
-from jaxrlhf.algorithms.reward_learning import RewardAlgorithm, RewardState, fit, reward_learning
+from jaxrlhf.algorithms.reward_learning import RewardAlgorithm, RewardState, reward_learning
 from jaxrlhf.bilevel import Labelled, Sample
+from jaxrlhf.control import ensembles
+from jaxrlhf.control.exploration import entropy_reward
+from jaxrlhf.control.pairs import choose, repeated, slide, unlabelled
 from jaxrlhf.mdp.trajectories import FrozenPolicies, gold_score
 from jaxrlhf.preferences import buffer as preference_buffer
 
@@ -76,6 +77,7 @@ class Loop(NamedTuple):
         task, method, budget: what is run.
         annotate: the annotator, `method.labels_per_pair` labels per pair.
         problem: draws the pairs; its objective is the uncoupled likelihood, which the reward is fitted by.
+        member_reward: the reward of one member of the ensemble.
         reward_fit: the reward's fit to the buffer.
         reward: the reward that the policy is trained on.
         descent: trains the policy on that reward, and the reward by the method's rule.
@@ -87,35 +89,11 @@ class Loop(NamedTuple):
     budget: Budget
     annotate: preferences.Annotator
     problem: bilevel.BilevelProblem
+    member_reward: ensembles.SampleReward
     reward_fit: RewardAlgorithm
-    reward: Callable
+    reward: ensembles.SampleReward
     descent: bilevel.Algorithm
     exploring: bilevel.Algorithm
-
-
-def slide(recent: Sample, latest: Sample) -> Sample:
-    """Returns the recent pairs with the oldest batch dropped and the latest appended, `[1, N, ...]`."""
-    count, fresh = recent.measure.shape[1], latest.measure.shape[1]
-
-    def push(old, new):
-        return jnp.concatenate([old[:, fresh:], new], axis=1)
-
-    moved = jax.tree.map(
-        push, *(each._replace(prompts=None, from_policy=None, num_draws=None) for each in (recent, latest))
-    )
-    return moved._replace(
-        prompts=latest.prompts,
-        measure=jnp.full_like(recent.measure, 1.0 / count),
-        from_policy=latest.from_policy,
-        num_draws=jnp.full_like(latest.num_draws, count),
-    )
-
-
-def repeated(sample: Sample, times: int) -> Sample:
-    """Returns the pairs repeated, to fill the replay before the first step."""
-    pairs = sample._replace(prompts=None, from_policy=None, num_draws=None)
-    many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times, axis=1), pairs)
-    return many._replace(prompts=sample.prompts, from_policy=sample.from_policy, num_draws=sample.num_draws)
 
 
 def self_opponent(state: bilevel.BilevelState) -> FrozenPolicies:
@@ -123,26 +101,9 @@ def self_opponent(state: bilevel.BilevelState) -> FrozenPolicies:
     return FrozenPolicies((), state.policy)
 
 
-def predicted_returns(reward: Callable, upper, sample: Sample) -> jax.Array:
-    """Returns the learned reward summed over both segments of each pair, `[..., 2]`."""
-    return jnp.sum(sample.responses.window * reward(upper, sample, ()), axis=-1)
-
-
-def most_disputed(task: Task, members, sample: Sample, count: int) -> jax.Array:
-    """Returns the indices of the pairs on whose order the ensemble disagrees most, `[count]`."""
-    returns = jax.vmap(lambda member: predicted_returns(member_reward(task), member, sample))(members)
-    disagreement = jnp.std(jax.nn.sigmoid(returns[..., 0] - returns[..., 1]), axis=0)
-    return jax.lax.top_k(disagreement[0], count)[1]
-
-
-def unlabelled(sample: Sample, labels_per_pair: int) -> Labelled:
-    """Returns the sample with every label marked as skipped."""
-    return Labelled(sample, jnp.full((*sample.measure.shape, labels_per_pair), bilevel.SKIPPED))
-
-
 def curves_row(loop: Loop, upper, sample: Sample, info: bilevel.BilevelInfo, labels: int) -> Curves:
     """Returns a step's row of the curves; `upper` is the reward before the step's updates."""
-    gold, predicted = gold_score(sample, ()), predicted_returns(loop.reward, upper, sample)
+    gold, predicted = gold_score(sample, ()), ensembles.segment_returns(loop.reward, upper, sample)
     differ = gold[..., 0] != gold[..., 1]
     same = (gold[..., 0] > gold[..., 1]) == (predicted[..., 0] > predicted[..., 1])
     return Curves(
@@ -181,7 +142,7 @@ def explore(loop: Loop, learner: Learner, key) -> tuple[Learner, Curves]:
     """One outer step that trains the policy to visit many states; the reward stays as it is."""
     sample = draw_pairs(loop, learner, key)
     recent = slide(learner.recent, sample)
-    moved, info = update(loop.exploring, learner, key, unlabelled(recent, loop.method.labels_per_pair))
+    moved, info = update(loop.exploring, learner, key, unlabelled(recent, labels=loop.method.labels_per_pair))
     upper = learner.descent.upper
     return moved._replace(descent=moved.descent._replace(upper=upper)), curves_row(loop, upper, sample, info, 0)
 
@@ -192,7 +153,7 @@ def collect(loop: Loop, learner: Learner, key) -> tuple[Learner, Curves]:
     sample = draw_pairs(loop, learner, sample_key)
     recent = slide(learner.recent, sample)
     # Only the diagnostics of the update are kept.
-    _, info = update(loop.descent, learner, key, unlabelled(recent, loop.method.labels_per_pair))
+    _, info = update(loop.descent, learner, key, unlabelled(recent, labels=loop.method.labels_per_pair))
     num_pairs = loop.budget.pairs // loop.method.labels_per_pair
     learner, _ = buy_labels(loop, learner, label_key, sample, jnp.arange(num_pairs))
     row = curves_row(loop, learner.descent.upper, sample, info, num_pairs * loop.method.labels_per_pair)
@@ -205,21 +166,19 @@ def learn(loop: Loop, learner: Learner, key) -> tuple[Learner, Curves]:
     sample_key, choose_key, label_key, fit_key, update_key = jax.random.split(key, 5)
     sample = draw_pairs(loop, learner, sample_key)
     upper, members, bought = learner.descent.upper, learner.members, 0
-    labelled = unlabelled(slide(learner.recent, sample), method.labels_per_pair)
+    labelled = unlabelled(slide(learner.recent, sample), labels=method.labels_per_pair)
     if method.reward == "learned":
         num_pairs = budget.labels // method.labels_per_pair
-        shuffled = jax.random.permutation(choose_key, budget.pairs)[:num_pairs]
-        indices = most_disputed(loop.task, upper, sample, num_pairs) if method.disagreement else shuffled
+        probabilities = ensembles.win_probabilities(loop.member_reward, upper, sample)[:, 0]
+        indices = choose(choose_key, probabilities, num_pairs, method.query)
         learner, labels = buy_labels(loop, learner, label_key, sample, indices)
         # The fresh pairs are the last ones of the replay.
         labelled = labelled._replace(labels=labelled.labels.at[0, indices - budget.pairs].set(labels))
         bought = num_pairs * method.labels_per_pair
     if method.reward != "gold":
-        members, _ = jax.vmap(
-            lambda key, member: fit(
-                key, loop.reward_fit, member, learner.buffer, (), size=budget.fit_size, steps=budget.fit_steps
-            )
-        )(jax.random.split(fit_key, method.members), members)
+        members, _ = ensembles.fit_members(
+            fit_key, loop.reward_fit, members, learner.buffer, size=budget.fit_size, steps=budget.fit_steps
+        )
     learner = learner._replace(descent=learner.descent._replace(upper=members.upper))
     learner, info = update(loop.descent, learner, update_key, labelled)
     # The rule may have moved the reward once more.
@@ -230,17 +189,18 @@ def learn(loop: Loop, learner: Learner, key) -> tuple[Learner, Curves]:
 def trainer(task: Task, method: Method, budget: Budget, annotator: Callable[[int], preferences.Annotator]):
     """Returns `key -> Curves`, one run; `annotator` makes an annotator of so many labels per pair."""
     collecting = collecting_steps(task, method, budget)
-    annotate, reward = annotator(method.labels_per_pair), mean_reward(task, method)
-    problem = problem_of(task, budget, objectives.likelihood(coupled=False), member_reward(task))
+    annotate, reward = annotator(method.labels_per_pair), policy_reward(task, method)
+    member_reward = ensembles.of_samples(task.reward)
+    problem = problem_of(task, budget, objectives.likelihood(coupled=False), member_reward)
     reward_fit = reward_learning(problem, optax.adam(budget.fit_learning_rate))
 
     def train(key):
         first_key, key = jax.random.split(key)
         _, lower, critic = task.first(first_key)
-        members = jax.vmap(lambda key: task.first(key)[0])(jax.random.split(first_key, method.members))
+        members = ensembles.first_members(first_key, lambda key: task.first(key)[0], method.members)
         descent = descent_on(task, method, budget, reward, critic)
-        exploring = descent_on(task, method, budget, entropy_reward(task), critic)
-        loop = Loop(task, method, budget, annotate, problem, reward_fit, reward, descent, exploring)
+        exploring = descent_on(task, method, budget, entropy_reward(task.units), critic)
+        loop = Loop(task, method, budget, annotate, problem, member_reward, reward_fit, reward, descent, exploring)
         start_key, explore_key, collect_key, learn_key = jax.random.split(key, 4)
         learner = first_learner(loop, key, start_key, members, lower, collecting)
         phases = (

@@ -4,7 +4,7 @@ Rooms, in the order in which they may import each other:
 
 - `base`: the bilevel problem, importance weights, the shape of an algorithm. `bilevel`: the method itself.
 - `preferences` (annotators, objectives), `evaluation` (statistics on the host), `algorithms` (baselines, replay, control).
-- `exact` (tables, the bandit), `mdp`, `data`, `lm`: instances, from enumerable to pretrained.
+- `exact` (tables, the bandit), `mdp`, `control`, `data`, `lm`: instances, from enumerable to pretrained.
 - `annotation` (people, functions and language models that label), `known` (problems with exact answers), `training`
   (compilation, sharding, checkpoints), `commands` (the command line).
 

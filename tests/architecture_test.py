@@ -13,11 +13,11 @@ ROOT = pathlib.Path(jaxrlhf.__file__).parent
 
 # A part may import itself and what stands before it.
 ORDER = [
-    "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "data", "lm", "annotation", "labelling",
-    "known", "training", "commands",
+    "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "control", "data", "lm", "annotation",
+    "labelling", "known", "training", "commands",
 ]  # fmt: skip
 DOORS = {"objectives": "preferences", "bandit": "exact"}
-NEVER = {("mdp", "lm"), ("lm", "mdp")}
+NEVER = {("mdp", "lm"), ("lm", "mdp"), ("control", "lm"), ("lm", "control")}
 OUTSIDE = {"jax", "numpy", "optax", "chex", "collections", "math", "typing"}
 """All that `base` and `bilevel` may import from elsewhere."""
 

@@ -30,6 +30,7 @@ class Environment(NamedTuple):
         actions: number of discrete actions, or dimensions of a continuous one.
         observation_size: O.
         continuous: whether an action is a vector `[actions]` of reals rather than an integer.
+        low, high: bounds `[actions]` of a continuous action; None where it has none.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Environment(NamedTuple):
     actions: int
     observation_size: int
     continuous: bool = False
+    low: Any = None
+    high: Any = None
 
 
 class Actor(NamedTuple):
@@ -101,7 +104,7 @@ def gymnax_environment(environment: Any, parameters: Any = None) -> Environment:
         result = reset_own(key, parameters)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ValueError(f"its reset returns {type(result).__name__} in place of (observation, state)")
-        return _flat(result[0]), result[1]
+        return flat(result[0]), result[1]
 
     def step(key, state, action):
         action = jnp.reshape(action, space.shape) if continuous else action
@@ -113,9 +116,12 @@ def gymnax_environment(environment: Any, parameters: Any = None) -> Environment:
         if not truncated and isinstance(info, dict) and {"terminated", "truncated"} <= info.keys():
             terminated, truncated = info["terminated"], [info["truncated"]]
         cut_off = truncated[0] if truncated else jnp.zeros_like(terminated)
-        return _flat(observation), state, jnp.asarray(reward, float), terminated, cut_off
+        return flat(observation), state, jnp.asarray(reward, float), terminated, cut_off
 
-    return _checked(name, reset, step, int(np.prod(space.shape)) if continuous else int(space.n), continuous)
+    if not continuous:
+        return checked(name, reset, step, int(space.n))
+    bounds = getattr(space, "low", None), getattr(space, "high", None)
+    return checked(name, reset, step, int(np.prod(space.shape)), bounds=bounds, continuous=True)
 
 
 def brax_environment(environment: Any, name: str = "brax") -> Environment:
@@ -134,7 +140,7 @@ def brax_environment(environment: Any, name: str = "brax") -> Environment:
             raise ValueError(
                 "its observations hold a privileged_state, which a policy may not see; wrap it to leave that out"
             )
-        return _flat(state.obs)
+        return flat(state.obs)
 
     def reset(key):
         state = environment.reset(key)
@@ -148,7 +154,7 @@ def brax_environment(environment: Any, name: str = "brax") -> Environment:
         return observation_of(state), state, jnp.asarray(state.reward, float), (state.done > 0) & ~truncated, truncated
 
     size = np.asarray(environment.action_size() if callable(environment.action_size) else environment.action_size)
-    return _checked(name, reset, step, int(size), continuous=True)
+    return checked(name, reset, step, int(size), bounds=(-1.0, 1.0), continuous=True)
 
 
 def _own(environment: Any, name: str) -> Any:
@@ -161,18 +167,30 @@ def _own(environment: Any, name: str) -> Any:
     return getattr(environment, (defined or [each for each in names if hasattr(environment, each)] or names)[0], None)
 
 
-def _flat(observation: Any) -> jax.Array:
-    """Returns the leaves of an observation as one vector."""
+def flat(observation: Any) -> jax.Array:
+    """Returns the leaves of an observation as one vector; for adapters."""
     leaves = [jnp.ravel(leaf).astype(float) for leaf in jax.tree.leaves(observation)]
     if not leaves:
         raise ValueError("its observation holds no array")
     return jnp.concatenate(leaves)
 
 
-def _checked(name: str, reset: Any, step: Any, actions: int, continuous: bool) -> Environment:
+def checked(
+    name: str, reset: Any, step: Any, actions: int, *, continuous: bool = False, bounds: tuple[Any, Any] = (None, None)
+) -> Environment:
+    """Returns the environment of two functions after `check`; for adapters.
+
+    Args:
+        name, reset, step, actions, continuous: fields of the environment.
+        bounds: low and high, as scalars or arrays that broadcast to `[actions]`; both None where actions have none.
+
+    Raises:
+        ValueError: naming the environment, and the field that breaks the contract or what its functions raised.
+    """
+    low, high = (None if each is None else np.broadcast_to(np.ravel(each), actions) for each in bounds)
     try:
         shape = jax.eval_shape(reset, jax.random.key(0))[0].shape
-        environment = Environment(name, reset, step, actions, shape[0], continuous)
+        environment = Environment(name, reset, step, actions, shape[0], continuous, low, high)
         jax.eval_shape(lambda key: step(key, reset(key)[1], _no_action(environment)), jax.random.key(0))
     except Exception as error:  # whatever a foreign environment raises
         raise ValueError(f"{name}: {' '.join(str(error).split())[:300] or type(error).__name__}.") from error
@@ -217,6 +235,7 @@ def check(environment: Environment) -> Environment:
     name, key = environment.name, jax.random.key(0)
     if environment.actions < 1:
         raise ValueError(f"{name}: actions must be at least 1, got {environment.actions}.")
+    _check_bounds(environment)
     observation, state = environment.reset(key)
     stepped = environment.step(key, state, _no_action(environment))
     if len(stepped) not in (4, 5):
@@ -241,6 +260,18 @@ def check(environment: Environment) -> Environment:
     ):
         raise ValueError(f"{name}: the state changes its structure or shapes from reset to step.")
     return environment
+
+
+def _check_bounds(environment: Environment) -> None:
+    name, low, high = environment.name, environment.low, environment.high
+    if low is None and high is None:
+        return
+    if low is None or high is None or not environment.continuous:
+        raise ValueError(f"{name}: bounds need low and high, both, and a continuous action.")
+    if not (np.shape(low) == np.shape(high) == (environment.actions,) and np.all(np.asarray(low) < np.asarray(high))):
+        raise ValueError(
+            f"{name}: the bounds {low} and {high} are not {environment.actions} pairs of a low below a high."
+        )
 
 
 def roll_out(key: Key, actor: Actor, lower: Params, environment: Environment, *, episodes: int, steps: int) -> Rollouts:

@@ -35,9 +35,20 @@ def state_entropy_bonus(
     ranks = jnp.arange(particles)
     selected = order[jnp.where(count > particles, ranks * count // particles, jnp.minimum(ranks, len(order) - 1))]
     is_particle = ranks < count
-    targets = states[selected]
-    squares = jnp.sum(states**2, -1)[:, None] - 2.0 * states @ targets.T + jnp.sum(targets**2, -1)[None, :]
-    squares = jnp.where(is_particle[None, :], jnp.maximum(squares, 0.0), jnp.inf)
-    nearest = -jax.lax.top_k(-squares, neighbours)[0][:, -1]
-    bonus = jnp.where(is_visited & jnp.isfinite(nearest), jnp.log1p(jnp.sqrt(nearest)), 0.0)
+    nearest = nearest_distance(states, states[selected], is_particle, neighbours=neighbours)
+    bonus = jnp.where(is_visited & jnp.isfinite(nearest), jnp.log1p(nearest), 0.0)
     return jax.lax.stop_gradient(bonus.reshape(visited.shape))
+
+
+def nearest_distance(states: jax.Array, particles: jax.Array, valid: jax.Array, *, neighbours: int) -> jax.Array:
+    """Returns the Euclidean distance of states `[N, O]` to their k-th nearest particle `[P, O]`, `[N]`.
+
+    Args:
+        states: what distances are measured from.
+        particles: what they are measured to.
+        valid: `[P]`, which particles count; with fewer than k of them the distance is infinite.
+        neighbours: k.
+    """
+    squares = jnp.sum(states**2, -1)[:, None] - 2.0 * states @ particles.T + jnp.sum(particles**2, -1)[None, :]
+    squares = jnp.where(valid[None, :], jnp.maximum(squares, 0.0), jnp.inf)
+    return jnp.sqrt(-jax.lax.top_k(-squares, neighbours)[0][:, -1])

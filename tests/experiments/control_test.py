@@ -17,13 +17,13 @@ sys.path.append(str(EXPERIMENTS))
 import control  # noqa: E402
 import control_methods as methods  # noqa: E402
 import control_tasks as tasks  # noqa: E402
-import control_training as training  # noqa: E402
 
 from jaxrlhf import bilevel  # noqa: E402
 from jaxrlhf.bilevel import Labelled  # noqa: E402
+from jaxrlhf.control import ensembles  # noqa: E402
 from jaxrlhf.mdp import four_rooms as rooms  # noqa: E402
 from jaxrlhf.mdp.trajectories import FrozenPolicies  # noqa: E402
-from jaxrlhf.objectives import brier, likelihood, utility  # noqa: E402
+from jaxrlhf.objectives import likelihood  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def pendulum():
 
 def sample_of(task, pairs=6, seed=0):
     budget = methods.Budget(pairs=pairs)
-    problem = methods.problem_of(task, budget, likelihood(coupled=False), methods.member_reward(task))
+    problem = methods.problem_of(task, budget, likelihood(coupled=False), ensembles.of_samples(task.reward))
     _, lower, _ = task.first(jax.random.key(seed))
     return jax.jit(problem.sample)(jax.random.key(seed), lower, None, FrozenPolicies((), lower))
 
@@ -57,47 +57,6 @@ def test_every_learner_buys_equally_many_labels():
         methods.collecting_steps(task, methods.METHODS["iterated, entropy first"], budget._replace(labels=7))
     with pytest.raises(ValueError, match="leave none to learn in"):
         methods.collecting_steps(task._replace(outer_steps=20), methods.METHODS["iterated"], budget)
-
-
-def test_costs_of_labelled_pairs_are_unbiased_for_those_of_all_pairs():
-    keys = jax.random.split(jax.random.key(0), 2)
-    returns = jax.random.normal(keys[0], (1, 8, 2))
-    labels = jax.random.bernoulli(keys[1], 0.5, (1, 8, 2)).astype(float)
-    for name, all_labelled in (("utility", utility(kl_price=0.05)), ("brier", brier())):
-        objective = methods.coupled_objective(name, beta=0.2, labelled_fraction=3 / 8)
-        assert objective.kl_price == pytest.approx(all_labelled.kl_price)
-
-        def cost(key, objective=objective):
-            chosen = jnp.zeros(8).at[jax.random.permutation(key, 8)[:3]].set(1.0)
-            some_labels = jnp.where(chosen[None, :, None] > 0, labels, -1.0)
-            return jnp.mean(objective.at(returns, some_labels).coupled)
-
-        costs = jax.jit(jax.vmap(cost))(jax.random.split(jax.random.key(1), 4000))
-        expected = jnp.mean(all_labelled.at(returns, labels).coupled)
-        assert abs(costs.mean() - expected) < 5 * costs.std() / np.sqrt(4000)
-
-
-def test_replay_drops_the_oldest_pairs(pendulum):
-    first, second, third = (sample_of(pendulum, pairs=2, seed=seed) for seed in range(3))
-    recent = training.slide(training.slide(training.repeated(first, 2), second), third)
-    for rows, batch in ((slice(0, 2), second), (slice(2, 4), third)):
-        np.testing.assert_array_equal(recent.responses.observations[:, rows], batch.responses.observations)
-        np.testing.assert_array_equal(recent.behaviour_log_prob[:, rows], batch.behaviour_log_prob)
-    np.testing.assert_allclose(recent.measure, np.full((1, 4), 0.25))
-    assert recent.num_draws == 4
-
-
-def test_the_most_disputed_pairs_are_where_the_members_differ(pendulum):
-    sample = sample_of(pendulum)
-    members = jax.vmap(lambda key: pendulum.first(key)[0])(jax.random.split(jax.random.key(3), 3))
-    found = jax.jit(lambda members, sample: training.most_disputed(pendulum, members, sample, 2))(members, sample)
-    probabilities = []
-    for number in range(3):
-        member = jax.tree.map(lambda leaf, number=number: leaf[number], members)
-        rewards = pendulum.reward(member, sample.responses.observations, sample.responses.actions)
-        returns = np.sum(np.asarray(rewards * sample.responses.window), axis=-1)[0]
-        probabilities.append(1 / (1 + np.exp(returns[:, 1] - returns[:, 0])))
-    np.testing.assert_array_equal(np.sort(found), np.sort(np.argsort(np.std(probabilities, axis=0))[-2:]))
 
 
 def test_the_myopic_annotator_weighs_the_end_of_each_segment(pendulum):
