@@ -35,7 +35,7 @@ from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_exis
 from jaxrlhf.commands.methods import ask_about_some, rule_of
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
 from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
-from jaxrlhf.commands.page_annotator import STORE, with_board
+from jaxrlhf.commands.page_annotator import STORE, with_board, with_forecasts
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import dtype_of, try_saving
 from jaxrlhf.data.pipelines import prompt_batches
@@ -56,6 +56,7 @@ from jaxrlhf.training.step import (
     compile_annotator,
     make_outer_step,
     put_on_devices,
+    within,
 )
 from jaxrlhf.training.tracking import Tracker, tracker
 
@@ -258,6 +259,10 @@ def _outer_step(config: Align, run: Run, compiled: Algorithm) -> Callable:
         score = scorer(mixture, run.units, run.policy, run.folder)
         if run.annotator.traced is not None:
             traced = compile_annotator(run.annotator.traced, run.mesh, frozen=run.frozen_where)
+    people, forecast = run.annotator.people, run.setup.forecast
+    if people is not None and forecast is not None:
+        compiled_forecast = jax.jit(within(run.mesh, forecast), out_shardings=_everywhere(run.mesh))
+        compiled = with_forecasts(compiled, compiled_forecast, people, run.policy.bundle.tokenizer)
     return make_outer_step(compiled, annotate, traced=traced, score=score)
 
 

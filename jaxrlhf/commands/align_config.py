@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
+from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.commands.adapters import AdapterConfig, configured_adapters
 from jaxrlhf.commands.annotators import AnnotatorConfig, check_people
 from jaxrlhf.commands.data import Format
@@ -146,6 +147,11 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
 def estimator_of(config: Align) -> Estimator:
     """Returns the estimator of --estimator, or its default."""
     return config.estimator or ("boltzmann" if config.learn_scale else "central")
+
+
+def forecasts(config: Align) -> bool:
+    """Returns whether a learned reward model alone says which completion of a pair is better, before it is labelled."""
+    return METHODS[config.method].learns == "reward" and not config.rewards
 
 
 def check_config(config: Align) -> None:

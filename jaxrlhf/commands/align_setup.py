@@ -10,10 +10,11 @@ import numpy as np
 import optax
 
 from jaxrlhf.algorithms.methods import METHODS, Critic
+from jaxrlhf.base.problem import Sample
 from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import Algorithm, BilevelProblem
 from jaxrlhf.commands.adapters import configured_adapters
-from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.align_config import Align, forecasts
 from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.methods import build_algorithm
 from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture
@@ -25,7 +26,7 @@ from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
-from jaxrlhf.preferences import objectives
+from jaxrlhf.preferences import objectives, preference
 from jaxrlhf.preferences.mixture import mixture_problem, without_scores
 from jaxrlhf.preferences.scale import with_scale
 
@@ -44,6 +45,8 @@ class AlignSetup(NamedTuple):
         review: of `methods.Reusing`, where labels are kept.
         adapters_of: `(state) -> ` trained adapters of policy and reward; none where all weights are trained.
         scaling: alpha over the rank of the adapters.
+        forecast: `(state, sample, frozen) -> [B, M]`, the learned reward's probability that response 0 is preferred; None
+            where no reward model alone is the reward.
     """
 
     algorithm: Algorithm
@@ -56,6 +59,7 @@ class AlignSetup(NamedTuple):
     review: Callable[[Any, Any, Params], Any] | None = None
     adapters_of: Callable[[Any], dict[Kind, Params]] = lambda state: {}
     scaling: float = 1.0
+    forecast: Callable[[Any, Sample, Params], jax.Array] | None = None
 
 
 class _Trained(NamedTuple):
@@ -150,7 +154,22 @@ def build_setup(
         review=review,
         adapters_of=adapters_of,
         scaling=trained.scaling,
+        forecast=_forecast(config, policy, reward, trained) if forecasts(config) else None,
     )
+
+
+def _forecast(
+    config: Align, policy: Model, reward: Model, trained: _Trained
+) -> Callable[[Any, Sample, Params], jax.Array]:
+    method = METHODS[config.method]
+    pairs: dict[str, Any] = {"against": method.against, "per_token": method.per_token}
+    problem = _problem(config, policy, reward, objectives.likelihood(), **pairs, **trained.params)
+
+    def forecast(state, sample, frozen):
+        rewards = problem.reward(_reward_part(config, state.upper), sample, frozen)
+        return preference(jnp.sum(sample.cumulative_discount * rewards, axis=-1))
+
+    return forecast
 
 
 def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:

@@ -1,23 +1,27 @@
 """People as the annotator of a run, which serves them the labelling page: `--annotator browser`."""
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import numpy as np
+import tokenizers
 from rich.console import Console
 
+from jaxrlhf.annotation.functions import texts_of
 from jaxrlhf.annotation.journal_file import Label
+from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.commands.people import PageConfig
 from jaxrlhf.labelling.board import Board
 from jaxrlhf.labelling.page import Page
 from jaxrlhf.labelling.pairs import make_pair
-from jaxrlhf.labelling.people import describe, majority
+from jaxrlhf.labelling.people import agreement, describe, majority
 from jaxrlhf.labelling.queue import Queue
 from jaxrlhf.labelling.store import LabelStore
 from jaxrlhf.training.preemption import AskedToStopError, Stop
-from jaxrlhf.training.processes import broadcast_array, broadcast_text, is_first_process
+from jaxrlhf.training.processes import broadcast_array, broadcast_text, gathered, is_first_process
 from jaxrlhf.training.tracking import Tracker
 
 BROWSER = "browser"
@@ -28,6 +32,8 @@ STORE = "people.sqlite"
 """Name of the journal of what people said."""
 WAITING, LABELLED, STOPPED = 0.0, 1.0, 2.0
 """What the first process tells the others while people label."""
+Texts = tuple[str, str, str]
+"""Prompt, first completion and second completion of a pair."""
 TICK = 0.5
 """Seconds between two looks at whether the run was asked to stop."""
 
@@ -58,6 +64,7 @@ class People:
         self.board, self.evaluates, self.stop = Board("Which answer is better?"), evaluates, Stop()
         self._config, self._page = config, None
         self._step = 0
+        self._forecasts: dict[Texts, float] = {}
 
     @contextmanager
     def serve(self, journal: pathlib.Path, *, stop: Stop | None = None, step: int = 0) -> Iterator[None]:
@@ -102,15 +109,27 @@ class People:
         self._done(keys)
         return [None if np.isnan(label) else float(label) for label in row[1:]]
 
+    def expect(self, forecasts: Mapping[Texts, float]) -> None:
+        """Says how likely the reward model thinks it that the first completion of a pair is preferred.
+
+        The page tells it after the label alone. Forecasts of earlier steps are forgotten.
+        """
+        self._forecasts = dict(forecasts)
+
     def labelled(self, labels: np.ndarray, *, against_reference: bool) -> None:
         """Counts a step whose labels are there, and shows the policy's win rate by them where it met the reference."""
         self._step += 1
         given = labels[labels >= 0]
         if against_reference and given.size:
             self.board.measured(self._step, win_rate=float(given.mean()))
+        if self._page is not None:
+            counts = agreement(self._page.queue.votes())
+            if counts["forecast"]:
+                share = f"{counts['agreed']} of {counts['forecast']}"
+                self.board.set_facts(**{"All people, as the reward model expected": share})
 
     def notes(self) -> list[str]:
-        """Returns a sentence on each person, for the report; the first process knows them."""
+        """Returns sentences on each person and on all, for the report; the first process knows them."""
         return [] if self._page is None else describe(self._page.queue.votes())
 
     def _start(self, journal: pathlib.Path) -> str:
@@ -128,7 +147,8 @@ class People:
     def _add(
         self, keys: list[bytes | None], prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
     ) -> str:
-        pairs = [make_pair(NAME, *texts) for texts in zip(prompts, firsts, seconds, strict=True)]
+        texts = list(zip(prompts, firsts, seconds, strict=True))
+        pairs = [make_pair(NAME, *each, forecast=self._forecasts.get(each)) for each in texts]
         keys += [pair.key if pair.first != pair.second else None for pair in pairs]
         queue = self._served.queue
         queue.add(pair for pair, key in zip(pairs, keys, strict=True) if key is not None)
@@ -161,6 +181,29 @@ class People:
     def _served(self) -> Page:
         assert self._page is not None, "the page is not served"
         return self._page
+
+
+def with_forecasts(
+    algorithm: Algorithm, forecast: Callable[..., jax.Array], people: People, tokenizer: tokenizers.Tokenizer
+) -> Algorithm:
+    """Returns the algorithm that tells people's page what the reward model expects of the pairs it proposes.
+
+    Args:
+        algorithm: compiled.
+        forecast: `(state, sample, frozen) -> [B, M]`, compiled; called in every process.
+        people: who label the pairs.
+        tokenizer: of the pairs.
+    """
+
+    def propose(key, state, data, frozen):
+        sample = algorithm.propose(key, state, data, frozen)
+        expected, on_host = gathered((forecast(state, sample, frozen), (sample.prompts, sample.responses)))
+        prompts, responses = on_host
+        texts = texts_of(tokenizer, sample._replace(prompts=prompts, responses=responses))
+        people.expect(dict(zip(zip(*texts, strict=True), expected.ravel().tolist(), strict=True)))
+        return sample
+
+    return algorithm._replace(propose=propose)
 
 
 def with_board(inner: Tracker, board: Board) -> Tracker:

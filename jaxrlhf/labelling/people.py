@@ -78,7 +78,7 @@ def summary(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 
 
 def describe(votes: Sequence[Vote]) -> list[str]:
-    """Returns a sentence on each person."""
+    """Returns a sentence on each person, and one on how far all of them agree with the reward model."""
     sentences = []
     for row in summary(votes):
         clauses = [f"{row['labels']} labels ({row['ties']} ties, {row['skipped']} skipped)"]
@@ -91,4 +91,17 @@ def describe(votes: Sequence[Vote]) -> list[str]:
             if row[count]:
                 clauses.append(f"{row[same]} of {row[count]} {words}")
         sentences.append(f"{row['person'].capitalize()}: {', '.join(clauses)}.")
-    return sentences
+    return sentences + _halves(votes)
+
+
+def _halves(votes: Sequence[Vote]) -> list[str]:
+    """Returns a sentence on how far the reward model came to expect what people said."""
+    known = [agreed for vote in votes if not vote.repeat and (agreed := agrees(vote)) is not None]
+    if len(known) < 2:
+        return []
+    parts = known[: len(known) // 2], known[len(known) // 2 :]
+    early, late = (f"{sum(part)} of {len(part)}" for part in parts)
+    return [
+        f"The reward model at hand expected {sum(known)} of {len(known)} decided labels "
+        f"({sum(known) / len(known):.0%}): {early} in the first half, {late} in the second."
+    ]

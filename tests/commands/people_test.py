@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("starlette", reason="the labelling page needs the extra labelling")
 pytest.importorskip("uvicorn", reason="the labelling page needs the extra labelling")
 
+# Otherwise imported by httpx in the person's thread, while other libraries change how modules are imported.
+import httpcore  # noqa: F401
 import httpx
 
 from jaxrlhf.commands import align, evaluate
@@ -101,6 +103,9 @@ def test_people_label_while_a_run_waits_and_a_stopped_one_goes_on_with_the_same_
     assert results["labels"] == 15 and np.isfinite(results["aligned"]["kl"])
     votes = LabelStore(whole / STORE).votes()
     assert len(votes) == 15 and len({vote.pair for vote in votes}) == 15
+    # A new reward expects nothing, and the first step's learning rate is 0.
+    assert [vote.forecast for vote in votes[:10]] == [0.5] * 10
+    assert all(0 < vote.forecast < 1 and vote.forecast != 0.5 for vote in votes[10:])
 
     def stop(count):
         if count == 7:

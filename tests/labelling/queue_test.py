@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.annotation.journal_file import Journal
 from jaxrlhf.labelling.pairs import make_pair
-from jaxrlhf.labelling.people import agreement, consistency, majority, summary
+from jaxrlhf.labelling.people import agreement, consistency, describe, majority, summary
 from jaxrlhf.labelling.queue import Queue, QueueError
 from jaxrlhf.labelling.store import LabelStore, Vote
 
@@ -238,6 +238,12 @@ def test_what_people_say_together():
     assert (ann["others"], ann["with_others"]) == (2, 1)
     assert (ann["forecast"], ann["agreed"]) == (2, 1)
     assert (bob["forecast"], bob["agreed"]) == (1, 0)
+    sentences = describe(votes)
+    assert "1 of 2 labels as the reward model expected" in sentences[0]
+    assert sentences[-1] == (
+        "The reward model at hand expected 1 of 3 decided labels (33%): 1 of 1 in the first half, 0 of 2 in the second."
+    )
+    assert len(describe(votes[:1])) == 1 and describe([]) == []
     assert consistency([]) == {"repeated": 0, "same": 0} and agreement([]) == {"forecast": 0, "agreed": 0}
 
 
