@@ -8,6 +8,7 @@ import pytest
 
 from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.commands import align, evaluate, method_flags
+from jaxrlhf.commands.methods import method_of
 from jaxrlhf.data import DataError
 from jaxrlhf.training.run_folder import RunFolder
 
@@ -166,3 +167,12 @@ def test_what_a_method_does_not_read_is_refused(here, always, options, message):
     with pytest.raises((ValueError, DataError), match=message):
         align.main(settings(here, **options))
     assert not (here / "by-method" / "align-0").exists()
+
+
+def test_a_mixture_of_scores_is_compared_with_the_reference(here):
+    """Functions of --rewards score pairs alone: what a label is worth against the reference is not known."""
+    alone, mixed = settings(here), settings(here, rewards=("always:longer",))
+    assert method_of(alone) is METHODS["bilevel"] and method_of(alone).against == "self"
+    assert method_of(mixed).against == "reference" and method_of(mixed).learns == "reward"
+    others = (name for name in METHODS if name != "bilevel")
+    assert all(method_of(settings(here, method=name)) is METHODS[name] for name in others)

@@ -100,6 +100,45 @@ def test_microbatches_change_nothing_but_memory(against):
         jax.eval_shape(make(microbatches=3).sample, jax.random.key(0), policy, LANGUAGE.prompts, frozen)
 
 
+@pytest.mark.parametrize("rollout", [False, True])
+def test_responses_of_the_reference_stand_beside_the_pairs_and_change_nothing_in_them(rollout):
+    policy, reference, reward = parameters()
+    half = decoder(SHAPE, dtype=jnp.bfloat16)
+    keywords = {"against": "self", "microbatches": 4}
+    if rollout:
+        keywords["rollout"] = RolloutModel(
+            half, lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        )
+    arguments = (jax.random.key(1), policy, LANGUAGE.prompts, LanguageFrozen(reference))
+    plain = make(**keywords).sample(*arguments)
+    problem = make(**keywords, reference_responses=3)
+    sample = problem.sample(*arguments)
+    chex.assert_trees_all_equal(sample._replace(reference_responses=()), plain)
+    assert plain.reference_responses == () and make().reference_returns is None
+    tokens = sample.reference_responses.tokens
+    assert tokens.shape == (2, 3, 2)
+    # 4 microbatches do not divide the 6 rows; as many as do are used.
+    found = problem.reference_returns(reward, sample, LanguageFrozen(reference))
+    alone = Responses(*(leaf[:, :, None] for leaf in sample.reference_responses))
+    np.testing.assert_allclose(
+        found, score_responses(REWARD, reward, sample.prompts, alone)[..., 0], rtol=1e-5, atol=1e-6
+    )
+    other = make(**keywords, reference_responses=3).sample(jax.random.key(2), *arguments[1:])
+    assert not np.array_equal(tokens, other.reference_responses.tokens)
+
+
+def test_responses_of_the_reference_follow_the_reference():
+    policy, reference, _ = parameters()
+    problem = make(pairs=1, against="self", reference_responses=4000)
+    sample = jax.jit(problem.sample)(jax.random.key(3), policy, LANGUAGE.prompts, LanguageFrozen(reference))
+    first = np.asarray(sample.reference_responses.tokens)[..., 0]
+    share = np.stack([(first == token).mean(axis=1) for token in range(4)], axis=1)
+    rows, _ = LANGUAGE.completions
+    table = np.exp(np.asarray(table_of_policy(reference)))
+    expected = np.stack([table[:, np.asarray(rows)[:, 0] == token].sum(axis=1) for token in range(4)], axis=1)
+    np.testing.assert_allclose(share, expected, atol=4 * 0.5 / np.sqrt(4000))
+
+
 def test_microbatches_hold_the_activations_of_one_at_a_time(monkeypatch):
     # By default all rows at once, as on an accelerator.
     monkeypatch.setattr(microbatch, "CPU_TOKENS", 2**20)
