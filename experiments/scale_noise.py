@@ -154,6 +154,7 @@ def main(config: Config) -> pathlib.Path:
         "its deviation",
         "log scale: error / mean",
         "network: error / mean",
+        "error of the marginal price",
     )
     names = ("step", "pairs", "scale", "mean", "deviation", "log_scale", "network", "price")
     cells = [tuple(row[name] if name in ("step", "pairs") else f"{row[name]:.3g}" for name in names) for row in rows]
