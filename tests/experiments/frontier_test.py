@@ -80,6 +80,7 @@ def test_prompts_come_in_one_order_for_all_and_equally_often():
     assert np.all(np.bincount(order.ravel(), minlength=16) == 5)
 
 
+@pytest.mark.slow
 def test_a_small_study_end_to_end(directory, tmp_path, capsys):
     names = ("offline DPO", "GRPO")
     folder = frontier.main(config(directory, methods=names, golds=("words",), rewards=("small",), output=tmp_path))

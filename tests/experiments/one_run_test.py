@@ -34,10 +34,13 @@ def results_of(folder):
     return {(each["problem"], each["method"]): each for each in stored}
 
 
-def test_every_method_runs_on_an_exact_problem(tmp_path):
-    config = one_run.Config(families=("gated",), kinds=("language",), seeds=2, exact_steps=3, output=tmp_path)
-    results = results_of(one_run.main(config))
-    assert {method for _, method in results} == set(exact.METHODS)
+@pytest.mark.parametrize(
+    "methods", [(exact.SCALED, exact.CONTROLLER), pytest.param(exact.METHODS, marks=pytest.mark.slow)]
+)
+def test_methods_run_on_an_exact_problem(tmp_path, methods):
+    shape = {"families": ("gated",), "kinds": ("language",), "seeds": 2, "exact_steps": 3}
+    results = results_of(one_run.main(one_run.Config(**shape, methods=methods, output=tmp_path)))
+    assert {method for _, method in results} == set(methods)
     for (problem, method), result in results.items():
         assert problem == "language, gated" and result["labels"] == 3 * 8 * 16
         assert np.shape(result["utility"]) == (2, 5), method
