@@ -162,7 +162,8 @@ def _forecast(
     config: Align, policy: Model, reward: Model, trained: _Trained
 ) -> Callable[[Any, Sample, Params], jax.Array]:
     method = METHODS[config.method]
-    pairs: dict[str, Any] = {"against": method.against, "per_token": method.per_token}
+    # Read once and not from both sides, whatever the pairs are.
+    pairs: dict[str, Any] = {"against": "policy", "per_token": method.per_token}
     problem = _problem(config, policy, reward, objectives.likelihood(), **pairs, **trained.params)
 
     def forecast(state, sample, frozen):

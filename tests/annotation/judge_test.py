@@ -249,14 +249,16 @@ def test_lasting_failures_raise_one_sentence_and_nothing_is_paid_twice(serve, tm
 
 
 def test_calls_in_flight_are_kept_when_another_fails(serve, tmp_path):
-    failed = threading.Event()
+    failed, in_flight = threading.Event(), threading.Semaphore(0)
 
     def play(number, question):
         if question == "p|bad|good":
+            assert all(in_flight.acquire(timeout=10) for _ in range(3))
             failed.set()
             return 401, "no"
+        in_flight.release()
         # The others are paid for, and complete after the failure.
-        failed.wait(5)
+        failed.wait(10)
         time.sleep(0.5)
         return right(number, question)
 

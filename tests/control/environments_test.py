@@ -148,7 +148,7 @@ def test_a_gymnasium_environment_keeps_the_contract_on_the_host(name, steps):
         environment, soft, lambda key: critic, optimizer=optax.sgd(0.1), environments=3, batch_size=4, random_steps=0
     )
     state = algorithm.init(jax.random.key(0), (), policy)
-    proposal = host.propose(jax.random.key(1), state, soft.act, steps=steps)
+    proposal = host.propose(jax.random.key(1), state, jax.jit(soft.act), steps=steps)
     experience = proposal.experience
     example = jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), state.replay.steps)
     assert jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), experience) == example
@@ -180,9 +180,10 @@ def test_experience_from_the_host_trains_the_policy():
         random_steps=0, capacity=90,
     )  # fmt: skip
     state = algorithm.init(jax.random.key(0), (), jnp.zeros((4, 2)))
+    act, update = jax.jit(soft.act), jax.jit(algorithm.update)
     for number in range(2):
-        proposal = host.propose(jax.random.key(number), state, soft.act, steps=30)
-        state, info = algorithm.update(jax.random.key(number), state, proposal, ())
+        proposal = host.propose(jax.random.key(number), state, act, steps=30)
+        state, info = update(jax.random.key(number), state, proposal, ())
     assert int(state.step) == 60 and int(state.replay.filled) == 30
     assert np.isfinite(info.finished) and info.critic_loss > 0
     np.testing.assert_array_equal(state.tracks.observation, host.observation)
