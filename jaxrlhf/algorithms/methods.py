@@ -48,6 +48,7 @@ from jaxrlhf.bilevel import (
 )
 from jaxrlhf.preferences import objectives
 from jaxrlhf.preferences.annotators import from_both_sides
+from jaxrlhf.preferences.choice import BRADLEY_TERRY, Choice
 from jaxrlhf.preferences.scale import learn_scale
 
 Against = Literal["reference", "policy", "self"]
@@ -86,6 +87,7 @@ class Parts(NamedTuple):
         sequential: as in `bilevel_descent`.
         label_weight: factor of what a labelled pair costs: pairs over labels where only some pairs of a step, drawn at
             random, are labelled. Costs are then unbiased, and the KL keeps its price.
+        choice: how the annotator is assumed to choose, in the likelihood of a learned reward.
     """
 
     problem: Callable[..., BilevelProblem]
@@ -101,6 +103,11 @@ class Parts(NamedTuple):
     steps: int = 1
     sequential: bool = False
     label_weight: float = 1.0
+    choice: Choice = BRADLEY_TERRY
+
+    def likelihood(self) -> objectives.Objective:
+        """Returns the likelihood that a learned reward is fitted by."""
+        return objectives.likelihood(coupled=False, choice=self.choice)
 
     def of(self, *parts: objectives.Objective, **keywords: Any) -> BilevelProblem:
         """Returns the problem of a sum of objectives."""
@@ -154,8 +161,7 @@ class Method(NamedTuple):
             return Reusing(replayed(algorithm, sample, **sizes), again)
         # Kept pairs are not shown from both sides: a fit reads both rewards of a pair.
         against = "policy" if self.against == "self" else self.against
-        likelihood = objectives.likelihood(coupled=False)
-        fitted = _scaled(parts, parts.of(likelihood, against=against, per_token=self.per_token), beta)
+        fitted = _scaled(parts, parts.of(parts.likelihood(), against=against, per_token=self.per_token), beta)
         learning = reward_learning(fitted, parts.fit_optimizer)
 
         def refit_once(key, state, frozen):
@@ -187,7 +193,7 @@ def bilevel(
         rule: in place of the parts'.
     """
     utility = objectives.utility(weight=parts.utility_weight, kl_price=parts.kl_price)
-    problem = _scaled(parts, parts.of(objectives.likelihood(coupled=False), utility, against=against), beta)
+    problem = _scaled(parts, parts.of(parts.likelihood(), utility, against=against), beta)
     solver = tangent(parts.policy_optimizer, parts.tangent_optimizer, steps=parts.steps)
     algorithm = bilevel_descent(
         problem,
@@ -221,7 +227,7 @@ def iterated(
     Raises:
         ValueError: PPO without a critic.
     """
-    problem = parts.of(objectives.likelihood(coupled=False), against="policy", per_token=per_token)
+    problem = parts.of(parts.likelihood(), against="policy", per_token=per_token)
     estimator = _policy_gradient(parts, problem, beta, gradient)
     solver = tangent(parts.policy_optimizer, optax.set_to_zero(), steps=parts.steps, policy_gradient=estimator)
     return bilevel_descent(problem, decoupled(), solver, parts.reward_optimizer, beta=beta, sequential=parts.sequential)
