@@ -50,6 +50,7 @@ from jaxrlhf.bilevel import (
 )
 from jaxrlhf.preferences import objectives
 from jaxrlhf.preferences.annotators import from_both_sides
+from jaxrlhf.preferences.choice import BRADLEY_TERRY, Choice
 from jaxrlhf.preferences.scale import learn_scale
 from jaxrlhf.preferences.self_play import wins_against_reference
 
@@ -92,6 +93,7 @@ class Parts(NamedTuple):
         reference_responses: of `bilevel` on pairs of the policy's own: responses of the reference to each prompt, without
             labels, that say what a win is worth against the reference (`preferences.self_play`); 0 leaves wins against
             the policy itself.
+        choice: how the annotator is assumed to choose, in the likelihood of a learned reward.
     """
 
     problem: Callable[..., BilevelProblem]
@@ -108,6 +110,11 @@ class Parts(NamedTuple):
     sequential: bool = False
     label_weight: float = 1.0
     reference_responses: int = 2
+    choice: Choice = BRADLEY_TERRY
+
+    def likelihood(self) -> objectives.Objective:
+        """Returns the likelihood that a learned reward is fitted by."""
+        return objectives.likelihood(coupled=False, choice=self.choice)
 
     def of(self, *parts: objectives.Objective, **keywords: Any) -> BilevelProblem:
         """Returns the problem of a sum of objectives."""
@@ -161,8 +168,7 @@ class Method(NamedTuple):
             return Reusing(replayed(algorithm, sample, **sizes), again)
         # Kept pairs are not shown from both sides: a fit reads both rewards of a pair.
         against = "policy" if self.against == "self" else self.against
-        likelihood = objectives.likelihood(coupled=False)
-        fitted = _scaled(parts, parts.of(likelihood, against=against, per_token=self.per_token), beta)
+        fitted = _scaled(parts, parts.of(parts.likelihood(), against=against, per_token=self.per_token), beta)
         learning = reward_learning(fitted, parts.fit_optimizer)
 
         def refit_once(key, state, frozen):
@@ -196,7 +202,7 @@ def bilevel(parts: Parts, beta: Any, *, against: Against = "self", rule: Hypergr
     witnesses = (
         {"reference_responses": parts.reference_responses} if against == "self" and parts.reference_responses else {}
     )
-    problem = parts.of(objectives.likelihood(coupled=False), utility, against=against, **witnesses)
+    problem = parts.of(parts.likelihood(), utility, against=against, **witnesses)
     problem = _scaled(parts, problem, beta)
     if witnesses:
         problem = wins_against_reference(problem, scale=_scale_of if parts.scaled else lambda upper: 1.0)
@@ -233,7 +239,7 @@ def iterated(
     Raises:
         ValueError: PPO without a critic.
     """
-    problem = parts.of(objectives.likelihood(coupled=False), against="policy", per_token=per_token)
+    problem = parts.of(parts.likelihood(), against="policy", per_token=per_token)
     estimator = _policy_gradient(parts, problem, beta, gradient)
     solver = tangent(parts.policy_optimizer, optax.set_to_zero(), steps=parts.steps, policy_gradient=estimator)
     return bilevel_descent(problem, decoupled(), solver, parts.reward_optimizer, beta=beta, sequential=parts.sequential)

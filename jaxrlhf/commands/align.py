@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.types import Params
-from jaxrlhf.commands.align_config import Align, check_config
+from jaxrlhf.commands.align_config import Align, check_config, measures_mistakes
 from jaxrlhf.commands.align_inputs import (
     PromptSplits,
     annotator_of,
@@ -263,7 +263,16 @@ def _outer_step(config: Align, run: Run, compiled: Algorithm) -> Callable:
     if people is not None and forecast is not None:
         compiled_forecast = jax.jit(within(run.mesh, forecast), out_shardings=_everywhere(run.mesh))
         compiled = with_forecasts(compiled, compiled_forecast, people, run.policy.bundle.tokenizer)
-    return make_outer_step(compiled, annotate, traced=traced, score=score)
+    step = make_outer_step(compiled, annotate, traced=traced, score=score)
+    if people is None or not measures_mistakes(config):
+        return step
+    where = run.frozen_where.annotator
+
+    def step_at_rate(key, state, data, frozen):
+        rate = put_on_devices(people.mistake_rate(), where)
+        return step(key, state, data, frozen._replace(annotator=rate))
+
+    return step_at_rate
 
 
 def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kind], Any]) -> None:

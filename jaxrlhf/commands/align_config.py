@@ -35,7 +35,7 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
             *("max_new_tokens", "kl_price", "lora_rank"),
         ),
         "data": ("format", "skip_bad", "held_out", "max_prompt", "cut_prompts"),
-        "labels": ("from_preferences", "kept_labels", "labels_per_step", "annotator_timeout"),
+        "labels": ("from_preferences", "kept_labels", "labels_per_step", "mistakes", "annotator_timeout"),
         "the trade-off with KL, and the policy's response to the reward": (
             *("beta", "target_kl", "utility_weight", "estimator", "relative_sigma"),
         ),
@@ -98,6 +98,9 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     label-gradient has no beta: --kl-price is moved."""
     labels_per_step: int | None = None
     """Labels per step, of pairs drawn at random; the others serve what needs no label. By default every pair has one."""
+    mistakes: float | Literal["measured"] | None = None
+    """Probability that a preference is a mistake, which the reward's likelihood allows for. By default 0; with --annotator
+    browser it is measured, from the pairs that a person labels twice."""
     reuse: int = 0
     """Updates from kept labels per update from fresh ones: of the reward model where the method learns one, else of the
     policy, by importance weights where the method's gradient goes through the distribution of the pairs."""
@@ -154,6 +157,26 @@ def forecasts(config: Align) -> bool:
     return METHODS[config.method].learns == "reward" and not config.rewards
 
 
+def measures_mistakes(config: Align) -> bool:
+    """Returns whether people's rate of mistakes is measured, for the reward's likelihood."""
+    able = config.annotator == BROWSER and forecasts(config)
+    return config.mistakes == "measured" or (config.mistakes is None and able and config.repeats > 0)
+
+
+def _check_mistakes(config: Align) -> None:
+    if config.mistakes == "measured":
+        if config.annotator != BROWSER:
+            refuse_unused(config, ["mistakes"], "as measured without --annotator browser, which shows pairs twice")
+        if not config.repeats:
+            raise ValueError("--mistakes measured needs pairs that are shown twice; give a positive --repeats.")
+        if not forecasts(config):
+            raise ValueError(
+                "--mistakes measured needs a reward model alone as the reward; give a number with --rewards."
+            )
+    elif config.mistakes is not None and not 0 <= config.mistakes < 0.5:
+        raise ValueError(f"--mistakes must lie in [0, 0.5), got {config.mistakes:g}.")
+
+
 def check_config(config: Align) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
     check_flags(config)
@@ -172,6 +195,7 @@ def check_config(config: Align) -> None:
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."
         )
     check_people(config)
+    _check_mistakes(config)
     if config.annotator == BROWSER:
         refuse_unused(config, ["keep_best"], "to people, who are not asked to compare policies during a run")
     _check_rewards(config)

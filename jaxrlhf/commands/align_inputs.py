@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.annotation.label_cache import cached_annotator
-from jaxrlhf.commands.align_config import Align
+from jaxrlhf.commands.align_config import Align, measures_mistakes
 from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_settings, open_annotator, people_of
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.existing import Existing
@@ -75,7 +75,7 @@ def annotator_of(config: Align, policy: Model) -> ComparisonAnnotator:
     """Returns the annotator of --annotator or --score, with this process's own journal."""
     # Each of several processes labels its own share of the pairs, and has its own journal.
     labels = LABELS if jax.process_count() == 1 else f"{jax.process_index()}-{LABELS}"
-    return open_annotator(
+    annotator = open_annotator(
         config.annotator,
         config.score,
         policy,
@@ -84,6 +84,8 @@ def annotator_of(config: Align, policy: Model) -> ComparisonAnnotator:
         judge=judge_settings(config),
         people=people_of(config, evaluates=False),
     )
+    # The rate of mistakes comes to the update as the annotator's parameter.
+    return annotator._replace(params=np.float32(0.0)) if measures_mistakes(config) else annotator
 
 
 def with_label_cache(annotator: ComparisonAnnotator, folder: RunFolder) -> ComparisonAnnotator:

@@ -18,7 +18,7 @@ MethodName = Literal[
 ]
 
 _MIXTURE = ("rewards", "reward_network", "reward_weights", "weights_learning_rate")
-_REWARD = ("beta", "from_preferences", "reward", "reward_learning_rate", *_MIXTURE)
+_REWARD = ("beta", "from_preferences", "mistakes", "reward", "reward_learning_rate", *_MIXTURE)
 READS: dict[str, tuple[str, ...]] = {
     "bilevel": (
         *_REWARD,

@@ -16,7 +16,7 @@ from jaxrlhf.algorithms.target_kl import ramp, target_kl
 from jaxrlhf.base.algorithm import Algorithm, compose, label_by
 from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
-from jaxrlhf.commands.align_config import Align, estimator_of
+from jaxrlhf.commands.align_config import Align, estimator_of, measures_mistakes
 from jaxrlhf.commands.mixture import weights_of
 from jaxrlhf.lm.pairing import Prompts, Responses
 from jaxrlhf.preferences.mixture import attach_scores, mixture_optimizer, report_mixture
@@ -72,7 +72,7 @@ def build_algorithm(
 
     shapes: Any = _sample_shapes(config, method.assemble(parts, first), start, prompt_length) if config.reuse else None
 
-    def reusing(weight):
+    def reusing(weight, parts=parts):
         return method.reusing(
             method.assemble(parts, weight),
             parts,
@@ -83,11 +83,17 @@ def build_algorithm(
             updates=config.reuse,
         )
 
-    def make(weight):
-        return reusing(weight).algorithm if config.reuse else method.assemble(parts, weight)
+    def make(weight, parts=parts):
+        return reusing(weight, parts).algorithm if config.reuse else method.assemble(parts, weight)
 
-    # The price of the label gradient is all that holds its policy, and is moved in place of a beta.
-    algorithm = make(first) if config.target_kl is None else _steered(config, make, method, first)
+    def whole(parts):
+        # The price of the label gradient is all that holds its policy, and is moved in place of a beta.
+        steered = functools.partial(make, parts=parts)
+        return steered(first) if config.target_kl is None else _steered(config, steered, method, first)
+
+    algorithm = whole(parts)
+    if measures_mistakes(config):
+        algorithm = _with_measured_mistakes(algorithm, parts, whole)
     if config.rewards:
         weight = _label_weight(config)
         algorithm = report_mixture(algorithm, weights_of, kl_price=config.kl_price, label_weight=weight)
@@ -124,6 +130,7 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         # In parallel only where the mesh splits the tilts.
         sequential=parse_mesh(config.mesh).get("stencil", 1) == 1,
         label_weight=_label_weight(config),
+        choice=preferences.Choice(mistake=config.mistakes if isinstance(config.mistakes, float) else 0.0),
     )
 
 
@@ -167,6 +174,16 @@ def _sample_shapes(config: Align, algorithm: Algorithm, start: tuple[Params, Par
         return attach_scores(Labelled(sample, scores), scores).sample
 
     return jax.eval_shape(propose, *start)
+
+
+def _with_measured_mistakes(algorithm: Algorithm, parts: Parts, whole: Callable[[Parts], Algorithm]) -> Algorithm:
+    """Returns the algorithm whose likelihood allows for the rate of mistakes in `frozen.annotator`, `[]`."""
+
+    def update(key, state, labelled, frozen):
+        choice = preferences.Choice(mistake=frozen.annotator)
+        return whole(parts._replace(choice=choice)).update(key, state, labelled, frozen)
+
+    return algorithm._replace(update=update)
 
 
 class SteeredInfo(NamedTuple):

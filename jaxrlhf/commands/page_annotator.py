@@ -17,7 +17,7 @@ from jaxrlhf.commands.people import PageConfig
 from jaxrlhf.labelling.board import Board
 from jaxrlhf.labelling.page import Page
 from jaxrlhf.labelling.pairs import make_pair
-from jaxrlhf.labelling.people import agreement, describe, majority
+from jaxrlhf.labelling.people import agreement, describe, majority, mistake_rate
 from jaxrlhf.labelling.queue import Queue
 from jaxrlhf.labelling.store import LabelStore
 from jaxrlhf.training.preemption import AskedToStopError, Stop
@@ -65,6 +65,7 @@ class People:
         self._config, self._page = config, None
         self._step = 0
         self._forecasts: dict[Texts, float] = {}
+        self._rate: float | None = None
 
     @contextmanager
     def serve(self, journal: pathlib.Path, *, stop: Stop | None = None, step: int = 0) -> Iterator[None]:
@@ -116,6 +117,17 @@ class People:
         """
         self._forecasts = dict(forecasts)
 
+    def mistake_rate(self) -> np.float32:
+        """Returns people's rate of mistakes by the labels before this step; a step that is repeated has the same."""
+
+        def measured() -> str:
+            queue = self._served.queue
+            return queue.store.fact(f"mistakes before step {self._step + 1}", f"{mistake_rate(queue.votes()):g}")
+
+        self._rate = rate = float(broadcast_text(measured))
+        self.board.set_facts(**{"Mistakes allowed for": f"{rate:.0%}"})
+        return np.float32(rate)
+
     def labelled(self, labels: np.ndarray, *, against_reference: bool) -> None:
         """Counts a step whose labels are there, and shows the policy's win rate by them where it met the reference."""
         self._step += 1
@@ -130,7 +142,13 @@ class People:
 
     def notes(self) -> list[str]:
         """Returns sentences on each person and on all, for the report; the first process knows them."""
-        return [] if self._page is None else describe(self._page.queue.votes())
+        notes = [] if self._page is None else describe(self._page.queue.votes())
+        if self._rate is not None:
+            notes.append(
+                f"By pairs that were labelled twice, {self._rate:.0%} of decided labels are mistakes; the reward's "
+                "likelihood allows for them."
+            )
+        return notes
 
     def _start(self, journal: pathlib.Path) -> str:
         config = self._config

@@ -22,7 +22,8 @@ class Choice(NamedTuple):
 
     Attributes:
         temperature: in units of the score, positive; small is decisive.
-        mistake: probability in [0, 1/2] that a preference is flipped; ties are not.
+        mistake: probability in [0, 1/2] that a preference is flipped; ties are not. In a likelihood it may be traced: a
+            rate that is measured as labels come.
         tie: half the width, in units of d, of the zone of indifference.
         position: bias towards response 0, in units of d; 0 is fair.
         skip_below: pairs whose better score is below this are skipped; None skips none. Skipping depends on the scores
@@ -31,7 +32,7 @@ class Choice(NamedTuple):
     """
 
     temperature: float = 1.0
-    mistake: float = 0.0
+    mistake: float | jax.Array = 0.0
     tie: float = 0.0
     position: float = 0.0
     skip_below: float | None = None
@@ -44,7 +45,7 @@ class Choice(NamedTuple):
         """
         if not self.temperature > 0:
             raise ValueError(f"An annotator's temperature must be positive, got {self.temperature:g}.")
-        if not 0 <= self.mistake <= 0.5:
+        if not isinstance(self.mistake, jax.Array) and not 0 <= self.mistake <= 0.5:
             raise ValueError(f"An annotator's mistake must be a probability up to 1/2, got {self.mistake:g}.")
         if not self.tie >= 0:
             raise ValueError(f"An annotator's tie must not be negative, got {self.tie:g}.")
@@ -64,7 +65,7 @@ def log_outcomes(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array
         ties = wins + loses + width + jnp.log1p(-jnp.exp(-width))
     else:
         ties = jnp.full_like(wins, -jnp.inf)
-    if choice.mistake > 0:
+    if isinstance(choice.mistake, jax.Array) or choice.mistake > 0:
         right, wrong = jnp.log1p(-choice.mistake), jnp.log(choice.mistake)
         wins, loses = jnp.logaddexp(right + wins, wrong + loses), jnp.logaddexp(right + loses, wrong + wins)
     return jnp.stack([loses, ties, wins], axis=-1)

@@ -103,7 +103,7 @@ def likelihood(*, coupled: bool = True, weight: float = 1.0, choice: Choice = BR
     choice.check()
 
     def pair_cost(returns, labels):
-        if choice == BRADLEY_TERRY:
+        if not isinstance(choice.mistake, jax.Array) and choice == BRADLEY_TERRY:
             difference = returns[..., 0] - returns[..., 1]
             return _part(weight * (jax.nn.softplus(difference) - jnp.mean(labels, axis=-1) * difference), coupled)
         loses, ties, wins = jnp.moveaxis(-log_outcomes(returns, choice), -1, 0)[..., None]

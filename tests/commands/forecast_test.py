@@ -1,13 +1,14 @@
-"""What the reward model is said to expect of a pair before people label it."""
+"""What the reward model is said to expect of a pair before people label it, and the mistakes that it allows for."""
 
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.base.problem import Sample, uniform_measure
+from jaxrlhf.base.problem import Labelled, Sample, uniform_measure
 from jaxrlhf.commands.align_config import Align
 from jaxrlhf.commands.align_inputs import reward_of
 from jaxrlhf.commands.align_setup import build_setup
@@ -80,3 +81,27 @@ def test_there_is_none_where_no_reward_model_alone_is_the_reward(here, settings)
     policy = open_model(here / "base", "policy")
     setup = build_setup(config, policy, reward_of(config, policy), ComparisonAnnotator(None, lambda key, sample: None))
     assert setup.forecast is None
+
+
+def rewards_after(here, rates, **settings):
+    """The state after an update, with the optimisers' moments: a step of Adam alone forgets how large a gradient was."""
+    config = Align(
+        policy=here / "base", data="pairs.jsonl", annotator="browser", pairs=2, batch_size=3, max_new_tokens=5,
+        method="iterated", warmup=0, reuse=1, kept_labels=6, max_prompt=4, reward_learning_rate=1e-2, **settings,
+    )  # fmt: skip
+    policy = open_model(here / "base", "policy")
+    annotator = ComparisonAnnotator(None, lambda key, sample: None)
+    setup = build_setup(config, policy, reward_of(config, policy), annotator)
+    state = setup.algorithm.init(jax.random.key(0), setup.upper, setup.lower)
+    labelled = Labelled(sample_of(per_token=False), jnp.array([[[1.0], [0.0]], [[1.0], [1.0]], [[0.0], [-1.0]]]))
+    update = jax.jit(setup.algorithm.update)
+    frozen = (setup.frozen._replace(annotator=jnp.float32(rate)) for rate in rates)
+    return [update(jax.random.key(1), state, labelled, each)[0] for each in frozen]
+
+
+def test_a_measured_rate_of_mistakes_acts_as_the_same_rate_that_is_set(here):
+    measured, none = rewards_after(here, [0.2, 0.0], repeats=0.1)
+    (given,) = rewards_after(here, [0.0], mistakes=0.2)
+    chex.assert_trees_all_close(measured, given, atol=2e-5)
+    moments, others = (jax.tree.leaves((state.inner, state.fitted)) for state in (measured, none))
+    assert max(np.abs(np.asarray(a) - b).max() for a, b in zip(moments, others, strict=True)) > 1e-3

@@ -23,7 +23,7 @@ from jaxrlhf.commands import align, evaluate
 from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.page_annotator import STORE, People
 from jaxrlhf.commands.people import PageConfig
-from jaxrlhf.labelling.store import LabelStore
+from jaxrlhf.labelling.store import LabelStore, Vote
 from jaxrlhf.training.resume import StoppedError
 
 
@@ -204,6 +204,27 @@ def test_labels_of_several_are_their_majority_and_equal_completions_a_tie(tmp_pa
         assert people.board.shown()["doing"]
 
 
+def test_a_step_that_is_repeated_allows_for_the_same_rate_of_mistakes(tmp_path):
+    def serve():
+        people = People(PageConfig(port=0), evaluates=False)
+        return people, people.serve(tmp_path / "journal.sqlite")
+
+    people, page = serve()
+    with page:
+        assert people.mistake_rate() == 0.0
+        store = people._served.queue.store
+        for number in range(8):
+            for repeat in (False, True):
+                lease, label = f"{number}{repeat}", float(repeat)
+                store.give(Vote(lease, b"%d" % number, "ann", "tab", label, False, repeat, "", 1.0, 0.0, 0.99))
+    people, page = serve()
+    with page:
+        assert people.mistake_rate() == 0.0
+        people.labelled(np.array([1.0]), against_reference=False)
+        assert people.mistake_rate() > 0.1
+        assert "are mistakes" in people.notes()[-1] and "0%" not in people.notes()[-1][:50]
+
+
 def test_the_board_has_the_win_rate_by_the_labels_and_the_kl_by_step():
     people = People(PageConfig(), evaluates=False)
     people.labelled(np.array([1.0, 0.0, 1.0, -1.0]), against_reference=True)
@@ -221,6 +242,10 @@ def test_the_board_has_the_win_rate_by_the_labels_and_the_kl_by_step():
         ({"keep_best": 1}, "--keep-best does not apply to people"),
         ({"annotator_timeout": 3.0}, "--annotator-timeout does not apply"),
         ({"port": 70000}, "--port must lie in"),
+        ({"mistakes": "measured", "repeats": 0.0}, "give a positive --repeats"),
+        ({"mistakes": 0.5}, "--mistakes must lie in"),
+        ({"mistakes": 0.1, "method": "online-dpo"}, "--mistakes does not apply with --method online-dpo"),
+        ({"annotator": "x:y", "port": 8377, "repeats": 0.05, "mistakes": "measured"}, "without --annotator browser"),
         ({"annotator": "x:y"}, "--port and --repeats do not apply without --annotator browser"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.annotation.journal_file import Journal
 from jaxrlhf.labelling.pairs import make_pair
-from jaxrlhf.labelling.people import agreement, consistency, describe, majority, summary
+from jaxrlhf.labelling.people import agreement, consistency, describe, majority, mistake_rate, summary
 from jaxrlhf.labelling.queue import Queue, QueueError
 from jaxrlhf.labelling.store import LabelStore, Vote
 
@@ -245,6 +245,36 @@ def test_what_people_say_together():
     )
     assert len(describe(votes[:1])) == 1 and describe([]) == []
     assert consistency([]) == {"repeated": 0, "same": 0} and agreement([]) == {"forecast": 0, "agreed": 0}
+
+
+def labelled_twice(rate, forecast, count=4000):
+    """Votes of a person who errs at a rate, on pairs preferred with the probability `forecast`."""
+    chance, votes = random.Random(0), []
+
+    def say():
+        better = chance.random() < forecast
+        return float(better != (chance.random() < rate))
+
+    for number in range(count):
+        pair = f"{forecast} {number}"
+        votes += [vote("ann", pair, say(), forecast), vote("ann", pair, say(), forecast, repeat=True)]
+    return votes
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
+def test_the_rate_of_mistakes_is_found_beside_the_noise_of_close_pairs(rate):
+    votes = labelled_twice(rate, 0.9) + labelled_twice(rate, 0.02)
+    assert mistake_rate(votes) == pytest.approx(rate, abs=0.02)
+
+
+def test_few_repetitions_and_close_pairs_say_little_about_mistakes():
+    assert mistake_rate([]) == 0.0
+    assert mistake_rate(labelled_twice(0.3, 0.5)) == 0.0
+    contradiction = [vote("ann", "p", 1.0, 0.99), vote("ann", "p", 0.0, 0.99, repeat=True)]
+    assert 0.0 < mistake_rate(contradiction) < 0.1
+    tie = [vote("ann", "p", 1.0, 0.99), vote("ann", "p", 0.5, 0.99, repeat=True)]
+    other = [vote("ann", "p", 1.0, 0.99), vote("bob", "p", 0.0, 0.99)]
+    assert mistake_rate(tie) == mistake_rate(other) == 0.0
 
 
 @pytest.mark.parametrize(

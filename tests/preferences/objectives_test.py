@@ -26,6 +26,21 @@ def test_values_against_hand_computed_ones():
     np.testing.assert_allclose(objectives.utility(kl_price=0.1, weight=2.0).pair_cost(returns, labels).coupled, -2.0)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_a_traced_rate_of_mistakes_is_that_of_a_set_one(rate):
+    returns = 3.0 * jax.random.normal(jax.random.key(0), (2, 3, 2))
+    labels = jnp.array([0.0, 0.5, 1.0, 1.0, 0.0, 0.3]).reshape(2, 3, 1)
+
+    def cost(returns, rate):
+        objective = objectives.likelihood(choice=preferences.Choice(mistake=rate))
+        return jnp.sum(objective.pair_cost(returns, labels).coupled)
+
+    traced = jax.jit(jax.value_and_grad(cost))(returns, jnp.asarray(rate))
+    expected = jax.value_and_grad(functools.partial(cost, rate=rate))(returns)
+    np.testing.assert_allclose(traced[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(traced[1], expected[1], rtol=1e-4, atol=1e-6)
+
+
 def test_objectives_add():
     both = objectives.add(objectives.brier(coupled=False), objectives.utility(kl_price=0.1, weight=3.0))
     assert (both.labels, both.against_reference) == (2, True)
