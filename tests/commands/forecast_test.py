@@ -55,7 +55,9 @@ def test_the_forecast_is_the_reward_models_probability_that_the_first_is_preferr
     setup = build_setup(config, policy, reward_of(config, policy), annotator)
     sample = sample_of(per_token=settings.get("method") == "grpo")
     assert setup.forecast is not None
-    forecast = setup.forecast(types.SimpleNamespace(upper=setup.upper), sample, setup.frozen)
+    forecast = jax.jit(lambda upper: setup.forecast(types.SimpleNamespace(upper=upper), sample, setup.frozen))(
+        setup.upper
+    )
 
     shape, params = load_reward_model(reward_directory)
     score = reward_model(decoder(shape)).score

@@ -110,20 +110,21 @@ def test_responses_of_the_reference_stand_beside_the_pairs_and_change_nothing_in
             half, lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
         )
     arguments = (jax.random.key(1), policy, LANGUAGE.prompts, LanguageFrozen(reference))
-    plain = make(**keywords).sample(*arguments)
+    plain = jax.jit(make(**keywords).sample)(*arguments)
     problem = make(**keywords, reference_responses=3)
-    sample = problem.sample(*arguments)
+    draw = jax.jit(problem.sample)
+    sample = draw(*arguments)
     chex.assert_trees_all_equal(sample._replace(reference_responses=()), plain)
     assert plain.reference_responses == () and make().reference_returns is None
     tokens = sample.reference_responses.tokens
     assert tokens.shape == (2, 3, 2)
     # 4 microbatches do not divide the 6 rows; as many as do are used.
-    found = problem.reference_returns(reward, sample, LanguageFrozen(reference))
+    found = jax.jit(problem.reference_returns)(reward, sample, LanguageFrozen(reference))
     alone = Responses(*(leaf[:, :, None] for leaf in sample.reference_responses))
     np.testing.assert_allclose(
         found, score_responses(REWARD, reward, sample.prompts, alone)[..., 0], rtol=1e-5, atol=1e-6
     )
-    other = make(**keywords, reference_responses=3).sample(jax.random.key(2), *arguments[1:])
+    other = draw(jax.random.key(2), *arguments[1:])
     assert not np.array_equal(tokens, other.reference_responses.tokens)
 
 

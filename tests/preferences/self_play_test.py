@@ -1,5 +1,7 @@
 """Wins against the reference from labels within the policy: the rate by quadrature, the gradient by enumeration."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from jaxrlhf import bandit, bilevel, objectives, preferences
-from jaxrlhf.preferences.scale import learn_scale, scaled, with_scale
+from jaxrlhf.preferences.scale import learn_scale, with_scale
 from jaxrlhf.preferences.self_play import LEVEL, exchange_rate, wins_against_reference
 
 CONTEXTS, ARMS, BETA, PRICE = 3, 5, 0.7, 0.05
@@ -54,12 +56,12 @@ def reward_of(upper, features):
     return upper
 
 
+@functools.partial(jax.jit, static_argnames=("against", "learned"))
 def gradient(frozen, policy, key, *, against, learned, skip=None):
     """The gradient of the utility in the reward (and its scale) at a policy, from all pairs with their probabilities."""
     objective = objectives.utility(kl_price=PRICE)
     if against == "self":
         objective = objective._replace(against_reference=False)
-    reward = scaled(reward_of) if learned else reward_of
     problem = bandit.bandit_problem(reward_of, objective, against_reference=against == "reference")
     every = jnp.broadcast_to(jnp.arange(ARMS), (CONTEXTS, ARMS))  # the reference is uniform
     draw = problem.sample
@@ -82,7 +84,6 @@ def gradient(frozen, policy, key, *, against, learned, skip=None):
     if against == "self":
         labelled = preferences.from_both_sides(labelled)
     after, _ = algorithm.update(key, state, labelled, frozen)
-    del reward
     return jax.tree.map(jnp.subtract, after.upper, upper)
 
 
