@@ -87,6 +87,7 @@ def test_weights_are_learned_in_the_scores_own_units_and_reported(here, scores, 
     assert (folder / "policy").is_dir() and not (folder / "reward").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_units_scores_and_weights(here, scores, trained):
     options = {"resume": True, "steps": 4, "learn_scale": True}
     whole = align.main(settings(here, run="whole", **options))

@@ -61,6 +61,7 @@ def test_the_table_of_optima_is_not_beaten_by_other_starts(name):
     assert listed - 1e-3 < phi.min() < listed + 1e-2
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report_and_refuses_a_file(tmp_path):
     script = [sys.executable, str(ROOT / "experiments" / "convergence.py"), "--quick", "--only", "optima"]
     done = subprocess.run([*script, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False)

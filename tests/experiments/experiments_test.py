@@ -93,6 +93,7 @@ def short_run(tmp_path_factory):
         return run(tmp_path_factory.mktemp("runs"), task="letters", steps=3, pairs=2, evaluations=1, methods=methods)
 
 
+@pytest.mark.slow
 def test_a_run_on_letters_writes_its_folder(short_run, capsys):
     folder, results = short_run
     check_folder(folder, results, ("bilevel", "decoupled"), 3)
@@ -112,6 +113,7 @@ def test_the_same_seed_gives_the_same_bits(short_run, tmp_path, monkeypatch):
     assert other["methods"]["bilevel"] != again["methods"]["bilevel"]
 
 
+@pytest.mark.slow
 def test_a_model_directory_runs_the_same_way(model_directory, tmp_path):
     options = {"steps": 2, "batch": 2, "pairs": 2, "max_new_tokens": 4, "evaluations": 2}
     folder, results = run(tmp_path, policy=model_directory, methods=("bilevel",), **options)
