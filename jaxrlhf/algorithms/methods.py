@@ -35,7 +35,7 @@ from jaxrlhf.algorithms.policy_gradient import label_policy_gradient
 from jaxrlhf.algorithms.replay import refit, refitted, replay, replayed
 from jaxrlhf.algorithms.reward_learning import reward_learning
 from jaxrlhf.base.algorithm import Algorithm
-from jaxrlhf.base.problem import BilevelProblem, PairCost, Sample
+from jaxrlhf.base.problem import BilevelProblem, Sample
 from jaxrlhf.base.types import Params
 from jaxrlhf.bilevel import (
     HypergradientRule,
@@ -120,7 +120,7 @@ class Parts(NamedTuple):
         """Returns the problem of a sum of objectives."""
         objective = objectives.add(*parts)
         if self.label_weight != 1.0:
-            objective = _weighted(objective, self.label_weight)
+            objective = objectives.weighted(objective, self.label_weight)
         return self.problem(objective, **keywords)
 
 
@@ -199,12 +199,10 @@ def bilevel(parts: Parts, beta: Any, *, against: Against = "self", rule: Hypergr
         rule: in place of the parts'.
     """
     utility = objectives.utility(weight=parts.utility_weight, kl_price=parts.kl_price)
-    witnesses = (
-        {"reference_responses": parts.reference_responses} if against == "self" and parts.reference_responses else {}
-    )
-    problem = parts.of(parts.likelihood(), utility, against=against, **witnesses)
-    problem = _scaled(parts, problem, beta)
-    if witnesses:
+    valued = against == "self" and parts.reference_responses > 0
+    keywords = {"reference_responses": parts.reference_responses} if valued else {}
+    problem = _scaled(parts, parts.of(parts.likelihood(), utility, against=against, **keywords), beta)
+    if valued:
         problem = wins_against_reference(problem, scale=_scale_of if parts.scaled else lambda upper: 1.0)
     solver = tangent(parts.policy_optimizer, parts.tangent_optimizer, steps=parts.steps)
     algorithm = bilevel_descent(
@@ -295,15 +293,6 @@ def _policy_gradient(parts: Parts, problem: BilevelProblem, beta: Any, gradient:
     if parts.critic is None:
         raise ValueError("ppo needs a critic; give one in Parts.")
     return actor_critic(problem, *parts.critic, beta=beta)
-
-
-def _weighted(objective: objectives.Objective, weight: float) -> objectives.Objective:
-    """Returns the objective with its costs, and not its price of KL, multiplied."""
-
-    def pair_cost(returns, labels):
-        return PairCost(*(weight * part for part in objective.pair_cost(returns, labels)))
-
-    return objective._replace(pair_cost=pair_cost)
 
 
 def _scale_of(upper: Any) -> jax.Array:

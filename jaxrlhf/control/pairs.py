@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.base.problem import SKIPPED, Labelled, Sample
 from jaxrlhf.base.types import Key
-from jaxrlhf.preferences.objectives import Objective
+from jaxrlhf.preferences.objectives import Objective, weighted
 
 Criterion = Literal["uniform", "disagreement", "entropy"]
 """How a query is chosen."""
@@ -71,10 +71,7 @@ def share_labelled(objective: Objective, fraction: float) -> Objective:
     if not 0 < fraction <= 1:
         raise ValueError(f"The labelled fraction of the pairs must lie in (0, 1], got {fraction:g}.")
 
-    def pair_cost(returns: jax.Array, labels: jax.Array):
-        return jax.tree.map(lambda cost: cost / fraction, objective.pair_cost(returns, labels))
-
-    return objective._replace(pair_cost=pair_cost)
+    return weighted(objective, 1.0 / fraction)
 
 
 def slide(recent: Sample, latest: Sample) -> Sample:

@@ -7,7 +7,8 @@
 
 In use, with `learner` and `explorer` two `soft_actor_critic`s that differ in their reward only:
 
-    algorithm = pebble(learner, fit, reward, annotate=teacher_annotator(), queries=10, segment=50, interval=1000)
+    numbers = {"queries": 10, "segment": 50, "interval": 1000, "sessions": 20}
+    algorithm = pebble(learner, fit, reward, annotate=teacher_annotator(), **numbers)
     state = algorithm.init(key, members, policy)
     state = explore(key, explorer, learner, state, steps=1000)
     state, info = algorithm.step(key, state, None, policy_return(state, segment=50))      # or propose, ask, update

@@ -108,10 +108,10 @@ def bandit_problem(
             measure=measure,
             from_policy=jnp.array([1.0, 0.0 if against_reference else 1.0], log_policy.dtype),
             num_draws=num_draws,
-            reference_responses=witnesses(key, frozen),
+            reference_responses=reference_arms(key, frozen),
         )
 
-    def witnesses(key: Key, frozen: Bandit):
+    def reference_arms(key: Key, frozen: Bandit):
         if not reference_responses:
             return ()
         shape, key = (reference_responses, len(frozen.reference)), jax.random.fold_in(key, 1)

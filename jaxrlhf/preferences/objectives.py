@@ -177,5 +177,18 @@ def add(*objectives: Objective) -> Objective:
     )
 
 
+def weighted(objective: Objective, weight: float) -> Objective:
+    """Returns the objective with the costs of its pairs, and not its price of KL, multiplied.
+
+    Where a fraction of the pairs, drawn at random, is labelled, the weight 1 / fraction leaves every expectation as it is:
+    skipped pairs cost nothing, and the KL is counted on all.
+    """
+
+    def pair_cost(returns, labels):
+        return jax.tree.map(lambda part: weight * part, objective.pair_cost(returns, labels))
+
+    return objective._replace(pair_cost=pair_cost)
+
+
 def _part(cost: jax.Array, coupled: bool) -> PairCost:
     return PairCost(cost, jnp.zeros_like(cost)) if coupled else PairCost(jnp.zeros_like(cost), cost)

@@ -89,14 +89,13 @@ def make_small(patch):
 def short_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        methods = ("bilevel", "decoupled")
-        return run(tmp_path_factory.mktemp("runs"), task="letters", steps=3, pairs=2, evaluations=1, methods=methods)
+        return run(tmp_path_factory.mktemp("runs"), task="letters", steps=3, pairs=2, evaluations=1)
 
 
 @pytest.mark.slow
 def test_a_run_on_letters_writes_its_folder(short_run, capsys):
     folder, results = short_run
-    check_folder(folder, results, ("bilevel", "decoupled"), 3)
+    check_folder(folder, results, ("bilevel", "boltzmann", "decoupled"), 3)
     assert {measured["labels"] for measured in results["methods"].values()} == {3 * 4 * 2}
     assert results["config"]["tangent_learning_rate"] is not None
 
