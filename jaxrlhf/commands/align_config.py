@@ -12,7 +12,7 @@ from jaxrlhf.commands.adapters import AdapterConfig, configured_adapters
 from jaxrlhf.commands.annotators import AnnotatorConfig, check_people
 from jaxrlhf.commands.data import Format
 from jaxrlhf.commands.flags import check_flags, refuse_unused
-from jaxrlhf.commands.method_flags import MethodName, check_method
+from jaxrlhf.commands.method_flags import MethodName, check_method, learns_scale
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.page_annotator import BROWSER
 from jaxrlhf.commands.running import RunConfig
@@ -91,8 +91,12 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     """Truncates long prompts at the beginning."""
     max_new_tokens: int = 48
     """Maximum length of a completion in tokens."""
-    beta: float = 0.2
-    """Weight of the KL to the reference, in units of the reward per nat."""
+    kl_price: float = 0.05
+    """What a nat of KL is worth, in win rate against the reference. bilevel learns from it how far the reward is followed,
+    unless --beta or --target-kl says so; other methods have it as their beta. Also the price in an evaluation's score."""
+    beta: float | None = None
+    """Weight of the KL to the reference, in units of the reward per nat, kept as it is; by default 4 times --kl-price,
+    which is the price where a win is as likely as a loss (online-ipo: the price itself)."""
     target_kl: float | None = None
     """KL to the reference in nats to arrive at, over two thirds of the run; --beta is then where its weight starts.
     label-gradient has no beta: --kl-price is moved."""
@@ -111,17 +115,15 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     are learned from once before the first step; needs --reuse."""
     estimator: Estimator | None = None
     """How the reward's gradient accounts for the policy's response to it, with --method bilevel; decoupled ignores it.
-    By default central, or with --learn-scale boltzmann, whose response does not lag behind the policy."""
+    By default boltzmann, whose response does not lag behind the policy, where the scale is learned, and else central."""
     relative_sigma: float = 0.2
     """Perturbation of the finite-difference stencils, sigma / beta."""
     utility_weight: float = 1.0
     """Weight of the coupled utility (win rate minus KL cost) beside the uncoupled likelihood."""
-    kl_price: float = 0.05
-    """What a nat of KL is worth, in win rate against the reference; also in the score of an evaluation."""
     learn_scale: bool = False
-    """Learns how far the reward is followed from --kl-price, so that --beta is only where it starts."""
+    """Learns the reward's scale from --kl-price although --beta is given, which is then only where it starts."""
     scale_learning_rate: float | None = None
-    """Learning rate of the logarithm of the reward's scale, with --learn-scale; by default 0.03."""
+    """Learning rate of the logarithm of a learned scale; by default 0.03."""
     weights_learning_rate: float | None = None
     """Learning rate of the weights of --rewards; by default 0.02. With 0 they stay as given."""
     policy_learning_rate: float | None = None
@@ -149,7 +151,7 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
 
 def estimator_of(config: Align) -> Estimator:
     """Returns the estimator of --estimator, or its default."""
-    return config.estimator or ("boltzmann" if config.learn_scale else "central")
+    return config.estimator or ("boltzmann" if learns_scale(config) else "central")
 
 
 def forecasts(config: Align) -> bool:
@@ -185,7 +187,8 @@ def check_config(config: Align) -> None:
     estimator = estimator_of(config)
     if estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
-        refuse_unused(config, unused, f"with --estimator {estimator}, which has no stencil")
+        reason = f"with --estimator {estimator}, which unlike central has no stencil"
+        refuse_unused(config, unused, reason)
     split = parse_mesh(config.mesh).get("stencil", 1)
     if split != 1 and (config.method != "bilevel" or estimator in ("boltzmann", "decoupled")):
         without = f"--method {config.method}" if config.method != "bilevel" else f"--estimator {estimator}"
@@ -199,8 +202,7 @@ def check_config(config: Align) -> None:
     if config.annotator == BROWSER:
         refuse_unused(config, ["keep_best"], "to people, who are not asked to compare policies during a run")
     _check_rewards(config)
-    if not config.learn_scale:
-        refuse_unused(config, ["scale_learning_rate"], "without --learn-scale")
+    _check_scale(config)
     if config.annotator is not None and ":" not in config.annotator.partition("://")[0] and not config.rewards:
         refuse_unused(config, ["annotator_timeout"], "to an annotator that is no function")
     if config.warmup < 0:
@@ -213,6 +215,18 @@ def check_config(config: Align) -> None:
     for name in ("steps", "batch_size", "pairs", "max_new_tokens", "evaluation_answers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+
+
+def _check_scale(config: Align) -> None:
+    if not learns_scale(config):
+        refuse_unused(config, ["scale_learning_rate"], "where no scale is learned from --kl-price")
+        return
+    if not config.kl_price:
+        raise ValueError(
+            "--learn-scale with --kl-price 0 finds no scale of the reward large enough; give a positive price."
+        )
+    if not config.utility_weight:
+        raise ValueError("--learn-scale learns from the utility, whose --utility-weight is 0; give a positive one.")
 
 
 def _check_rewards(config: Align) -> None:

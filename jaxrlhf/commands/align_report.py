@@ -13,6 +13,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.align_config import Align, estimator_of
 from jaxrlhf.commands.comparison import Comparison, comparison_table
 from jaxrlhf.commands.compilation import cache_text
+from jaxrlhf.commands.method_flags import beta_of, learns_scale
 from jaxrlhf.commands.methods import labels_per_step
 from jaxrlhf.commands.models import Model
 from jaxrlhf.commands.running import finish
@@ -34,6 +35,7 @@ def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPla
         "trained": f"adapters of rank {config.lora_rank}" if config.lora_rank else "all weights",
         "memory": f"{bytes_text(memory.total)}, {memory.relative_to():.2f} times the base ({sizes})",
         "reward": _reward_text(config),
+        "trade-off": trade_off(config),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "per step": f"{completions} completions of at most {config.max_new_tokens} tokens, {labels:,} labels",
         "total": f"{config.steps} steps, {config.steps * labels:,} labels",
@@ -42,6 +44,17 @@ def print_plan(console: Console, config: Align, policy: Model, memory: MemoryPla
         rows["kept labels"] = f"at most {config.kept_labels:,}, {config.reuse} updates from them per step"
     rows["compiled programs"] = cache_text()
     print_table(console, title_of(config), rows | policy.plan_rows() | {"prompts": "\n".join(notes)})
+
+
+def trade_off(config: Align) -> str:
+    """Returns what holds the policy near the reference."""
+    if config.target_kl is not None:
+        return f"a KL of {config.target_kl:g} nats at the end"
+    if learns_scale(config) or METHODS[config.method].weighs == "kl_price":
+        learned = f"; the reward's scale is learned, from a beta of {beta_of(config):g}" if learns_scale(config) else ""
+        return f"{config.kl_price:g} of win rate a nat of KL{learned}"
+    given = "" if config.beta is not None else ", from --kl-price"
+    return f"a beta of {beta_of(config):g}{given}"
 
 
 def title_of(config: Align) -> str:

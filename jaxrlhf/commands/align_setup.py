@@ -16,6 +16,7 @@ from jaxrlhf.bilevel import Algorithm, BilevelProblem
 from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.align_config import Align, forecasts
 from jaxrlhf.commands.annotators import ComparisonAnnotator
+from jaxrlhf.commands.method_flags import beta_of, learns_scale
 from jaxrlhf.commands.methods import build_algorithm
 from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture
 from jaxrlhf.commands.models import Model
@@ -176,23 +177,23 @@ def _forecast(
 def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:
     if mixture is not None:
         reward = upper_with_mixture(mixture, reward if config.reward_network else ())
-    return with_scale(reward) if config.learn_scale else reward
+    return with_scale(reward) if learns_scale(config) else reward
 
 
 def _reward_part(config: Align, upper: Params) -> Any:
     """Returns the parameters of the reward model within the upper parameters; None where there is no model."""
-    reward = upper.reward if config.learn_scale else upper
+    reward = upper.reward if learns_scale(config) else upper
     if not config.rewards:
         return reward
     return reward.network if config.reward_network else None
 
 
 def scale_of(config: Align, state: Any) -> dict[str, float]:
-    """Returns the learned scale and the effective beta, for the metrics; nothing without --learn-scale."""
-    if not config.learn_scale:
+    """Returns the learned scale and the effective beta, for the metrics; nothing where none is learned."""
+    if not learns_scale(config):
         return {}
     scale = float(np.exp(np.asarray(state.upper.log_scale)))
-    return {"scale": scale, "effective_beta": float(state.upper.effective_beta(config.beta))}
+    return {"scale": scale, "effective_beta": float(state.upper.effective_beta(beta_of(config)))}
 
 
 def scale_notes(config: Align, state: Any) -> list[str]:

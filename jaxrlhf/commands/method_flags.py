@@ -1,4 +1,4 @@
-"""Which flags each method of `jaxrlhf align` reads; others are refused by name."""
+"""Which flags each method of `jaxrlhf align` reads, others being refused by name, and what its defaults come to."""
 
 from typing import Any, Literal
 
@@ -42,6 +42,27 @@ READS: dict[str, tuple[str, ...]] = {
 """Of the settings that not every method reads, those that one does. All others are read by every method: `kl_price` is
 at least the price of KL in the score of an evaluation."""
 
+LOGITS_PER_WIN = 4.0
+"""What a small gain in win rate is in the log-odds of labels, the unit of learned rewards: 1 / sigmoid'(0)."""
+
+
+def learns_scale(config: Any) -> bool:
+    """Returns whether the reward's scale is learned from --kl-price: by `bilevel`, where no beta and no KL is given."""
+    follows = config.estimator != "decoupled" and config.utility_weight > 0
+    stated = config.beta is not None or config.target_kl is not None
+    return config.learn_scale or (config.method == "bilevel" and follows and not stated)
+
+
+def beta_of(config: Any) -> float:
+    """Returns the weight of the KL that a run starts with: without --beta, what --kl-price is in the method's units.
+
+    For rewards in the log-odds of labels it is 4 kl_price: along R / beta the win rate gains Var(R) / (4 beta), while it
+    is near a half, and the KL Var(R) / beta^2, so that they balance there. IPO's beta is itself in win rate a nat.
+    """
+    if config.beta is not None:
+        return config.beta
+    return config.kl_price * (1.0 if config.method == "online-ipo" else LOGITS_PER_WIN)
+
 
 def check_method(config: Any) -> None:
     """Checks the settings of methods and of kept labels, of `Align`.
@@ -54,6 +75,11 @@ def check_method(config: Any) -> None:
     # In the order of the command's own flags.
     unused = [name for name in vars(config) if name in known.difference(READS[config.method])]
     refuse_unused(config, unused, f"with --method {config.method}")
+    if "beta" in READS[config.method] and config.beta is None and not config.kl_price:
+        raise ValueError(
+            "--kl-price 0 says that KL costs nothing, and nothing else holds the policy near the reference; "
+            "give a positive price, or a --beta."
+        )
     if config.method == "label-gradient" and not config.kl_price:
         raise ValueError(
             "--method label-gradient needs a positive --kl-price: nothing else holds its policy near the reference."

@@ -17,6 +17,7 @@ from jaxrlhf.base.algorithm import Algorithm, compose, label_by
 from jaxrlhf.base.problem import SKIPPED, BilevelProblem, Labelled, Sample, uniform_measure
 from jaxrlhf.base.types import Key, Params
 from jaxrlhf.commands.align_config import Align, estimator_of, measures_mistakes
+from jaxrlhf.commands.method_flags import beta_of, learns_scale
 from jaxrlhf.commands.mixture import weights_of
 from jaxrlhf.lm.pairing import Prompts, Responses
 from jaxrlhf.preferences.mixture import attach_scores, mixture_optimizer, report_mixture
@@ -68,7 +69,7 @@ def build_algorithm(
     """
     method = method_of(config)
     parts = _parts(config, problem, critic)
-    first = config.beta if method.weighs == "beta" else config.kl_price
+    first = beta_of(config) if method.weighs == "beta" else config.kl_price
 
     shapes: Any = _sample_shapes(config, method.assemble(parts, first), start, prompt_length) if config.reuse else None
 
@@ -113,7 +114,7 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
     if config.rewards:
         weights = adam(_given(config.weights_learning_rate, 0.02))
         reward, fit = mixture_optimizer(weights, reward), mixture_optimizer(weights, fit)
-    if config.learn_scale:
+    if learns_scale(config):
         reward = scale_optimizer(reward, adam(_given(config.scale_learning_rate, 0.03)))
         fit = scale_optimizer(fit, optax.set_to_zero())
     return Parts(
@@ -125,7 +126,7 @@ def _parts(config: Align, problem: Callable[..., BilevelProblem], critic: Callab
         rule=rule_of(config),
         kl_price=config.kl_price,
         utility_weight=config.utility_weight,
-        scaled=config.learn_scale,
+        scaled=learns_scale(config),
         critic=critic(adam(rates.critic)) if config.method == "ppo" else None,
         # In parallel only where the mesh splits the tilts.
         sequential=parse_mesh(config.mesh).get("stencil", 1) == 1,

@@ -17,7 +17,7 @@ import yaml
 import jaxrlhf
 from jaxrlhf.commands.flags import flag
 from jaxrlhf.commands.hub import COMMIT, hub_name, local_directory
-from jaxrlhf.commands.method_flags import READS
+from jaxrlhf.commands.method_flags import READS, beta_of, learns_scale
 from jaxrlhf.commands.options import options_of
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.training.report import Table, as_markdown
@@ -183,8 +183,8 @@ def _settings(config: Any) -> dict[str, Any]:
     if hasattr(config, "kl_price"):
         rows["kappa, the price of a nat of KL in win rate"] = config.kl_price
         if "beta" in READS[config.method]:
-            moved = config.target_kl is not None or config.learn_scale
-            rows[f"beta, the weight of the KL{' at the start' if moved else ''}"] = config.beta
+            moved = config.target_kl is not None or learns_scale(config)
+            rows[f"beta, the weight of the KL{' at the start' if moved else ''}"] = beta_of(config)
         rows["target KL in nats"] = config.target_kl
     rows["beta"] = getattr(config, "kl_weight", None)
     rows["rank of the adapters"] = config.lora_rank or None

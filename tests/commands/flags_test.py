@@ -75,8 +75,8 @@ WRONG = {
         "--dtype does not apply with --tokenizer",
     ),
     "no-stencil": (
-        align.Align(**ALIGN, learn_scale=True, relative_sigma=0.1),
-        "--relative-sigma does not apply with --estimator boltzmann",
+        align.Align(**ALIGN, relative_sigma=0.1),
+        "--relative-sigma does not apply with --estimator boltzmann, which unlike central",
     ),
     "no-tangent": (
         align.Align(**ALIGN, estimator="decoupled", tangent_learning_rate=1e-5),
@@ -101,7 +101,10 @@ WRONG = {
     "policy-flags": (evaluate.Evaluate(**COMPARE, batch_size=4), "--batch-size does not apply with --policy"),
     "context": (sample.Sample(policy=BASE, max_new_tokens=48), "--max-new-tokens 48 is more than the 47 that"),
     "no-room": (evaluate.Evaluate(**COMPARE, max_new_tokens=47), "--max-new-tokens 47 leaves no room for a prompt"),
-    "tilt": (align.Align(**ALIGN, max_new_tokens=8, relative_sigma=50.0), "--relative-sigma 50 is too large"),
+    "tilt": (
+        align.Align(**ALIGN, max_new_tokens=8, estimator="central", relative_sigma=50.0),
+        "--relative-sigma 50 is too large",
+    ),
 }
 
 

@@ -69,7 +69,8 @@ def test_runs_write_cards_that_say_what_was_measured(world, trained, aligned):
     summary = json.loads((aligned["all-weights"] / "results.json").read_text())["aligned"]
     assert f"{summary['win_rate']:.3f} ± {summary['win_rate_half_interval']:.3f}" in text
     assert "**On 8 completions of held-out prompts**" in text
-    assert "kappa, the price of a nat of KL in win rate: 0.05" in text and "beta, the weight of the KL: 0.2" in text
+    assert "kappa, the price of a nat of KL in win rate: 0.05" in text
+    assert "beta, the weight of the KL at the start: 0.2" in text
     assert re.search(r"^    jaxrlhf align .*--score annotators:score", text, re.MULTILINE)
 
 
