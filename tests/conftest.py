@@ -1,10 +1,12 @@
 """Strict numerics for every test; programs that several tests or commands compile are compiled once a run."""
 
+import base64
 import gc
 import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -62,6 +64,18 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     if OWN_CACHE is not None:
         shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
+
+BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
+"""A white pixel as a PNG file."""
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(monkeypatch):
+    """Runs within a test have blank curves: to draw them takes longer than the run. Fixtures of the session draw them."""
+    for name in ("jaxrlhf.commands.align_report", "jaxrlhf.commands.curves"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "draw_curves", lambda path, panels: path.write_bytes(BLANK))
 
 
 @pytest.fixture
