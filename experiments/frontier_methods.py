@@ -113,6 +113,8 @@ RATES = {
     "bilevel": Rates(policy=1e-4, tangent=5e-6),
     "implicit bilevel": Rates(policy=8e-5),
 }
+FURTHER_RATES = {"iterated": Rates(policy=1e-4), "online IPO": Rates(policy=8e-5, beta=0.1)}
+"""Of methods of `one_run.py` that are not among those of `frontier.py`."""
 WITHOUT_REWARD = (
     "offline DPO", "offline IPO", "offline SimPO", "online DPO", "SAIL", "label gradient", "implicit bilevel"
 )  # fmt: skip
@@ -120,13 +122,13 @@ WITH_REWARD = ("RLOO", "PPO", "GRPO", "boltzmann", "bilevel")
 
 
 def build(name: str, setup: Setup, rates: Rates) -> Method:
-    """Returns a method by its name in `RATES`.
+    """Returns a method by its name in `RATES` or `FURTHER_RATES`.
 
     Raises:
         ValueError: there is no such method.
     """
-    if name not in RATES:
-        raise ValueError(f"There is no method {name!r}; choose from {', '.join(RATES)}.")
+    if name not in RATES | FURTHER_RATES:
+        raise ValueError(f"There is no method {name!r}; choose from {', '.join(RATES | FURTHER_RATES)}.")
     method = library_method(name)
     rule = bilevel.boltzmann() if name == "boltzmann" else bilevel.central(setup.relative_sigma)
     # The gradient through a distribution of old pairs has too much variance.

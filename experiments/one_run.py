@@ -50,7 +50,7 @@ class Config:
     kl_price: float = 0.03
     """What a nat of KL is worth, in win rate against the reference."""
     methods: tuple[str, ...] = ()
-    """Methods by name; all by default."""
+    """Methods by name; by default all of the studies in `docs/results.md`, without the further ones on the stories."""
     families: tuple[str, ...] = one_run_exact.FAMILIES
     """Gold rewards of the exact problems."""
     kinds: tuple[str, ...] = one_run_exact.KINDS
@@ -121,7 +121,7 @@ class Result(NamedTuple):
 
 def check(config: Config) -> None:
     """Raises ValueError for settings that cannot be run."""
-    known = set(one_run_exact.METHODS) | set(one_run_stories.METHODS)
+    known = {*one_run_exact.METHODS, *one_run_stories.METHODS, *one_run_stories.OTHERS}
     for field, names in (("methods", known), ("families", one_run_exact.FAMILIES), ("kinds", one_run_exact.KINDS)):
         for name in getattr(config, field):
             if name not in names:
@@ -148,6 +148,12 @@ def exact_results(config: Config) -> Iterator[Result]:
                 yield result._replace(labels_to_95=outcome.labels_to_95)
 
 
+def story_methods(config: Config) -> list[str]:
+    """Returns the methods that run on the stories."""
+    known = (*one_run_stories.METHODS, *one_run_stories.OTHERS)
+    return [name for name in known if name in (config.methods or one_run_stories.METHODS)]
+
+
 def story_results(config: Config) -> Iterator[Result]:
     """Yields every method on the stories under every gold reward; the optimum is unknown and set to 1 for now."""
     assert config.policy is not None
@@ -163,9 +169,7 @@ def story_results(config: Config) -> Iterator[Result]:
     golds = {name: golds[name] for name in config.golds}
     baselines = {name: gold(stories.openings, pool)[..., 0] for name, gold in golds.items()}
     price = one_run_stories.Price(config.kl_price, config.story_weight, config.scale_learning_rate)
-    for name in one_run_stories.METHODS:
-        if config.methods and name not in config.methods:
-            continue
+    for name in story_methods(config):
         runs = one_run_stories.run_method(name, stories, setup, price, first_reward, golds, baselines, budget)
         for label, outcome in runs:
             yield _of_stories(f"stories, {label}", name, outcome)
@@ -323,10 +327,9 @@ def main(config: Config) -> pathlib.Path:
             folder.append_metrics(**result._asdict())
             advance()
     if config.policy is not None:
-        story_methods = [name for name in one_run_stories.METHODS if not config.methods or name in config.methods]
-        on_stories = []
-        sweeps = [name for name in story_methods if config.shared_labels and one_run_stories.is_swept(name)]
-        count = len(story_methods) + len(SHARED_RATES) * len(sweeps)
+        names, on_stories = story_methods(config), []
+        sweeps = [name for name in names if config.shared_labels and one_run_stories.is_swept(name)]
+        count = len(names) + len(SHARED_RATES) * len(sweeps)
         with progress("stories", count * len(config.golds), "runs", console=console) as advance:
             for result in story_results(config):
                 on_stories.append(result)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from frontier_harness import Budget as HarnessBudget
 from frontier_harness import gold_of_runs, prompt_order, respond_to_openings
-from frontier_methods import RATES, Method, Rates, Setup, build, parts_of, reusing
+from frontier_methods import FURTHER_RATES, RATES, Method, Rates, Setup, build, parts_of, reusing
 from frontier_tasks import Gold
 from stories import StoryModel
 
@@ -30,7 +30,11 @@ from jaxrlhf.preferences.scale import scale_optimizer, with_scale
 
 SCALED, PLAIN, CONTROLLER = "bilevel, learned scale", "bilevel", "KL controller"
 METHODS = (SCALED, PLAIN, "RLOO", "PPO", "GRPO", "online DPO", "offline DPO", CONTROLLER)
+OTHERS = ("iterated", "implicit bilevel", "online IPO", "SAIL", "label gradient")
+"""Run where they are named: the remaining methods of `jaxrlhf align`."""
 BETAS = (0.1, 0.25, 0.6, 1.5, 4.0)
+IPO_BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""IPO's beta is in win rate a nat."""
 TARGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """KLs in nats, the controller's setting in place of beta."""
 REFERENCE_RESPONSES = 2
@@ -111,7 +115,8 @@ def bilevel_method(setup: Setup, rates: Rates, price: Price, *, learned: bool) -
 def method_of(name: str, setup: Setup, price: Price, rate_factor: float = 1.0) -> Method:
     """Returns a method by its name in `METHODS`, with its policy's learning rate multiplied."""
     key = {SCALED: "boltzmann", PLAIN: "boltzmann", CONTROLLER: "RLOO"}.get(name, name)
-    rates = dataclasses.replace(RATES[key], policy=rate_factor * RATES[key].policy)
+    rates = (RATES | FURTHER_RATES)[key]
+    rates = dataclasses.replace(rates, policy=rate_factor * rates.policy)
     if name in (SCALED, PLAIN):
         return bilevel_method(setup, rates, price, learned=name == SCALED)
     return build(key, setup, rates)
@@ -216,7 +221,7 @@ def run_method(
         golds: gold rewards by name.
         baselines: gold rewards `[O, N]` of responses of the reference, by the gold's name.
     """
-    starts = TARGETS if name == CONTROLLER else BETAS
+    starts = {CONTROLLER: TARGETS, "online IPO": IPO_BETAS}.get(name, BETAS)
     runner = compile_runs(name, stories, setup, price, first_reward, budget, rate_factor)
     for label, gold in golds.items():
         began = time.monotonic()
