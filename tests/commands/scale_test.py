@@ -19,9 +19,9 @@ def settings(here, **others):
     return align.Align(**shared | {"data_dir": here / "prepared", "output": here / "scaled"} | others)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_the_scale_is_learned_reported_and_left_out_of_the_saved_reward(here, trained, report_text, rank):
-    folder = align.main(settings(here, lora_rank=rank, warmup=0, estimator="boltzmann" if rank else "central"))
+@pytest.mark.parametrize("kind", ["all-weights", "adapters"])
+def test_the_scale_is_learned_reported_and_left_out_of_the_saved_reward(aligned, report_text, kind):
+    folder = aligned[kind]
     text = report_text(folder)
     assert "learned scale is" in text and "effective beta" in text
     row = [row for row in RunFolder.followed(folder).metrics() if "upper_loss" in row][-1]
@@ -34,11 +34,13 @@ def test_the_scale_is_learned_reported_and_left_out_of_the_saved_reward(here, tr
     assert json.loads((folder / "config.json").read_text())["beta"] is None
 
 
-def test_a_resumed_run_learns_the_same_scale(here, trained):
-    options = {"lora_rank": 2, "warmup": 0, "estimator": "boltzmann", "resume": True}
-    whole = align.main(settings(here, run="whole", **options))
-    align.main(settings(here, run="parted", **options | {"steps": 1}))
-    parted = align.main(settings(here, run="parted", **options))
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["boltzmann", "central"])
+def test_a_resumed_run_learns_the_same_scale(here, trained, estimator):
+    options = {"lora_rank": 2, "warmup": 0, "estimator": estimator, "resume": True}
+    whole = align.main(settings(here, run=f"{estimator}-whole", **options))
+    align.main(settings(here, run=f"{estimator}-parted", **options | {"steps": 1}))
+    parted = align.main(settings(here, run=f"{estimator}-parted", **options))
     notes = [
         line
         for folder in (whole, parted)
