@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import ClassVar
 
 import jax
 from rich.console import Console
@@ -16,8 +17,10 @@ class Doctor:
     """Tries what a run needs: devices, mesh, collectives, the output folder, and one compiled step.
 
     Prints what it finds, and one sentence with the remedy for each thing that is wrong. Exits with 0 if nothing is, else
-    with 1. Takes the flags of a run that say where it runs.
+    with 1. Takes the flags of a run that say where it runs, or reads them with --config from the settings of any command.
     """
+
+    READS_OTHERS: ClassVar[bool] = True
 
     output: pathlib.Path = pathlib.Path("runs")
     """Directory in which runs are to be written."""
