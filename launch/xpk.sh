@@ -38,4 +38,4 @@ exec xpk workload create \
     --termination-grace-period-seconds 300 \
     ${STORAGE:+--storage "$STORAGE"} \
     ${CAPACITY:+--"$CAPACITY"} \
-    --command "bash /opt/jaxrlhf/launch/run.sh$(printf ' %q' "$@")"
+    --command "exec bash /opt/jaxrlhf/launch/run.sh$(printf ' %q' "$@")"
