@@ -13,6 +13,7 @@ ROOT = pathlib.Path(jaxrlhf.__file__).parent
 
 # A part may import itself and what stands before it.
 ORDER = [
+    "_deprecated",
     "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "control", "data", "lm", "annotation",
     "labelling", "known", "training", "commands",
 ]  # fmt: skip

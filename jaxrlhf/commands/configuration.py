@@ -104,7 +104,7 @@ def read_settings(path: pathlib.Path, kind: type, name: str) -> dict[str, Any]:
 
     Args:
         path: of the file, or the folder of a run with its `config.json`.
-        kind: the command's dataclass.
+        kind: the command's dataclass; where its `READS_OTHERS` is set, it takes its settings from any command's file.
         name: of the command.
 
     Raises:
@@ -113,9 +113,11 @@ def read_settings(path: pathlib.Path, kind: type, name: str) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     values = _load(path)
     command, version = (values.pop(key, None) for key in NOT_SETTINGS)
-    if command not in (None, name):
-        raise ValueError(f"{path} has the settings of jaxrlhf {command}, not of jaxrlhf {name}.")
     options, settings = options_of(kind), {}
+    if command not in (None, name):
+        if not getattr(kind, "READS_OTHERS", False):
+            raise ValueError(f"{path} has the settings of jaxrlhf {command}, not of jaxrlhf {name}.")
+        values = {key: value for key, value in values.items() if key.replace("-", "_") in options}
     unknown = [key for key in values if key.replace("-", "_") not in options]
     if unknown:
         raise ValueError(_unknown_message(path, name, unknown, list(options), version))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import ClassVar
 
 import jax
 from rich.console import Console
@@ -16,8 +17,10 @@ class Doctor:
     """Tries what a run needs: devices, mesh, collectives, the output folder, and one compiled step.
 
     Prints what it finds, and one sentence with the remedy for each thing that is wrong. Exits with 0 if nothing is, else
-    with 1. Takes the flags of a run that say where it runs.
+    with 1. Takes the flags of a run that say where it runs, or reads them with --config from the settings of any command.
     """
+
+    READS_OTHERS: ClassVar[bool] = True
 
     output: pathlib.Path = pathlib.Path("runs")
     """Directory in which runs are to be written."""
@@ -36,11 +39,15 @@ def main(config: Doctor) -> None:
     """
     sizes = parse_mesh(config.mesh)
     works, devices = diagnosis.devices()
-    findings = [diagnosis.versions(), devices]
+    versions = diagnosis.versions()
+    findings = [versions, devices]
+    several = works and jax.process_count() > 1
     if works:
         mesh, found = diagnosis.mesh_of(sizes)
         findings += [found, *([diagnosis.collectives(mesh)] if mesh is not None else [])]
     findings.append(diagnosis.output_folder(config.output))
+    if several:
+        findings += [diagnosis.same_versions(versions.rows), diagnosis.shared_output(config.output)]
     if works:
         findings.append(diagnosis.smoke_step())
     wrong = [sentence for found in findings for sentence in found.wrong]
@@ -50,7 +57,7 @@ def main(config: Doctor) -> None:
     print_table(console, "jaxrlhf doctor", {name: text for found in findings for name, text in found.rows.items()})
     for sentence in wrong or ["Nothing is wrong."]:
         console.print(sentence, soft_wrap=True, markup=False, highlight=False)
-    if works and jax.process_count() > 1:
+    if several:
         jax.distributed.shutdown()
     if wrong:
         raise SystemExit(1)

@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,18 +19,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrlhf import exact, preferences
 from jaxrlhf.bilevel import bilevel_descent, central
 from jaxrlhf.exact import bandit
 from jaxrlhf.preferences import objectives
-from jaxrlhf.training.processes import gathered
+from jaxrlhf.training.processes import broadcast_text, gathered, is_first_process
 from jaxrlhf.training.progress import bytes_text
 from jaxrlhf.training.sharding import make_mesh
 
 LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "grain", "tensorflow-datasets")
-EXTRAS = {"cuda": ("NVIDIA", "jax[cuda13]"), "tpu": ("TPU", "jax[tpu]")}
+PLUGINS = {
+    "NVIDIA": ("jax[cuda13]", ("jax-cuda13-plugin", "jax-cuda12-plugin"), "its driver with nvidia-smi"),
+    "TPU": ("jax[tpu]", ("libtpu",), "the processes that hold it with fuser /dev/accel* /dev/vfio/*"),
+}
+"""Of each kind of device: what installs JAX for it, the packages that this brings, and what else to look at."""
+TPU_CHIPS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
+"""PCI numbers of Google's TPUs from v2 on; other devices of Google's are no accelerators."""
 LEAST_ROOM = 1 << 30
 """Free bytes below which a run is likely to end on a full disk."""
 PAYLOAD = 1 << 24
@@ -80,10 +88,30 @@ def devices() -> tuple[bool, Finding]:
         rows["memory"] = f"{bytes_text(min(filter(None, memory)))} a device"
     wrong = []
     if jax.default_backend() == "cpu":
-        for present, (maker, package) in zip((_has_nvidia(), _has_tpu()), EXTRAS.values(), strict=True):
+        for present, (maker, (package, plugins, look)) in zip(
+            (_has_nvidia(), _has_tpu()), PLUGINS.items(), strict=True
+        ):
             if present and os.environ.get("JAX_PLATFORMS", "") != "cpu":
-                wrong.append(f"This machine has a {maker} device that JAX does not use; pip install '{package}'.")
+                remedy = f"look at {look}" if any(map(_installed, plugins)) else f"pip install '{package}'"
+                wrong.append(f"This machine has a {maker} device that JAX does not use; {remedy}.")
     return True, Finding(rows, wrong)
+
+
+def same_versions(rows: Mapping[str, str]) -> Finding:
+    """Compares the rows of `versions` with those of the first process; called by all processes together."""
+    theirs = dict(line.split("=", 1) for line in broadcast_text(lambda: _listed(rows)).splitlines())
+    return Finding(
+        {},
+        [
+            f"{name} is {rows[name]} here and {version} in the first process; install the same everywhere."
+            for name, version in theirs.items()
+            if rows[name] != version
+        ],
+    )
+
+
+def _listed(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"{name}={version}" for name, version in rows.items())
 
 
 def mesh_of(sizes: Mapping[str, int]) -> tuple[Mesh | None, Finding]:
@@ -99,7 +127,8 @@ def mesh_of(sizes: Mapping[str, int]) -> tuple[Mesh | None, Finding]:
 def collectives(mesh: Mesh, *, payload: int = PAYLOAD, repeats: int = 3) -> Finding:
     """Sums `payload` bytes of each device over each mesh axis, checks the sums, and times the best of some repeats.
 
-    The rate is the bytes that a ring sends from each device, 2 (n - 1) / n times the payload, a second.
+    The rate is the bytes that a ring sends from each device, 2 (n - 1) / n times the payload, a second. The row of an axis
+    whose devices belong to several processes says so.
     """
     rows, wrong = {}, []
     for axis, size in mesh.shape.items():
@@ -116,8 +145,19 @@ def collectives(mesh: Mesh, *, payload: int = PAYLOAD, repeats: int = 3) -> Find
         if total != size:
             wrong.append(f"A sum over {axis} gave {total:g} in place of {size}; restart the devices or replace one.")
         rate = 2 * (size - 1) / size * payload / seconds
-        rows[f"sum over {axis}"] = f"{bytes_text(payload)} in {seconds * 1e3:.3g} ms, {bytes_text(rate)}/s a device"
+        where = " between processes" if _leaves_process(mesh, axis) else ""
+        rows[f"sum over {axis}{where}"] = (
+            f"{bytes_text(payload)} in {seconds * 1e3:.3g} ms, {bytes_text(rate)}/s a device"
+        )
     return Finding(rows or {"sums": "one device: none"}, wrong)
+
+
+def _leaves_process(mesh: Mesh, axis: str) -> bool:
+    """Returns whether the devices along an axis belong to more than one process."""
+    numbers = np.vectorize(lambda device: device.process_index)(
+        np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0)
+    )
+    return bool((numbers != numbers[0]).any())
 
 
 def _timed_sum(mesh: Mesh, axis: str, payload: int, repeats: int) -> tuple[float, float]:
@@ -173,6 +213,42 @@ def output_folder(path: pathlib.Path) -> Finding:
     if kind in FILE_SYSTEMS_IN_MEMORY:
         wrong.append(f"{place} is in memory ({kind}) and lost at a restart; give --output a folder on a disk.")
     return Finding(rows, wrong)
+
+
+def shared_output(path: pathlib.Path, *, seconds: float = 5.0) -> Finding:
+    """Looks in every process for a file that the first one writes in the folder; called by all processes together.
+
+    Args:
+        path: of the folder, or one to be created in its nearest parent.
+        seconds: to wait for the file: a network's file system may show it late.
+    """
+    place = next(part for part in (path.absolute(), *path.absolute().parents) if os.path.exists(part))
+    trial = place / f".jaxrlhf-doctor-{uuid.uuid4().hex}"
+
+    def write() -> str:
+        try:
+            trial.write_bytes(b"jaxrlhf")
+        except OSError:  # reported by `output_folder`
+            return ""
+        return trial.name
+
+    name, wrong = broadcast_text(write), []
+    if name and place.is_dir() and not _appears(place / name, seconds):
+        wrong.append(f"The output {path} is not the first process's folder; give all of them one that they share.")
+    multihost_utils.sync_global_devices("the output was looked at")
+    if is_first_process():
+        with contextlib.suppress(OSError):
+            trial.unlink()
+    return Finding({}, wrong)
+
+
+def _appears(path: pathlib.Path, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def file_system(path: pathlib.Path, mounts: pathlib.Path = pathlib.Path("/proc/mounts")) -> str:
@@ -253,4 +329,17 @@ def _has_nvidia() -> bool:
 
 
 def _has_tpu() -> bool:
-    return pathlib.Path("/dev/accel0").exists()
+    for device in pathlib.Path("/sys/bus/pci/devices").glob("*"):
+        with contextlib.suppress(OSError):
+            vendor, chip = ((device / name).read_text().strip() for name in ("vendor", "device"))
+            if vendor == "0x1ae0" and chip in TPU_CHIPS:
+                return True
+    return False
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

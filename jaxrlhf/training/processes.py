@@ -4,6 +4,7 @@ Every process runs the same script on the same data and holds its shards of ever
 process (files, printing), split over the processes (annotators), or identically in all of them.
 """
 
+import atexit
 import re
 import socket
 import threading
@@ -87,7 +88,16 @@ def connect(address: ProcessAddress | None, *, seconds: int = 300) -> None:
     except RuntimeError as error:
         first = "the first process" if address is None else address.address
         raise ValueError(f"Not all processes connected to {first} within {seconds} s ({_short(error)}).") from None
-    threading.Thread(target=_send_heartbeats, daemon=True).start()
+    ended = threading.Event()
+    beating = threading.Thread(target=_send_heartbeats, args=(ended,), daemon=True)
+
+    def end() -> None:
+        ended.set()
+        beating.join(HEARTBEAT_SECONDS)
+
+    beating.start()
+    # A thread that is within the client when the interpreter ends would abort the process.
+    atexit.register(end)
 
 
 def is_first_process() -> bool:
@@ -236,13 +246,13 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _send_heartbeats() -> None:
+def _send_heartbeats(ended: threading.Event) -> None:
     client, number = _client(), 0
-    while True:
+    while not ended.is_set():
         number += 1
         with suppress(RuntimeError):
             client.key_value_set(f"jaxrlhf/beat/{jax.process_index()}", str(number), allow_overwrite=True)
-        time.sleep(HEARTBEAT_SECONDS)
+        ended.wait(HEARTBEAT_SECONDS)
 
 
 def _heartbeats(client: Any) -> dict[int, str]:

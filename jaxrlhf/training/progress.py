@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -24,9 +25,9 @@ def progress(
 
     On a terminal a live bar shows title, step, units per second over the last 20 steps, the latest metrics and the time
     left. Elsewhere (a log file, a notebook) a line is printed at the first step, at every tenth of `total`, at the first
-    step after 60 s without a line, and at the end. The first step, which compiles, is excluded from rates. Times are taken
-    at the calls: read a result of the step first, otherwise they are dispatch times. A metric that is an array is read
-    when it is shown; None keeps the previous value.
+    step after 60 s without a line, and at the end; while a step takes longer, a line a minute says for how long. The first
+    step, which compiles, is excluded from rates. Times are taken at the calls: read a result of the step first, otherwise
+    they are dispatch times. A metric that is an array is read when it is shown; None keeps the previous value.
 
     Args:
         title: name of the work, such as "sft".
@@ -42,8 +43,10 @@ def progress(
             bar = stack.enter_context(Progress(*_columns(), console=console))
             show = _bar_mover(title, meter, bar)
         else:
-            show = _line_printer(title, meter, console)
+            printed = {"step": meter.before, "time": meter.began}
+            show = _line_printer(title, meter, console, printed)
             stack.callback(show, last=True)
+            stack.enter_context(_silence_broken(title, meter, console, printed))
 
         def advance(amount: float = 1, /, **metrics: Any) -> None:
             meter.add(float(amount), metrics)
@@ -129,9 +132,8 @@ def _bar_mover(title: str, meter: _Meter, bar: Progress) -> Callable[..., None]:
     return show
 
 
-def _line_printer(title: str, meter: _Meter, console: Console) -> Callable[..., None]:
-    """Returns `show(last=False)`, which prints a line if one is due."""
-    printed = {"step": meter.before, "time": meter.began}
+def _line_printer(title: str, meter: _Meter, console: Console, printed: dict[str, Any]) -> Callable[..., None]:
+    """Returns `show(last=False)`, which prints a line if one is due; `printed` has the last one's step and time."""
 
     def show(last: bool = False) -> None:
         done, before = meter.done, printed["step"]
@@ -143,6 +145,29 @@ def _line_printer(title: str, meter: _Meter, console: Console) -> Callable[..., 
             printed.update(step=done, time=meter.now)
 
     return show
+
+
+@contextlib.contextmanager
+def _silence_broken(title: str, meter: _Meter, console: Console, printed: dict[str, Any]) -> Iterator[None]:
+    """Within it, every minute without a step or a line gets a line; nothing of the devices is read for it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SILENCE):
+            now = monotonic()
+            if now - max(printed["time"], meter.now) >= SILENCE:
+                since = "the start" if meter.done == meter.before else "the last step"
+                text = f"{title}  {meter.done}/{meter.total}  {duration_text(now - meter.now)} since {since}"
+                console.print(text, soft_wrap=True, markup=False, highlight=False)
+                printed["time"] = now
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 def print_table(console: Console, title: str, rows: dict[str, str]) -> None:

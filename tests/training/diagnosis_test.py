@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrlhf.commands import doctor
@@ -110,6 +111,9 @@ def test_a_device_that_jax_does_not_use_and_libraries_that_are_missing(monkeypat
     works, found = diagnosis.devices()
     assert works
     assert found.wrong == ["This machine has a NVIDIA device that JAX does not use; pip install 'jax[cuda13]'."]
+    monkeypatch.setattr(diagnosis, "_installed", lambda name: name == "jax-cuda13-plugin")
+    (sentence,) = diagnosis.devices()[1].wrong
+    assert sentence.endswith("look at its driver with nvidia-smi.")
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -127,11 +131,12 @@ def test_a_device_that_jax_does_not_use_and_libraries_that_are_missing(monkeypat
 
 
 def test_sums_are_checked(monkeypatch):
-    mesh = SimpleNamespace(shape={"data": 4, "fsdp": 1})
+    devices = np.array([SimpleNamespace(process_index=index) for index in (0, 0, 1, 1)])
+    mesh = SimpleNamespace(shape={"data": 4, "fsdp": 1}, axis_names=("data", "fsdp"), devices=devices.reshape(4, 1))
     monkeypatch.setattr(diagnosis, "_timed_sum", lambda *arguments: (0.5, 4.0))
     found = diagnosis.collectives(mesh, payload=1_000_000)
     # A ring sends 2 * 3/4 of a megabyte in half a second.
-    assert found == Finding({"sum over data": "1 MB in 500 ms, 3 MB/s a device"}, [])
+    assert found == Finding({"sum over data between processes": "1 MB in 500 ms, 3 MB/s a device"}, [])
     monkeypatch.setattr(diagnosis, "_timed_sum", lambda *arguments: (0.5, 3.0))
     assert "gave 3 in place of 4" in diagnosis.collectives(mesh).wrong[0]
 
@@ -148,25 +153,60 @@ def free_port():
         return held.getsockname()[1]
 
 
-def test_two_processes_with_two_devices_each_and_what_one_of_them_finds(tmp_path):
-    (tmp_path / "file").write_text("")
+def together(places, code=None):
+    """Starts the doctor in two processes with two devices each, in the folders given; returns what each prints."""
     port = free_port()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    program = ["-c", code] if code else ["-m", "jaxrlhf.commands.main"]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "jaxrlhf.commands.main", "doctor", "--mesh", "fsdp=2,data=-1",
-             "--output", ["runs", "file"][index], "--processes", f"127.0.0.1:{port},2,{index}"],
-            cwd=tmp_path, env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, text=True,
+            [sys.executable, *program, "doctor", "--mesh", "fsdp=2,data=-1", "--output", output,
+             "--processes", f"127.0.0.1:{port},2,{index}"],
+            cwd=place, env=os.environ | {"XLA_FLAGS": flags, "INDEX": str(index)}, stdout=subprocess.PIPE, text=True,
         )
-        for index in range(2)
+        for index, (place, output) in enumerate(places)
     ]  # fmt: skip
     try:
-        first, second = (process.communicate(timeout=200)[0] for process in started)
+        said = [process.communicate(timeout=200)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [1, 1]
-    for part in ("4 (4 x cpu), 2 of this process", "2, this is 0", "data 2 x fsdp 2", "sum over data", "sum over fsdp"):
+    return said, [process.returncode for process in started]
+
+
+def test_two_processes_with_two_devices_each_and_what_one_of_them_finds(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    places = [(tmp_path, "runs"), (tmp_path / "elsewhere", "runs")]
+    # The second one has another version, and a folder of its own.
+    code = (
+        "import importlib.metadata as metadata, os, sys\n"
+        "version = metadata.version\n"
+        "if os.environ['INDEX'] == '1': metadata.version = lambda name: '9' if name == 'optax' else version(name)\n"
+        "from jaxrlhf.commands import main\n"
+        "main.main()"
+    )
+    (first, second), ends = together(places, code=code)
+    assert ends == [1, 1]
+    for part in (
+        "4 (4 x cpu), 2 of this process",
+        "2, this is 0",
+        "data 2 x fsdp 2",
+        "sum over data between processes",
+    ):
         assert part in first
-    assert f"process 1: The output {tmp_path / 'file'} is a file; give --output a folder." in first
+    assert "sum over fsdp  " in first
+    assert "process 1: optax is 9 here and " in first
+    assert "process 1: The output runs is not the first process's folder; give all of them one" in first
     assert "jaxrlhf doctor" not in second
+    assert not list(tmp_path.rglob(".jaxrlhf*"))
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_well_and_one_whose_output_is_a_file(tmp_path):
+    (first, _), ends = together([(tmp_path, "runs")] * 2)
+    assert ends == [0, 0], first
+    assert first.endswith("Nothing is wrong.\n")
+    (tmp_path / "file").write_text("")
+    (first, _), ends = together([(tmp_path, "runs"), (tmp_path, "file")])
+    assert ends == [1, 1]
+    assert f"process 1: The output {tmp_path / 'file'} is a file; give --output a folder." in first

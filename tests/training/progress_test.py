@@ -2,6 +2,8 @@
 
 import io
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +57,30 @@ def test_slow_steps_are_logged_every_minute(clock):
     console = log_file()
     run(clock, [25.0] * 20, 1000, console)
     assert [int(re.findall(r"\d+", line)[0]) for line in lines(console)] == [1, 4, 7, 10, 13, 16, 19, 20]
+
+
+def test_a_long_step_says_every_minute_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr(module, "SILENCE", 0.05)
+    threads, console = threading.active_count(), log_file()
+    with progress("sft", 2, console=console, done=0) as advance:
+        wait_for(lambda: len(lines(console)) >= 2)
+        assert all(re.fullmatch(r"sft  0/2  \d:\d\d since the start", line) for line in lines(console))
+        advance()
+        before = len(lines(console))
+        wait_for(lambda: len(lines(console)) > before)
+        assert re.fullmatch(r"sft  1/2  \d:\d\d since the last step", lines(console)[-1])
+    # Nothing is printed after it has ended.
+    assert threading.active_count() == threads
+    with pytest.raises(KeyError), progress("sft", 2, console=log_file()):
+        raise KeyError
+    assert threading.active_count() == threads
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_the_rate_is_that_of_the_last_twenty_steps(clock):
