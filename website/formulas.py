@@ -10,16 +10,19 @@ import re
 from html import escape
 
 GREEK = {
-    **dict(zip("alpha beta gamma delta epsilon eps theta kappa lambda mu".split(), "αβγδεεθκλμ", strict=True)),
-    **dict(zip("pi rho sigma tau phi psi omega Phi Delta Sigma".split(), "πρστφψωΦΔΣ", strict=True)),
-}
+    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eps": "ε", "theta": "θ", "kappa": "κ",
+    "lambda": "λ", "mu": "μ", "pi": "π", "rho": "ρ", "sigma": "σ", "tau": "τ", "phi": "φ", "psi": "ψ", "omega": "ω",
+    "Phi": "Φ", "Delta": "Δ", "Sigma": "Σ",
+}  # fmt: skip
 OPERATORS = {
     "->": "→", "<-": "←", "<=": "≤", ">=": "≥", "||": "∥", "-": "−", "*": "⋅", "...": "…", "=": "=", "+": "+",
     "/": "/", "<": "<", ">": ">", "|": "|", ",": ",", ";": ";", ":": ":", ".": ".", "~": "∼", "!": "!",
 }  # fmt: skip
 FUNCTIONS = {"log", "exp", "min", "max", "argmax", "argmin", "clip", "sigmoid", "tanh", "softmax", "KL", "Cov", "sqrt"}
 LARGE = {"sum": "∑", "grad": "∇", "E": "𝔼", "P": "P"}
-CODE = re.compile(r"^\s*(>>>|\$ |@|def |class |import |from |with |for |\.?/?\S*(python|jaxrlhf|pip|pytest)\b)|[\"`#]|(?<!\w)'|--\w|://")
+CODE = re.compile(
+    r"^\s*(>>>|\$ |@|def |class |import |from |with |for |\.?/?\S*(python|jaxrlhf|pip|pytest)\b)|[\"`#]|(?<!\w)'|--\w|://"
+)
 RELATION = re.compile(r" (=|->|<-|becomes|minimises|maximises|minimise|argmax|sum_\w+) |\bE\[|\bE_\S+?\[|\bCov_\w+\(")
 TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>\d+(?:\.\d+)?(?:st|nd|rd|th)?)|(?P<name>[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z]\w*)*'?)"
@@ -66,7 +69,8 @@ class _Line:
         while (token := self.peek())[0] != "end" and not (token[0] == "close" and closing):
             if token[0] == "space":
                 self.at += 1
-                if parts and self.peek()[0] in ("name", "number", "open") and self.peek(-2)[0] in ("name", "number", "close"):
+                before, after = self.peek(-2)[0], self.peek()[0]
+                if parts and before in ("name", "number", "close") and after in ("name", "number", "open"):
                     parts.append('<mspace width="0.28em"/>')
                 continue
             parts.append(self.scripts(self.atom()))
@@ -137,9 +141,11 @@ def _symbol(name: str) -> str:
         return f"<mo>{LARGE[name]}</mo>" if name in ("sum", "grad") else f"<mi>{LARGE[name]}</mi>"
     if name[:1] == "d" and (name[1:] in GREEK or len(name) == 2):
         return f"<mrow><mi>d</mi>{_symbol(name[1:])}</mrow>"
-    known = re.fullmatch(r"([A-Za-z]|[a-z])(\d+)", name)
-    if known:
-        return f"<msub><mi>{known[1]}</mi><mn>{known[2]}</mn></msub>"
+    numbered = re.fullmatch(r"([A-Za-z])(\d+)", name)
+    if numbered:
+        return f"<msub><mi>{numbered[1]}</mi><mn>{numbered[2]}</mn></msub>"
     if len(name) == 1 or name in FUNCTIONS:
         return f"<mi>{name}</mi>"
-    return f"<mtext>{escape(name)}</mtext>" if len(name) > 2 else f"<mrow>{''.join(f'<mi>{c}</mi>' for c in name)}</mrow>"
+    if len(name) == 2:
+        return f"<mrow><mi>{name[0]}</mi><mi>{name[1]}</mi></mrow>"
+    return f"<mtext>{escape(name)}</mtext>"

@@ -11,7 +11,7 @@ import re
 
 import formulas
 import latex2mathml.converter
-import notebooks
+import notebook_pages
 import reference
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -45,8 +45,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     add("site.css", (ROOT / "website" / "site.css").read_text())
     for room in reference.ROOMS:
         add(f"reference/{room}.md", reference.page(PACKAGE, room))
+    add("reference/commands.md", reference.commands_page())
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        text, pictures = notebooks.page_of(path.read_text(), path.stem)
+        text, pictures = notebook_pages.page_of(path.read_text(), path.stem)
         sources[f"notebooks/{path.stem}.md"] = f"notebooks/{path.name}"
         add(f"notebooks/{path.stem}.md", text)
         add(f"notebooks/{path.name}", path.read_bytes())

@@ -1,7 +1,9 @@
 """The pages of the reference: every public name of a room, first those that the room itself exports."""
 
 import ast
+import inspect
 import pathlib
+import re
 
 ROOMS = (
     "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "control", "data", "lm", "annotation",
@@ -19,9 +21,8 @@ def exports(package: pathlib.Path) -> list[str]:
 
 def defined(module: pathlib.Path) -> list[str]:
     """The public functions and classes that a module defines."""
-    kinds = ast.FunctionDef | ast.ClassDef
-    body = ast.parse(module.read_text()).body
-    return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+    found = (node for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return [node.name for node in found if not node.name.startswith("_")]
 
 
 def modules(root: pathlib.Path, room: str) -> list[pathlib.Path]:
@@ -62,6 +63,28 @@ def page(root: pathlib.Path, room: str) -> str:
             lines += [f"## {dotted}", "", _entry(dotted, 2, members=False, heading=False)]
             lines += [_entry(f"{dotted}.{name}", 3) for name in names]
     return "\n".join(lines) + "\n"
+
+
+def commands_page() -> str:
+    """The page of the command line: every option of every command, in the groups of `--help`."""
+    # The library is needed for this page alone, and JAX need not look for an accelerator.
+    from jaxrlhf.commands import main, options
+
+    lines = ["# The command line", "", "Options may also come [from a file](../configuration.md).", ""]
+    for name, (kind, _) in main.COMMANDS.items():
+        lines += [f"## jaxrlhf {name}", "", inspect.cleandoc(kind.__doc__ or ""), ""]
+        for title, group in options.groups_of(kind).items():
+            lines += [f"### {title} {{: #{name}-{title.replace(' ', '-').replace(',', '')} }}", ""]
+            for option in group:
+                written, text = options.help_row(option)
+                lines += [f"`{written}`", "", f":   {_prose(text)}", ""]
+    written = [f"`{flag}`\n\n:   {_prose(text)}\n" for flag, text in options.OWN.values()]
+    return "\n".join([*lines, "## Options of every command", "", *written])
+
+
+def _prose(text: str) -> str:
+    """Help as Markdown: its letters as they are."""
+    return re.sub(r"([\[\]<>*_\\])", r"\\\1", text)
 
 
 def _entry(name: str, level: int, *, members: bool = True, heading: bool = True) -> str:
