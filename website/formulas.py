@@ -20,6 +20,7 @@ OPERATORS = {
 }  # fmt: skip
 FUNCTIONS = {"log", "exp", "min", "max", "argmax", "argmin", "clip", "sigmoid", "tanh", "softmax", "KL", "Cov", "sqrt"}
 LARGE = {"sum": "∑", "grad": "∇", "E": "𝔼", "P": "P"}
+WORDS = {"an", "as", "at", "by", "if", "in", "is", "of", "on", "or", "to"}
 CODE = re.compile(
     r"^\s*(>>>|\$ |@|def |class |import |from |with |for |\.?/?\S*(python|jaxrlhf|pip|pytest)\b)|[\"`#]|(?<!\w)'|--\w|://"
 )
@@ -47,9 +48,10 @@ def typeset(text: str) -> str:
     rows = []
     for line in text.strip("\n").splitlines():
         cells = [cell for cell in re.split(r" {2,}", line.strip()) if cell]
-        spaced = '<mspace width="1.6em"/>'.join(_Line(cell).read() for cell in cells)
+        # A part of its own each, so that a narrow screen may break the line between them.
+        parts = " ".join(f"<span><math>{_Line(cell).read()}</math></span>" for cell in cells)
         label = escape(line.strip(), quote=True)
-        rows.append(f'<div class="formula" tabindex="0" role="group" aria-label="{label}"><math>{spaced}</math></div>')
+        rows.append(f'<div class="formula" tabindex="0" role="group" aria-label="{label}">{parts}</div>')
     return "\n".join(rows)
 
 
@@ -146,6 +148,6 @@ def _symbol(name: str) -> str:
         return f"<msub><mi>{numbered[1]}</mi><mn>{numbered[2]}</mn></msub>"
     if len(name) == 1 or name in FUNCTIONS:
         return f"<mi>{name}</mi>"
-    if len(name) == 2:
+    if len(name) == 2 and name not in WORDS:
         return f"<mrow><mi>{name[0]}</mi><mi>{name[1]}</mi></mrow>"
     return f"<mtext>{escape(name)}</mtext>"

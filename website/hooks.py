@@ -14,6 +14,7 @@ import latex2mathml.converter
 import notebook_pages
 import reference
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -28,7 +29,6 @@ LARGEST = 300_000
 
 sources: dict[str, str] = {}
 """The path in the repository of each page, by its path on the site."""
-missing: list[str] = []
 
 
 @event_priority(100)
@@ -42,7 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if uri not in files.src_uris:
             files.append(File.generated(config, uri, content=content))
 
-    add("site.css", (ROOT / "website" / "site.css").read_text())
+    for name in ("site.css", "site.js"):
+        add(name, (ROOT / "website" / name).read_text())
     for room in reference.ROOMS:
         add(f"reference/{room}.md", reference.page(PACKAGE, room))
     add("reference/commands.md", reference.commands_page())
@@ -81,6 +82,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrites links that leave `docs/`."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     place = sources.get(page.file.src_uri)
     if place is None:
         return markdown
@@ -107,7 +110,10 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         wide = match[1] == "div"
         source = html.unescape(match[2]).strip().removeprefix("\\[").removeprefix("\\(")
         source = source.removesuffix("\\]").removesuffix("\\)")
+        source = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", source)
         made = latex2mathml.converter.convert(source, display="block" if wide else "inline")
+        if "\\" in made:
+            raise PluginError(f"{page.file.src_uri}: this TeX is not understood: {source}")
         return f'<div class="formula" tabindex="0">{made}</div>' if wide else made
 
     content = re.sub(
@@ -115,6 +121,11 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         block, content, flags=re.DOTALL,
     )  # fmt: skip
     return re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', tex, content, flags=re.DOTALL)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Names the theme's dialogue for people who do not see it."""
+    return output.replace('data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"')
 
 
 def _target(link: str, place: str) -> tuple[str | None, str]:

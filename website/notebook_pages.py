@@ -9,7 +9,7 @@ from typing import Any
 def page_of(text: str, name: str) -> tuple[str, dict[str, bytes]]:
     """Returns a notebook as Markdown, and its pictures by their file names."""
     parts, pictures = [], {}
-    download = f"[Download this notebook]({name}.ipynb){{: download .md-button }}"
+    download = f'<a class="md-button" href="{name}.ipynb" download>Download this notebook</a>'
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":

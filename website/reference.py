@@ -25,6 +25,25 @@ def defined(module: pathlib.Path) -> list[str]:
     return [node.name for node in found if not node.name.startswith("_")]
 
 
+def home(root: pathlib.Path, package: pathlib.Path, name: str) -> str:
+    """The dotted name at which an exported name is documented.
+
+    That is the package's own, but for a name that a module on the way to it has too, which would be shown in its place.
+    """
+    place, shadowed = package, False
+    while True:
+        for node in ast.parse((place / "__init__.py").read_text()).body:
+            if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+                origin = root.parent.joinpath(*(node.module or "").split("."))
+                break
+        else:
+            return f"{name_of(root, package)}.{name}"
+        shadowed = shadowed or origin.name == name
+        if not origin.is_dir():
+            return f"{name_of(root, origin if shadowed else package)}.{name}"
+        place = origin
+
+
 def modules(root: pathlib.Path, room: str) -> list[pathlib.Path]:
     """The modules of a room in the order of its page: its own, then those of its subpackages."""
     found = (path for path in (root / room).rglob("*.py") if path.stem != "__init__")
@@ -33,7 +52,7 @@ def modules(root: pathlib.Path, room: str) -> list[pathlib.Path]:
 
 def name_of(root: pathlib.Path, path: pathlib.Path) -> str:
     """The dotted name of a module or package."""
-    return ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+    return ".".join((root.name, *path.relative_to(root).with_suffix("").parts))
 
 
 def public_names(root: pathlib.Path) -> dict[str, str]:
@@ -41,7 +60,7 @@ def public_names(root: pathlib.Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for room in ROOMS:
         exported = exports(root / room)
-        found |= {f"{root.name}.{room}.{name}": room for name in exported}
+        found |= {home(root, root / room, name): room for name in exported}
         for module in modules(root, room):
             names = [name for name in defined(module) if name not in exported]
             found |= {f"{name_of(root, module)}.{name}": room for name in names}
@@ -55,7 +74,7 @@ def page(root: pathlib.Path, room: str) -> str:
     exported = exports(root / room)
     if exported:
         lines += [f"## Names of {prefix}", ""]
-        lines += [_entry(f"{prefix}.{name}", 3) for name in sorted(exported, key=str.lower)]
+        lines += [_entry(home(root, root / room, name), 3) for name in sorted(exported, key=str.lower)]
     for module in modules(root, room):
         names = [name for name in defined(module) if name not in exported]
         if names:
