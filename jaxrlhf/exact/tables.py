@@ -199,7 +199,8 @@ def upper_value(
         >>> def phi(reward):
         ...     objective = objectives.utility(kl_price=0.1)
         ...     return exact.upper_value(objective, reward, gold, reference, beta=0.5, against_reference=True)
-        >>> float(phi(jnp.zeros((1, 2)))), jax.grad(phi)(jnp.zeros((1, 2))).tolist()  # more reward for the first
+        >>> value, gradient = jax.jit(jax.value_and_grad(phi))(jnp.zeros((1, 2)))
+        >>> float(value), gradient.tolist()  # descending it gives the first response more reward
         (-0.5, [[-0.19, 0.19]])
     """
     policy = soft_policy(reward, reference, beta)
