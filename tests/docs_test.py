@@ -1,4 +1,4 @@
-"""Three pages of the documentation, executed block by block as a reader pastes them; TRL's blocks if it is installed."""
+"""Pages of the documentation, executed block by block as a reader pastes them; TRL's blocks if it is installed."""
 
 import contextlib
 import io
@@ -16,14 +16,27 @@ import pytest
 import tokenizers
 import tyro
 
-from jaxrlhf.commands import models
+from jaxrlhf.commands import label_data, models
 from jaxrlhf.commands.main import COMMANDS
+from jaxrlhf.data import read_records
 from jaxrlhf.lm import DecoderConfig, SpecialIds, decoder, save_decoder
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 TRL = "coming_from_trl.md"
 WORDS = ("<s>", "</s>", "<pad>", "<unk>", "good", "bad", "day", "sun", "rain", "the", "a", ".", "?")
 NUMBER = r"-?\d+\.\d+"
+# Where the blocks of a page are executed. A block that is not has a comment above it, `<!-- not run: reason -->`.
+EXECUTED = {
+    "coming_from_trl.md": "docs_test.py",
+    "configuration.md": "commands/configuration_test.py",
+    "language_models.md": "readme_test.py",
+    "price.md": "docs_test.py",
+    "tutorials/bandit_by_hand.md": "docs_test.py",
+    "tutorials/people_label.md": "docs_test.py",
+    "tutorials/your_own_environment.md": "docs_test.py",
+    "tutorials/your_own_model.md": "docs_test.py",
+    "your_own_policy.md": "docs_test.py",
+}
 
 
 class Block(NamedTuple):
@@ -35,9 +48,10 @@ class Block(NamedTuple):
 
 
 def blocks_of(page):
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
-    assert {language for language, _ in found} <= {"python", "console", "text"}
-    return [Block(language, code, owner_of(code)) for language, code in found]
+    fence = r"^(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)^```$"
+    found = re.findall(fence, (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert {language for _, language, _ in found} <= {"python", "console", "text", "yaml"}
+    return [Block(language, code, owner_of(code)) for mark, language, code in found if not mark]
 
 
 def owner_of(code):
@@ -130,6 +144,57 @@ def ours(tmp_path_factory):
         execute(TRL, "ours", names)
         sys.modules.pop("weather")
     return folder, names
+
+
+def test_every_block_of_code_is_executed_or_marked():
+    """Every fence has a language, and every page with blocks that are not marked is executed where `EXECUTED` says."""
+    for path in sorted(DOCS.rglob("*.md")):
+        page, text = path.relative_to(DOCS).as_posix(), path.read_text()
+        fences = re.findall(r"^ *```.*$", text, re.MULTILINE)
+        assert all(re.fullmatch(r"```(\w+)?", fence) for fence in fences), page
+        assert all(re.fullmatch(r"```\w+", fence) for fence in fences[::2]) and set(fences[1::2]) <= {"```"}, page
+        marks = re.findall(r"^<!-- not run: \S.* -->\n```\w", text, re.MULTILINE)
+        assert len(marks) == text.count("<!-- not run:"), page
+        if any(block.language != "text" for block in blocks_of(page)):
+            assert page in EXECUTED, f"{page}: execute its blocks, or mark them"
+            assert path.name in (DOCS.parent / "tests" / EXECUTED[page]).read_text()
+
+
+def test_the_bandit_by_hand():
+    with jax.numpy_rank_promotion("allow"):
+        names = execute("tutorials/bandit_by_hand.md", "ours", {"__name__": "bandit_by_hand"})
+    values = [line[0] for line in numbers(names["printed"], "step")]
+    (optimum,) = numbers(names["printed"], "optimum")[0]
+    assert np.all(np.diff(values) < 0) and 0 <= values[-1] - optimum < 0.001
+    assert np.all(np.isclose(jax.grad(names["G"])(names["phi"], names["REFERENCE"]), 0.0))
+
+
+def test_the_page_on_labelling_writes_pairs_that_label_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    execute("tutorials/people_label.md", "ours", {"__name__": "people_label"})
+    assert len(label_data.pairs_of(read_records("pairs.jsonl").records).pairs) == 4
+
+
+@pytest.mark.slow
+def test_an_environment_of_ones_own():
+    with jax.numpy_rank_promotion("allow"):
+        names = execute("tutorials/your_own_environment.md", "ours", {"__name__": "your_own_environment"})
+    before, after = numbers(names["printed"], "true return")[0]
+    assert before < -15 and after > -4
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = execute("tutorials/your_own_model.md", "ours", {"__name__": "your_own_model"})
+    sys.modules.pop("rewards")
+    results = {run: json.loads((tmp_path / "runs" / run / "results.json").read_text()) for run in ("sft", "evaluate")}
+    assert results["sft"]["after"]["perplexity"] < 2 < 100 < results["sft"]["before"]["perplexity"]
+    assert results["evaluate"]["win_rate"] > 0.55 and results["evaluate"]["kl"] < 5
+    assert names["printed"][-1].startswith("Can I return hats?\n")
 
 
 def test_our_side_of_the_page_for_users_of_trl(ours):

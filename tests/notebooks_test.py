@@ -249,3 +249,28 @@ def test_a_saved_notebook_is_complete_and_without_traces_of_a_machine(name):
     texts = [output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs]
     text = "\n".join([cell.source for cell in notebook.cells] + texts)
     assert not re.search(r"/(home|tmp|work|root|usr|Users)/|[A-Z]:\\", text)
+
+
+def test_every_notebook_begins_by_installing_the_library_where_it_is_missing(tmp_path, monkeypatch):
+    """For Colab: the same cell in each, which does nothing where the library is there."""
+    (source,) = {
+        cell.source for path in NOTEBOOKS.glob("*.ipynb") for cell in read(path.stem).cells if cell.id == "install"
+    }
+    assert all([cell.id for cell in read(path.stem).cells][1] == "install" for path in NOTEBOOKS.glob("*.ipynb"))
+    installed = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: installed.append(command[-1]))
+    monkeypatch.chdir(NOTEBOOKS)
+    exec(source, {})
+    assert installed == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    exec(source, {})
+    assert installed == [f"jaxrlhf[cuda] @ {NOTEBOOKS.parent.as_uri()}"]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("JAXRLHF_SOURCE", "git+https://example.org/a/repository")
+    exec(source, {})
+    assert installed[1] == "jaxrlhf @ git+https://example.org/a/repository"
+    monkeypatch.delenv("JAXRLHF_SOURCE")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="set SOURCE to"):
+        exec(source, {})

@@ -73,13 +73,14 @@ def test_the_set_up_lines_are_the_ones_that_ci_runs():
     assert all("-c constraints.txt" in line for line in lines)
 
 
-PAGES = (README, GUIDE, ROOT / "docs" / "labelling.md")
-
-
 def test_every_command_that_is_shown_is_understood():
     lines = [line for page in PAGES for line in page.read_text().replace("\\\n", " ").splitlines()]
-    shown = [line.split("jaxrlhf ", 1)[1] for line in lines if re.match(r"    (\.venv/bin/)?jaxrlhf ", line)]
-    assert len(shown) >= 12
+    commands = re.compile(r"(    (\S+ )?(\.venv/bin/)?)?jaxrlhf [a-z]+ ")
+    shown = [line.split("jaxrlhf ", 1)[1] for line in lines if commands.match(line)]
+    # What comes from a file is tested with the page on such files; `...` stands for what a run needs.
+    shown = [line for line in shown if "--config" not in line]
+    shown = [re.sub(r"(?<= )\.\.\.(?= )", "--policy DIR --data FILE --annotator judges:prefer", line) for line in shown]
+    assert len(shown) >= 50
     for line in shown:
         name, *arguments = shlex.split(line, comments=True)
         kind, _ = COMMANDS[name]

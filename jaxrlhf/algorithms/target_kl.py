@@ -62,6 +62,11 @@ def ramp(target: float | jax.Array, *, steps: int, begin: int = 0, start: float 
 
     A policy that has just begun is far below any target; asking for all of it at once would only wind beta down. Before
     `begin` it is NaN, which leaves beta alone: for policies that wait until their reward has seen some labels.
+
+    Examples:
+        >>> from jaxrlhf.algorithms.target_kl import ramp
+        >>> [round(float(ramp(5.0, steps=10)(step)), 2) for step in (0, 5, 10, 20)]
+        [0.5, 2.75, 5.0, 5.0]
     """
 
     def at(step):

@@ -160,6 +160,13 @@ def read_verdict(reply: str, pattern: re.Pattern[str] | None = None) -> float | 
     Args:
         reply: the text.
         pattern: of `verdict_pattern`; its last match counts, and none of the forms above.
+
+    Examples:
+        >>> from jaxrlhf.annotation import read_verdict
+        >>> read_verdict("The first one names its source. Verdict: A"), read_verdict("They are equally good: [[tie]]")
+        (1.0, 0.5)
+        >>> read_verdict("I cannot judge this.") is None
+        True
     """
     text = _without_reasoning(reply)
     if pattern is not None:

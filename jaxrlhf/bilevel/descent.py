@@ -136,6 +136,24 @@ def bilevel_descent(
     References:
         arXiv 2410.15610 (the forward stencil); arXiv 2309.01753 (F2SA). Departures: the stencil and the rule
         are free, tilts share one sample, and tilt 0 is always kept.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxrlhf import bandit, bilevel, objectives, preferences
+        >>> gold, reference = jnp.array([[2.0, 0.0, 1.0]]), jnp.full((1, 3), -jnp.log(3.0))
+        >>> frozen = bandit.Bandit(jnp.eye(3)[None], gold, reference)
+        >>> reward, objective = (lambda phi, features: features @ phi), objectives.utility(kl_price=0.1)
+        >>> problem = bandit.bandit_problem(reward, objective)
+        >>> solver = bilevel.closed_form(lambda task, index: reference + reward(task.upper, frozen.features) / 0.4)
+        >>> annotate = preferences.expected_annotator(bandit.gold_score)
+        >>> algorithm = bilevel.bilevel_descent(
+        ...     problem, bilevel.boltzmann(), solver, optax.sgd(1.0), beta=0.4, annotate=annotate
+        ... )
+        >>> state, step = algorithm.init(jax.random.key(0), jnp.zeros(3), reference), jax.jit(algorithm.step)
+        >>> for number in range(30):
+        ...     state, info = step(jax.random.key(number), state, None, frozen)
+        >>> jax.nn.softmax(state.policy).tolist()  # the best one: reference * exp(win rate / 0.1)
+        [[0.86, 0.03, 0.1]]
     """
     check_problem(problem, beta, max_importance_weight)
     check_reach(problem.kl_price, rule)
@@ -169,6 +187,22 @@ def bilevel_descent_on_losses(
 
     Raises:
         ValueError: beta is out of range, or the rule is a formula for policies (`boltzmann`) or for samples of their own.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxrlhf import bilevel
+        >>> def upper(phi, x, data, frozen):
+        ...     return (x - 3.0) ** 2
+        >>> def lower(phi, x, data, frozen):  # so that x*(phi) = 2 phi, and the best phi is 1.5
+        ...     return (x - 2.0 * phi) ** 2
+        >>> solver = bilevel.gradient(bilevel.shared_adam(0.1), steps=5)
+        >>> rule, optimizer = bilevel.central(0.1), optax.adam(0.1)
+        >>> algorithm = bilevel.bilevel_descent_on_losses(upper, lower, rule, solver, optimizer)
+        >>> state, step = algorithm.init(jax.random.key(0), jnp.zeros(()), jnp.zeros(())), jax.jit(algorithm.step)
+        >>> for number in range(200):
+        ...     state, info = step(jax.random.key(number), state, None, None)
+        >>> round(float(state.upper), 1)
+        1.5
     """
     check_beta(beta)
     if "losses" not in rule.applies_to:

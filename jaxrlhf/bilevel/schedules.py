@@ -114,6 +114,13 @@ def polynomial_decay(initial: float, *, power: float, offset: float = 1.0, floor
 
     Raises:
         ValueError: power is negative or offset is not positive.
+
+    Examples:
+        >>> from jaxrlhf import bilevel
+        >>> schedule = bilevel.polynomial_decay(0.2, power=0.5, floor=0.05)
+        >>> [round(float(schedule(step)), 3) for step in (0, 3, 99)]
+        [0.2, 0.1, 0.05]
+        >>> rule = bilevel.central(schedule)
     """
     if power < 0 or not offset > 0:
         raise ValueError(f"polynomial_decay needs power >= 0 and offset > 0, got {power:g} and {offset:g}.")

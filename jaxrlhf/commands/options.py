@@ -99,7 +99,7 @@ def print_help(kind: type, name: str) -> None:
     for paragraph in inspect.cleandoc(kind.__doc__ or "").split("\n\n"):
         console.print(" ".join(paragraph.split()) + "\n", markup=False)
     rows = {"options of every command": [(written, text) for written, text in OWN.values()]}
-    groups = {title: [_help_row(option) for option in options] for title, options in groups_of(kind).items()}
+    groups = {title: [help_row(option) for option in options] for title, options in groups_of(kind).items()}
     for title, pairs in (groups | rows).items():
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(width=26, overflow="fold")
@@ -109,7 +109,8 @@ def print_help(kind: type, name: str) -> None:
         console.print(Panel(table, title=title, title_align="left", border_style="dim"))
 
 
-def _help_row(option: Option) -> tuple[str, str]:
+def help_row(option: Option) -> tuple[str, str]:
+    """Returns how an option is written, and its help with its default."""
     flag = f"--{option.name.replace('_', '-')}"
     written = f"{flag}, --no-{flag[2:]}" if option.kind is bool else f"{flag} {_metavar(option.kind)}"
     if option.positional:

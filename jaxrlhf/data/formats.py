@@ -49,6 +49,11 @@ def parse_record(value: Any) -> Record:
 
     Raises:
         ValueError: the object is malformed; the message says how.
+
+    Examples:
+        >>> from jaxrlhf.data import parse_record
+        >>> parse_record({"prompt": "Hello", "chosen": " there", "rejected": " you"}).chosen
+        ' there'
     """
     return read(value).record
 

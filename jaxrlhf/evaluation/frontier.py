@@ -81,6 +81,13 @@ def best_of_n(
         pool_scores: `[prompts, pool]`, gold rewards of the reference's completions.
         proxy_scores: `[prompts, pool]`, the selection score; the gold rewards by default.
         sizes: `[sizes]`, each n from 1 to the pool size; powers of two by default.
+
+    Examples:
+        >>> import numpy as np
+        >>> from jaxrlhf.evaluation.frontier import best_of_n
+        >>> result = best_of_n(np.array([[0.0, 1.0, 2.0, 3.0]]), sizes=[1, 2, 4])
+        >>> result.gold.tolist(), result.kl.tolist()
+        ([1.5, 2.33, 3.0], [0.0, 0.19, 0.64])
     """
     gold = np.asarray(pool_scores, np.float64)
     proxy = gold if proxy_scores is None else np.asarray(proxy_scores, np.float64)

@@ -22,7 +22,13 @@ class Correlation(NamedTuple):
 
 
 def wilson(successes: float, count: int, *, z: float = NORMAL_95) -> tuple[float, float]:
-    """Returns the interval of a proportion, 95% by default (Wilson 1927, without continuity correction)."""
+    """Returns the interval of a proportion, 95% by default (Wilson 1927, without continuity correction).
+
+    Examples:
+        >>> from jaxrlhf.evaluation.statistics import wilson
+        >>> [round(bound, 3) for bound in wilson(70, 100)]  # a win rate of 0.7 in 100 pairs
+        [0.604, 0.781]
+    """
     proportion, extra = successes / count, z * z / count
     middle = (proportion + extra / 2) / (1 + extra)
     half_width = z * math.sqrt(proportion * (1 - proportion) / count + extra / (4 * count)) / (1 + extra)

@@ -82,6 +82,16 @@ def bandit_problem(
     Raises:
         ValueError: the objective does not suit the pairs (`Objective.check`), or pairs < 1, or counts are asked for
             together with a number of pairs or an objective of several labels.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import bandit, objectives
+        >>> frozen = bandit.Bandit(jnp.ones((4, 8, 3)), jnp.zeros((4, 8)), jnp.full((4, 8), -jnp.log(8.0)))
+        >>> problem = bandit.bandit_problem(lambda phi, features: features @ phi, objectives.likelihood(), pairs=5)
+        >>> shapes = jax.eval_shape(problem.sample, jax.random.key(0), frozen.reference, None, frozen)
+        >>> shapes.responses.shape, shapes.behaviour_log_prob.shape
+        ((4, 5, 2), (4, 5, 2, 1))
     """
     objective.check(against_reference=against_reference, exact=pairs is None and not counts)
     if pairs is not None and (pairs < 1 or counts):

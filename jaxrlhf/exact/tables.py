@@ -34,7 +34,15 @@ class PolicyEvaluation(NamedTuple):
 
 
 def soft_policy(reward: jax.Array, reference: jax.Array, beta: float | jax.Array) -> jax.Array:
-    """Returns log pi*, `[B, N]`, pi* = argmax E R - beta KL, proportional to reference * exp(R / beta)."""
+    """Returns log pi*, `[B, N]`, pi* = argmax E R - beta KL, proportional to reference * exp(R / beta).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import exact
+        >>> reference = jnp.log(jnp.array([[0.5, 0.5]]))
+        >>> jnp.exp(exact.soft_policy(jnp.array([[1.0, 0.0]]), reference, beta=0.5)).tolist()
+        [[0.881, 0.119]]
+    """
     return jax.nn.log_softmax(reference + reward / beta, axis=-1)
 
 
@@ -53,7 +61,17 @@ def soft_value(reward: jax.Array, reference: jax.Array, beta: float | jax.Array)
 def evaluate_policy(
     policy: jax.Array, reference: jax.Array, gold: jax.Array, beta: float | jax.Array
 ) -> PolicyEvaluation:
-    """Returns exact metrics of the log-probabilities `policy` `[B, N]`."""
+    """Returns exact metrics of the log-probabilities `policy` `[B, N]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import exact
+        >>> reference, gold = jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[2.0, 0.0]])
+        >>> best = exact.soft_policy(gold, reference, beta=1.0)
+        >>> result = exact.evaluate_policy(best, reference, gold, beta=1.0)
+        >>> [float(value) for value in (result.true_return, result.kl, result.gap)]
+        [1.762, 0.328, 0.0]
+    """
     true_return = jnp.mean(mean_under(policy, gold))
     kl = jnp.mean(mean_under(policy, policy - reference))
     return PolicyEvaluation(
@@ -88,7 +106,14 @@ def row_mean(function, second: jax.Array, *tables: jax.Array) -> jax.Array:
 
 
 def win_rates(reference: jax.Array, gold: jax.Array) -> jax.Array:
-    """Returns `[B, N]`: P(the response is preferred to one drawn from `reference`) under Bradley-Terry on gold."""
+    """Returns `[B, N]`: P(the response is preferred to one drawn from `reference`) under Bradley-Terry on gold.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import exact
+        >>> exact.win_rates(jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[2.0, 0.0]])).tolist()
+        [[0.69, 0.31]]
+    """
     return row_mean(lambda first, second: jax.nn.sigmoid(first - second), reference, gold)
 
 
@@ -165,6 +190,18 @@ def upper_value(
     """Returns Phi = G at the exactly optimal policy, coupled and uncoupled parts and the KL price.
 
     Its gradient is what `bilevel_descent` estimates: the policy inside the uncoupled part is held fixed.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import exact, objectives
+        >>> reference, gold = jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[2.0, 0.0]])
+        >>> def phi(reward):
+        ...     objective = objectives.utility(kl_price=0.1)
+        ...     return exact.upper_value(objective, reward, gold, reference, beta=0.5, against_reference=True)
+        >>> value, gradient = jax.jit(jax.value_and_grad(phi))(jnp.zeros((1, 2)))
+        >>> float(value), gradient.tolist()  # descending it gives the first response more reward
+        (-0.5, [[-0.19, 0.19]])
     """
     policy = soft_policy(reward, reference, beta)
 

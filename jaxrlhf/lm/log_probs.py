@@ -65,6 +65,21 @@ def completion_log_probs(
     Raises:
         ValueError: `temperature` or `chunk_size` is not positive, the columns exceed the model's context, or the
             microbatches do not divide the rows.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxrlhf.lm import completion_log_probs, without_cache
+        >>> model = without_cache(  # four tokens, all equally likely whatever came before
+        ...     init=lambda key: {},
+        ...     hidden=lambda params, tokens, mask: jnp.zeros((*tokens.shape, 1)),
+        ...     logits=lambda params, hidden: jnp.zeros((*hidden.shape[:-1], 4)),
+        ...     vocabulary_size=4, context_length=8,
+        ... )  # fmt: skip
+        >>> prompts, completions = jnp.array([[1, 2]]), jnp.array([[3, 0]])
+        >>> masks = jnp.ones((1, 2), bool), jnp.array([[True, False]])  # the second token is padding
+        >>> log_probs = jax.jit(completion_log_probs, static_argnums=0)
+        >>> log_probs(model, {}, prompts, masks[0], completions, masks[1]).tolist()
+        [[-1.39, 0.0]]
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to have log-probabilities, got {temperature}.")

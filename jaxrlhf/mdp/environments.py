@@ -231,6 +231,16 @@ def check(environment: Environment) -> Environment:
     Raises:
         ValueError: naming the environment and the field: an observation of another shape, a reward or termination that is
             no scalar, a state that changes its structure, values that are not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf.mdp.environments import Environment, check
+        >>> def reset(key):  # -> observation, state
+        ...     return jnp.zeros(1), 0
+        >>> def step(key, state, action):  # -> observation, state, reward, terminated
+        ...     return jnp.ones(1), state + 1, 1.0 * action, state >= 9
+        >>> check(Environment("ten steps", reset, step, actions=2, observation_size=1)).name
+        'ten steps'
     """
     name, key = environment.name, jax.random.key(0)
     if environment.actions < 1:

@@ -29,6 +29,14 @@ def gold_annotator(score: Score, *, labels: int = 1, choice: Choice = BRADLEY_TE
 
     Raises:
         ValueError: the choice is out of range.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import preferences
+        >>> annotate = preferences.gold_annotator(lambda sample, frozen: 20.0 * sample)  # here a "sample" is its scores
+        >>> annotate(jax.random.key(0), jnp.array([[[1.0, 0.0], [0.0, 1.0]]]), None).tolist()
+        [[[1.0], [0.0]]]
     """
     choice.check()
 

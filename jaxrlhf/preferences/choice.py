@@ -72,7 +72,17 @@ def log_outcomes(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array
 
 
 def preference(scores: jax.Array, choice: Choice = BRADLEY_TERRY) -> jax.Array:
-    """Returns the expected label `[...]`, P(0 preferred) + P(tie) / 2, from scores `[..., 2]`; `SKIPPED` where skipped."""
+    """Returns the expected label `[...]`, P(0 preferred) + P(tie) / 2, from scores `[..., 2]`; `SKIPPED` where skipped.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf.preferences import Choice, preference
+        >>> scores = jnp.array([[1.0, 0.0], [0.0, 0.0]])
+        >>> preference(scores).tolist()
+        [0.73, 0.5]
+        >>> preference(scores, Choice(mistake=0.1)).tolist()
+        [0.68, 0.5]
+    """
     if choice == BRADLEY_TERRY:
         return jax.nn.sigmoid(scores[..., 0] - scores[..., 1])
     outcomes = jnp.exp(log_outcomes(scores, choice))
@@ -83,6 +93,13 @@ def draw_labels(key: Key, scores: jax.Array, *, labels: int = 1, choice: Choice 
     """Draws `labels` independent labels a pair, `[..., L]` in {0, 1/2, 1, SKIPPED}, from scores `[..., 2]`.
 
     Consumes the key.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf.preferences import draw_labels
+        >>> draw_labels(jax.random.key(0), jnp.array([[9.0, -9.0], [-9.0, 9.0]]), labels=2).tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
     """
     uniform = jax.random.uniform(key, (*scores.shape[:-1], labels), scores.dtype)
     if choice == BRADLEY_TERRY:

@@ -99,6 +99,13 @@ def likelihood(*, coupled: bool = True, weight: float = 1.0, choice: Choice = BR
 
     Raises:
         ValueError: the choice is out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import objectives
+        >>> returns, labels = jnp.array([[[2.0, 0.0], [0.0, 0.0]]]), jnp.array([[[1.0], [0.0]]])  # [B, M, 2], [B, M, 1]
+        >>> objectives.likelihood(coupled=False).at(returns, labels).uncoupled.tolist()
+        [[0.127, 0.693]]
     """
     choice.check()
 
@@ -136,7 +143,14 @@ def excess_likelihood(*, coupled: bool = True, weight: float = 1.0) -> Objective
 
 
 def brier(*, coupled: bool = True, weight: float = 1.0) -> Objective:
-    """Returns `(p - z1) (p - z2)` with two independent labels: an unbiased estimate of (p - P(y0 preferred))^2."""
+    """Returns `(p - z1) (p - z2)` with two independent labels: an unbiased estimate of (p - P(y0 preferred))^2.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import objectives
+        >>> objectives.brier().at(jnp.zeros((1, 1, 2)), jnp.array([[[1.0, 0.0]]])).coupled.tolist()  # p = 1/2, two labels
+        [[-0.25]]
+    """
 
     def pair_cost(returns, labels):
         probability = jax.nn.sigmoid(returns[..., 0] - returns[..., 1])
@@ -150,6 +164,15 @@ def utility(*, kl_price: float | jax.Array, weight: float = 1.0) -> Objective:
 
     Near the reference the win rate rises by a quarter of the gold reward's gain (the slope of the sigmoid at 0), so
     `kl_price = beta / 4` asks for the trade-off between reward and KL that the lower level makes.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf import objectives
+        >>> objective = objectives.utility(kl_price=0.03)
+        >>> objective.at(jnp.zeros((1, 2, 2)), jnp.array([[[1.0], [0.5]]])).coupled.tolist()  # a win, a tie
+        [[-1.0, -0.5]]
+        >>> objective.kl_price, objective.against_reference
+        (0.03, True)
     """
 
     def pair_cost(returns, labels):
@@ -160,7 +183,14 @@ def utility(*, kl_price: float | jax.Array, weight: float = 1.0) -> Objective:
 
 
 def add(*objectives: Objective) -> Objective:
-    """Returns the sum: costs and KL prices add, and the strictest requirement holds."""
+    """Returns the sum: costs and KL prices add, and the strictest requirement holds.
+
+    Examples:
+        >>> from jaxrlhf import objectives
+        >>> objective = objectives.add(objectives.likelihood(coupled=False), objectives.utility(kl_price=0.05))
+        >>> objective.kl_price, objective.labels, objective.against_reference
+        (0.05, 1, True)
+    """
     if not objectives:
         raise ValueError("add needs at least one objective.")
 

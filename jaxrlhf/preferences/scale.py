@@ -59,6 +59,13 @@ def with_scale(reward: Params, scale: float = 1.0) -> ScaledReward:
 
     Raises:
         ValueError: the scale is not positive.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxrlhf.preferences.scale import with_scale
+        >>> upper = with_scale(jnp.zeros(4), scale=2.0)
+        >>> round(float(upper.effective_beta(0.1)), 3)
+        0.05
     """
     if not scale > 0:
         raise ValueError(f"The reward's scale must be positive, got {scale}.")
@@ -161,5 +168,10 @@ def marginal_price(coupled_slope: jax.Array, kl_slope: jax.Array) -> jax.Array:
 
     Slopes of single steps are noisy: average them over steps before dividing. At the reference the first nat is free, and
     the price infinite.
+
+    Examples:
+        >>> from jaxrlhf.preferences.scale import marginal_price
+        >>> round(marginal_price(-0.06, 2.0), 3)  # wins gained and nats spent, both per unit of the same direction
+        0.03
     """
     return -coupled_slope / kl_slope

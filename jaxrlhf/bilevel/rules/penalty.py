@@ -55,7 +55,13 @@ def forward(
 def central(
     relative_sigma: float | SigmaSchedule | Balanced = 0.2, *, sampling: Sampling = "shared"
 ) -> HypergradientRule:
-    """Returns the default rule: three policies, error O(sigma^2). See `penalty`."""
+    """Returns the default rule: three policies, error O(sigma^2). See `penalty`.
+
+    Examples:
+        >>> from jaxrlhf import bilevel
+        >>> bilevel.central(relative_sigma=0.2).stencil.offsets  # the policies: deployed, and tilted by +sigma and -sigma
+        (0.0, 1.0, -1.0)
+    """
     return penalty(CENTRAL, relative_sigma, sampling=sampling)
 
 
