@@ -66,7 +66,7 @@ def test_clicks_notes_and_undo(person, serve, some_pairs, press, lease):
 
 
 def test_two_tabs_never_show_one_pair(person, serve, some_pairs, press, lease):
-    queue, address = serve(some_pairs(20))
+    queue, address = serve(some_pairs(12))
     someone = person()
     one = someone.open(address)
     two = someone.open(address)
