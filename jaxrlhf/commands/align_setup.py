@@ -29,6 +29,20 @@ from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.preferences import objectives, preference
 from jaxrlhf.preferences.mixture import mixture_problem, without_scores
 from jaxrlhf.preferences.scale import with_scale
+from jaxrlhf.preferences.self_play import win_rates
+
+
+class Forecast(NamedTuple):
+    """What the learned reward says of a step's pairs, before they are labelled.
+
+    Attributes:
+        preferred: `[B, M]`, the probability that response 0 is preferred.
+        win_rate: `[]`, of the policy against the reference (`self_play.win_rates`); None where a step has no responses of
+            the reference to read, or is labelled against them.
+    """
+
+    preferred: jax.Array
+    win_rate: jax.Array | None
 
 
 class AlignSetup(NamedTuple):
@@ -45,8 +59,7 @@ class AlignSetup(NamedTuple):
         review: of `methods.Reusing`, where labels are kept.
         adapters_of: `(state) -> ` trained adapters of policy and reward; none where all weights are trained.
         scaling: alpha over the rank of the adapters.
-        forecast: `(state, sample, frozen) -> [B, M]`, the learned reward's probability that response 0 is preferred; None
-            where no reward model alone is the reward.
+        forecast: `(state, sample, frozen) -> Forecast`; None where no reward model alone is the reward.
     """
 
     algorithm: Algorithm
@@ -59,7 +72,7 @@ class AlignSetup(NamedTuple):
     review: Callable[[Any, Any, Params], Any] | None = None
     adapters_of: Callable[[Any], dict[Kind, Params]] = lambda state: {}
     scaling: float = 1.0
-    forecast: Callable[[Any, Sample, Params], jax.Array] | None = None
+    forecast: Callable[[Any, Sample, Params], Forecast] | None = None
 
 
 class _Trained(NamedTuple):
@@ -160,15 +173,19 @@ def build_setup(
 
 def _forecast(
     config: Align, policy: Model, reward: Model, trained: _Trained
-) -> Callable[[Any, Sample, Params], jax.Array]:
+) -> Callable[[Any, Sample, Params], Forecast]:
     method = METHODS[config.method]
     # Read once and not from both sides, whatever the pairs are.
-    pairs: dict[str, Any] = {"against": "policy", "per_token": method.per_token}
+    pairs: dict[str, Any] = {"against": "policy", "per_token": method.per_token, "reference_responses": 1}
     problem = _problem(config, policy, reward, objectives.likelihood(), **pairs, **trained.params)
 
     def forecast(state, sample, frozen):
-        rewards = problem.reward(_reward_part(config, state.upper), sample, frozen)
-        return preference(jnp.sum(sample.cumulative_discount * rewards, axis=-1))
+        reward = _reward_part(config, state.upper)
+        returns, win_rate = jnp.sum(sample.cumulative_discount * problem.reward(reward, sample, frozen), axis=-1), None
+        if jax.tree.leaves(sample.reference_responses):
+            assert problem.reference_returns is not None
+            win_rate = jnp.mean(win_rates(returns, problem.reference_returns(reward, sample, frozen)))
+        return Forecast(preference(returns), win_rate)
 
     return forecast
 
