@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_with_the_same_pairs_and_loses_no_label(here):
     port = free_port()
 
     def command(name, *more):
-        config = settings(here, name, port, steps=4)
+        config = settings(here, name, port, steps=4, reuse=1, kept_labels=16, choose="disagreement")
         fields = (
             "policy",
             "data",
@@ -163,7 +163,7 @@ def test_a_killed_run_goes_on_with_the_same_pairs_and_loses_no_label(here):
             "run",
             "port",
         )
-        fields += ("repeats", "labels_per_step")
+        fields += ("repeats", "labels_per_step", "reuse", "kept_labels", "choose")
         flags = [text for field in fields for text in (f"--{field.replace('_', '-')}", str(getattr(config, field)))]
         return [sys.executable, "-m", "jaxrlhf.commands.main", "align", *flags, *more]
 
