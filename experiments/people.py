@@ -1,11 +1,11 @@
-r"""What a person's labels are worth when they are used once, used again, and chosen: `jaxrlhf align` with a simulated person.
+r"""What a person's labels are worth when used once, used again and chosen: `jaxrlhf align` with a simulated person.
 
     python experiments/people.py --policy DIR
 
-DIR is a small model of stories. The person prefers by Bradley and Terry on a hidden score of the text, makes a mistake in one
-of ten labels and takes 3 seconds for each. All ways spend the same labels, over the same steps, with the same settings
-otherwise; the win rate against the reference on held-out openings is by the person's preferences without mistakes, as
-probabilities.
+DIR is a small model of stories. The person prefers by Bradley and Terry on a hidden score of the text, makes a mistake in
+one of ten labels and takes 3 seconds for each. All ways spend the same labels, over the same steps, with the same
+settings otherwise; the win rate against the reference on held-out openings is by the person's preferences without
+mistakes, as probabilities.
 """
 
 import concurrent.futures
@@ -79,7 +79,7 @@ class Cell(NamedTuple):
 
 
 def person(prompts: list[str], firsts: list[str], seconds: list[str]) -> list[float]:
-    """Labels as the simulated person; the many pairs of an evaluation get the probability behind the label, without mistakes."""
+    """Labels as the simulated person; the many pairs of an evaluation get the probability behind it, without mistakes."""
     seed = os.environ[SEED]
     per_step, found = int(os.environ[f"{SEED}_PAIRS"]), []
     for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
