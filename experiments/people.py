@@ -53,15 +53,15 @@ class Config:
     labels: int = 400
     """Of a run."""
     labels_per_step: int = 10
-    reuse: int = 8
+    reuse: int = 4
     """Updates of the reward from kept labels a step."""
     seeds: int = 5
     first_seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 8
     """Prompts a step, with four pairs each, of which `labels_per_step` are labelled."""
-    policy_learning_rate: float = 1e-3
-    reward_learning_rate: float = 3e-3
-    evaluation_answers: int = 512
+    policy_learning_rate: float = 5e-4
+    reward_learning_rate: float = 1e-3
+    evaluation_answers: int = 256
     """Completions of held-out openings per evaluation."""
     options: tuple[str, ...] = ()
     """Further options of every run, as NAME=VALUE, or NAME for a switch."""
@@ -98,9 +98,9 @@ def command(config: Config, folder: pathlib.Path, cell: Cell) -> list[str]:
     options = {
         "policy": config.policy.absolute(), "data": folder.absolute() / "openings.jsonl", "annotator": "people:person",
         "steps": steps, "batch-size": config.batch_size, "labels-per-step": config.labels_per_step,
-        "max-new-tokens": 24, "warmup": 3, "mistakes": MISTAKES,
+        "max-new-tokens": 24, "warmup": 8, "mistakes": MISTAKES,
         "policy-learning-rate": config.policy_learning_rate, "reward-learning-rate": config.reward_learning_rate,
-        "evaluations": 4, "evaluation-answers": config.evaluation_answers, "held-out": 0.25, "seed": cell.seed,
+        "evaluations": 2, "evaluation-answers": config.evaluation_answers, "held-out": 0.25, "seed": cell.seed,
         "output": folder.absolute(), "data-dir": folder.absolute() / "prepared", "run": run_name(cell),
     }  # fmt: skip
     flat = [text for option, value in options.items() for text in (f"--{option}", str(value))]
