@@ -59,7 +59,7 @@ class Config:
     first_seed: int = 0
     batch_size: int = 8
     """Prompts a step, with four pairs each, of which `labels_per_step` are labelled."""
-    policy_learning_rate: float = 5e-4
+    policy_learning_rate: float = 2e-4
     reward_learning_rate: float = 1e-3
     evaluation_answers: int = 256
     """Completions of held-out openings per evaluation."""
@@ -181,8 +181,10 @@ def main(config: Config) -> pathlib.Path:
         seeds = range(config.first_seed, config.first_seed + config.seeds)
         cells = [Cell(way, seed) for seed, way in itertools.product(seeds, config.ways)]
         with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
-            measured = pool.map(lambda cell: measure(config, folder.path, cell), cells)
-            found = dict(zip(cells, measured, strict=True))
+            found = {}
+            for cell, rows in zip(cells, pool.map(lambda cell: measure(config, folder.path, cell), cells), strict=True):
+                found[cell] = rows
+                folder.append_metrics(**cell._asdict(), **rows[-1])
     except ValueError as error:
         print(f"people: {error}", file=sys.stderr)
         raise SystemExit(2) from None
