@@ -3,9 +3,11 @@
     python experiments/control.py --tasks cartpole --methods oracle iterated "bilevel central"
     python experiments/control.py                                   # everything, about two hours; half in two processes
     python experiments/control.py --tasks pendulum --annotators mistaken myopic
+    python experiments/control.py --tasks cartpole --methods iterated --annotators browser --seeds 1 --outer-steps 40
 
 No learner sees the true reward; all buy equally many labels and draw equally many episodes. Runs that are already in the
-output folder with the same settings are skipped, so a killed study resumes when the command is repeated.
+output folder with the same settings are skipped, so a killed study resumes when the command is repeated. With the
+annotator browser it is you who labels: the command prints the address of a page that plays the segments.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -23,6 +26,7 @@ import numpy as np
 import scipy.stats
 import tyro
 from control_methods import METHODS, Budget
+from control_people import person
 from control_tasks import TASKS, WIDTH, Task
 from control_training import trainer
 
@@ -33,13 +37,14 @@ from jaxrlhf.training.report import tables_of, write_report
 from jaxrlhf.training.run_folder import plain
 
 TaskName = Literal["four-rooms", "cartpole", "pendulum", "reacher"]
-AnnotatorName = Literal["rational", "mistaken", "indifferent", "left-handed", "myopic"]
+AnnotatorName = Literal["rational", "mistaken", "indifferent", "left-handed", "myopic", "browser"]
 CHOICES = {
     "rational": preferences.BRADLEY_TERRY,
     "mistaken": preferences.Choice(mistake=0.1),
     "indifferent": preferences.Choice(tie=1.0),
     "left-handed": preferences.Choice(position=1.0),
     "myopic": preferences.BRADLEY_TERRY,
+    "browser": preferences.BRADLEY_TERRY,
 }
 MYOPIC_DECAY = 0.9
 
@@ -53,11 +58,13 @@ class Config:
     """Names in METHODS of control_methods.py."""
     annotators: tuple[AnnotatorName, ...] = ("rational",)
     """Rational is Bradley-Terry; mistaken flips a tenth of the labels; indifferent calls ties; left-handed favours the
-    segment shown first; myopic discounts what happened early in a segment."""
+    segment shown first; myopic discounts what happened early in a segment; browser is a person."""
     seeds: int = 5
     outer_steps: int | None = None
     """Outer steps of a run; by default the task's own number."""
     budget: Budget = dataclasses.field(default_factory=Budget)
+    port: int = 8377
+    """Of the page, with the annotator browser."""
     output: pathlib.Path = pathlib.Path("runs/control")
     """Folder for results, tables and figures."""
 
@@ -76,12 +83,34 @@ def annotator_of(name: AnnotatorName, task: Task):
     return lambda labels: preferences.gold_annotator(score, labels=labels, choice=CHOICES[name])
 
 
-def run(task: Task, method: str, annotator: AnnotatorName, config: Config) -> dict:
+def run(task: Task, method: str, annotator: AnnotatorName, config: Config, name: TaskName) -> dict:
     """Runs all seeds of one method in one program; returns its curves `[seeds, outer_steps]` and the seconds it took."""
-    train = trainer(task, METHODS[method], config.budget, annotator_of(annotator, task))
+    if annotator != "browser":
+        return run_with(task, method, annotator_of(annotator, task), config)
+    if config.seeds != 1:
+        raise ValueError("a person labels one run at a time; give --seeds 1")
+    journal = config.output / f"{name}-{method}.people.sqlite".replace(" ", "_").replace(",", "")
+    with person(name, journal, port=config.port) as annotators:
+        # Not vectorised: a person is asked from within.
+        return run_with(task, method, annotators, config, all_seeds=lambda train: lambda keys: _alone(train, keys))
+
+
+def _alone(train: Callable, keys: jax.Array):
+    return jax.tree.map(lambda leaf: leaf[None], train(keys[0]))
+
+
+def run_with(
+    task: Task,
+    method: str,
+    annotators: Callable[[int], preferences.Annotator],
+    config: Config,
+    all_seeds: Callable[[Callable], Callable] = jax.vmap,
+) -> dict:
+    """Runs a method with `labels per pair -> annotator`, over all keys by `all_seeds`; see `run`."""
+    train = trainer(task, METHODS[method], config.budget, annotators)
     keys = jax.random.split(jax.random.key(0), config.seeds)
     began = time.monotonic()
-    compiled = jax.jit(jax.vmap(train)).lower(keys).compile()
+    compiled = jax.jit(all_seeds(train)).lower(keys).compile()
     ready = time.monotonic()
     curves = jax.block_until_ready(compiled(keys))
     seconds = {"compilation": ready - began, "run": time.monotonic() - ready}
@@ -228,7 +257,7 @@ def main(config: Config) -> None:
         if path.exists() and json.loads(path.read_text())["settings"] == settings:
             continue
         try:
-            curves = run(task, method, annotator, config)
+            curves = run(task, method, annotator, config, name)
         except ValueError as error:
             sys.exit(f"control: {name}, {method}: {error}")
         finished += 1

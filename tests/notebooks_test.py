@@ -77,6 +77,13 @@ gains = [(float(row.min()) - 0.5) / (limit[0] - 0.5) for row, limit in zip(utili
 assert min(gains) > 0.9, gains
 """
 
+LABEL_IT_YOURSELF = """
+assert len(queue.votes()) == 64 and len(policies) == 9 and not queue.counts()["left"] == 0
+answers = np.array([each[1] for each in map(frequencies, policies)])  # right, wrong, that depends, no idea
+assert 0.25 < answers[0, 0] < 0.35 and answers[-1, 0] > 0.6 and answers[-1, 1] < 0.15, answers
+assert win_rate > 0.7 and 0.5 < kl < 3.0, (win_rate, kl)
+"""
+
 # These hold for any model, however little it learns.
 ALIGN_A_MODEL = """
 assert len(steps) == STEPS and {row["labels"] for row in steps} == {len(TRAINING) // 2 * PAIRS}
@@ -114,10 +121,12 @@ VALUES = {
     "align_a_model": ALIGN_A_MODEL,
     "first_steps": FIRST_STEPS,
     "four_rooms": FOUR_ROOMS,
+    "label_it_yourself": LABEL_IT_YOURSELF,
     "state_a_price": STATE_A_PRICE,
     "the_method": THE_METHOD,
 }
-PICTURES = {"align_a_model": 5, "first_steps": 2, "four_rooms": 3, "state_a_price": 1, "the_method": 6}
+PICTURES = {"align_a_model": 5, "first_steps": 2, "four_rooms": 3, "label_it_yourself": 1, "state_a_price": 1}
+PICTURES |= {"the_method": 6}
 # Appended to the cell `settings` of a notebook whose full run takes minutes.
 SHORT = {"align_a_model": "STEPS, EVALUATE_EVERY, PAIRS, MAX_NEW_TOKENS, STORIES, POOLS = 12, 4, 2, 12, 4, 2"}
 each_notebook = pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
@@ -185,6 +194,7 @@ def execute(notebook, folder, *, timeout=300):
 def test_a_notebook_runs_and_its_values_are_right(name, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.setenv("JAXRLHF_MODEL", str(tiny_model))
+    monkeypatch.setenv("JAXRLHF_SIMULATED_PERSON", "1")
     notebook = read(name)
     for cell in notebook.cells:
         if cell.id == "settings" and name in SHORT:

@@ -32,7 +32,7 @@ from jaxrlhf.commands.annotators import (
 )
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_existing
-from jaxrlhf.commands.methods import ask_about_some, rule_of
+from jaxrlhf.commands.methods import ask_about_some, label_chosen, rule_of
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
 from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
 from jaxrlhf.commands.page_annotator import STORE, with_board, with_forecasts
@@ -251,19 +251,24 @@ def train(
 
 
 def _outer_step(config: Align, run: Run, compiled: Algorithm) -> Callable:
-    mixture, annotate, traced, score = run.setup.mixture, run.annotator.host, None, None
+    mixture, annotate, choose = run.setup.mixture, run.annotator.host, run.setup.choose
+    traced: Callable[..., jax.Array] | None = run.annotator.traced
+    score = None
+    if choose is not None:
+        choose = jax.jit(within(run.mesh, choose), out_shardings=_everywhere(run.mesh))
+        traced = None if traced is None else label_chosen(traced)
+    if traced is not None:
+        traced = compile_annotator(traced, run.mesh, frozen=run.frozen_where, further=int(choose is not None))
     if annotate is not None and config.labels_per_step is not None:
         annotate = ask_about_some(annotate, config.labels_per_step)
     if mixture is not None:
         assert run.units is not None
         score = scorer(mixture, run.units, run.policy, run.folder)
-        if run.annotator.traced is not None:
-            traced = compile_annotator(run.annotator.traced, run.mesh, frozen=run.frozen_where)
     people, forecast = run.annotator.people, run.setup.forecast
     if people is not None and forecast is not None:
         compiled_forecast = jax.jit(within(run.mesh, forecast), out_shardings=_everywhere(run.mesh))
         compiled = with_forecasts(compiled, compiled_forecast, people, run.policy.bundle.tokenizer)
-    step = make_outer_step(compiled, annotate, traced=traced, score=score)
+    step = make_outer_step(compiled, annotate, traced=traced, score=score, choose=choose)
     if people is None or not measures_mistakes(config):
         return step
     where = run.frozen_where.annotator

@@ -35,7 +35,7 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
             *("max_new_tokens", "kl_price", "lora_rank"),
         ),
         "data": ("format", "skip_bad", "held_out", "max_prompt", "cut_prompts"),
-        "labels": ("from_preferences", "kept_labels", "labels_per_step", "mistakes", "annotator_timeout"),
+        "labels": ("from_preferences", "kept_labels", "labels_per_step", "choose", "mistakes", "annotator_timeout"),
         "the trade-off with KL, and the policy's response to the reward": (
             *("beta", "target_kl", "utility_weight", "estimator", "relative_sigma"),
         ),
@@ -101,7 +101,10 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     """KL to the reference in nats to arrive at, over two thirds of the run; --beta is then where its weight starts.
     label-gradient has no beta: --kl-price is moved."""
     labels_per_step: int | None = None
-    """Labels per step, of pairs drawn at random; the others serve what needs no label. By default every pair has one."""
+    """Labels per step; the other pairs serve what needs no label. By default every pair has one."""
+    choose: Literal["random", "disagreement"] = "random"
+    """Which pairs are labelled with --labels-per-step: drawn at random, or those about which reward models that fit the
+    kept labels disagree most."""
     mistakes: float | Literal["measured"] | None = None
     """Probability that a preference is a mistake, which the reward's likelihood allows for. By default 0; with --annotator
     browser it is measured, from the pairs that a person labels twice."""
@@ -179,6 +182,22 @@ def _check_mistakes(config: Align) -> None:
         raise ValueError(f"--mistakes must lie in [0, 0.5), got {config.mistakes:g}.")
 
 
+def _check_choice(config: Align) -> None:
+    if config.choose == "random":
+        return
+    if config.labels_per_step is None:
+        raise ValueError(
+            "--choose disagreement chooses the pairs of --labels-per-step, of which there is none; give one."
+        )
+    if not config.reuse:
+        raise ValueError(
+            "--choose disagreement compares a step's pairs with the kept labels of --reuse; give at least 1."
+        )
+    if not forecasts(config):
+        without = "with --rewards" if config.rewards else f"with --method {config.method}"
+        raise ValueError(f"--choose disagreement needs a reward model alone as the reward; leave it out {without}.")
+
+
 def check_config(config: Align) -> None:
     """Raises ValueError for settings that are out of range or do not go together."""
     check_flags(config)
@@ -199,6 +218,7 @@ def check_config(config: Align) -> None:
         )
     check_people(config)
     _check_mistakes(config)
+    _check_choice(config)
     if config.annotator == BROWSER:
         refuse_unused(config, ["keep_best"], "to people, who are not asked to compare policies during a run")
     _check_rewards(config)

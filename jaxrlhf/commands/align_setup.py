@@ -16,6 +16,7 @@ from jaxrlhf.bilevel import Algorithm, BilevelProblem
 from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.align_config import Align, forecasts
 from jaxrlhf.commands.annotators import ComparisonAnnotator
+from jaxrlhf.commands.existing import kept_labels
 from jaxrlhf.commands.method_flags import beta_of, learns_scale
 from jaxrlhf.commands.methods import build_algorithm
 from jaxrlhf.commands.mixture import Mixture, open_mixture, upper_with_mixture
@@ -27,9 +28,26 @@ from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.problem import LanguageFrozen, RolloutModel, language_problem
 from jaxrlhf.lm.reward import NOT_IN_TRUNK, RewardModel, reward_model
 from jaxrlhf.lm.transformer.model import decoder
-from jaxrlhf.preferences import objectives, preference
+from jaxrlhf.preferences import objectives, preference, queries
 from jaxrlhf.preferences.mixture import mixture_problem, without_scores
 from jaxrlhf.preferences.scale import with_scale
+from jaxrlhf.preferences.self_play import win_rates
+
+LABELS_READ = 256
+"""About how many kept labels are read to choose a step's pairs by; where there are more, so many are drawn."""
+
+
+class Forecast(NamedTuple):
+    """What the learned reward says of a step's pairs, before they are labelled.
+
+    Attributes:
+        preferred: `[B, M]`, the probability that response 0 is preferred.
+        win_rate: `[]`, of the policy against the reference (`self_play.win_rates`); None where a step has no responses of
+            the reference to read, or is labelled against them.
+    """
+
+    preferred: jax.Array
+    win_rate: jax.Array | None
 
 
 class AlignSetup(NamedTuple):
@@ -46,8 +64,8 @@ class AlignSetup(NamedTuple):
         review: of `methods.Reusing`, where labels are kept.
         adapters_of: `(state) -> ` trained adapters of policy and reward; none where all weights are trained.
         scaling: alpha over the rank of the adapters.
-        forecast: `(state, sample, frozen) -> [B, M]`, the learned reward's probability that response 0 is preferred; None
-            where no reward model alone is the reward.
+        forecast: `(state, sample, frozen) -> Forecast`; None where no reward model alone is the reward.
+        choose: `(state, sample, frozen) -> indices` of the pairs to ask about, of --choose; None for a random draw.
     """
 
     algorithm: Algorithm
@@ -60,7 +78,8 @@ class AlignSetup(NamedTuple):
     review: Callable[[Any, Any, Params], Any] | None = None
     adapters_of: Callable[[Any], dict[Kind, Params]] = lambda state: {}
     scaling: float = 1.0
-    forecast: Callable[[Any, Sample, Params], jax.Array] | None = None
+    forecast: Callable[[Any, Sample, Params], Forecast] | None = None
+    choose: Callable[[Any, Sample, Params], jax.Array] | None = None
 
 
 class _Trained(NamedTuple):
@@ -156,22 +175,60 @@ def build_setup(
         adapters_of=adapters_of,
         scaling=trained.scaling,
         forecast=_forecast(config, policy, reward, trained) if forecasts(config) else None,
+        choose=_choice(config, policy, reward, trained) if config.choose == "disagreement" else None,
     )
 
 
 def _forecast(
     config: Align, policy: Model, reward: Model, trained: _Trained
-) -> Callable[[Any, Sample, Params], jax.Array]:
-    method = METHODS[config.method]
-    # Read once and not from both sides, whatever the pairs are.
-    pairs: dict[str, Any] = {"against": "policy", "per_token": method.per_token}
-    problem = _problem(config, policy, reward, objectives.likelihood(), **pairs, **trained.params)
+) -> Callable[[Any, Sample, Params], Forecast]:
+    problem = _pairs_problem(config, policy, reward, trained)
 
     def forecast(state, sample, frozen):
-        rewards = problem.reward(_reward_part(config, state.upper), sample, frozen)
-        return preference(jnp.sum(sample.cumulative_discount * rewards, axis=-1))
+        reward = _reward_part(config, state.upper)
+        returns, win_rate = jnp.sum(sample.cumulative_discount * problem.reward(reward, sample, frozen), axis=-1), None
+        if jax.tree.leaves(sample.reference_responses):
+            assert problem.reference_returns is not None
+            win_rate = jnp.mean(win_rates(returns, problem.reference_returns(reward, sample, frozen)))
+        return Forecast(preference(returns), win_rate)
 
     return forecast
+
+
+def _choice(
+    config: Align, policy: Model, reward: Model, trained: _Trained
+) -> Callable[[Any, Sample, Params], jax.Array]:
+    problem, count = _pairs_problem(config, policy, reward, trained), config.labels_per_step
+    assert count is not None
+    # A multiple of a step's pairs, which microbatches divide.
+    pairs = config.batch_size * config.pairs
+    size = pairs * max(1, min(LABELS_READ, config.kept_labels) // pairs)
+
+    def choose(state, sample, frozen):
+        learned, kept = _reward_part(config, state.upper), kept_labels(state)
+        head = learned["head"]
+
+        def differences(of):
+            def along(direction):
+                rewards = problem.reward(learned | {"head": direction}, of, frozen)
+                returns = jnp.sum(of.cumulative_discount * rewards, axis=-1)
+                return (returns[..., 0] - returns[..., 1]).reshape(-1)
+
+            # The score is linear in the head: along the axes it is the features. The trunk runs once.
+            return jax.vmap(along, out_axes=1)(jnp.eye(len(head), dtype=head.dtype))
+
+        labelled, weights = queries.labelled_pairs(jax.random.key(kept.step), kept.buffer, size=size)
+        candidates, known = differences(sample), differences(labelled.sample)
+        information = weights * jax.nn.sigmoid(known @ head) * jax.nn.sigmoid(-(known @ head))
+        return queries.choose(candidates @ head, queries.covariance(candidates, known, information), count)
+
+    return choose
+
+
+def _pairs_problem(config: Align, policy: Model, reward: Model, trained: _Trained) -> BilevelProblem:
+    """Returns the problem whose reward reads both responses of a pair once, whatever the pairs are."""
+    pairs: dict[str, Any] = {"against": "policy", "per_token": METHODS[config.method].per_token}
+    return _problem(config, policy, reward, objectives.likelihood(), reference_responses=1, **pairs, **trained.params)
 
 
 def _upper(config: Align, reward: Params, mixture: Mixture | None) -> Params:

@@ -115,17 +115,17 @@ def begin_with(
     """
     method, size = method_of(config), config.batch_size
     model = decoder(policy.config, dtype=jnp.float32, remat=config.remat)
-    count, columns = chunks_of(existing, size), _kept(state).buffer.pairs.sample.prompts.tokens.shape[1]
+    count, columns = chunks_of(existing, size), kept_labels(state).buffer.pairs.sample.prompts.tokens.shape[1]
 
     def put(state, chunk, frozen):
         prompts, responses, labels = chunk
         against = "reference" if method.against == "reference" else "policy"
         labelled = offline_pairs(model, prompts, responses, labels, frozen, against=against, per_token=method.per_token)
-        kept = _kept(state)
+        kept = kept_labels(state)
         return _with_kept(state, kept._replace(buffer=buffer.add(kept.buffer, labelled)))
 
     def look(key, state, frozen):
-        return _with_kept(state, review(key, _kept(state), frozen))
+        return _with_kept(state, review(key, kept_labels(state), frozen))
 
     put, look = (
         jax.jit(within(mesh, function), donate_argnums=index, out_shardings=state_where)
@@ -144,9 +144,9 @@ def _replicated(mesh: Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def _kept(state: Any) -> ReplayedState:
-    # A controller's state has that of the kept labels inside.
-    return state if isinstance(state, ReplayedState) else _kept(state.inner)
+def kept_labels(state: Any) -> ReplayedState:
+    """Returns the state that holds the kept labels, which a controller's state has inside."""
+    return state if isinstance(state, ReplayedState) else kept_labels(state.inner)
 
 
 def _with_kept(state: Any, kept: ReplayedState) -> Any:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from rich.console import Console
 
+from jaxrlhf.commands.connect import connect
 from jaxrlhf.commands.data import Format, read_all, skipped_lines
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.label_data import (
@@ -41,15 +42,15 @@ class Label(PageConfig):
     """
 
     GROUPS: ClassVar[Groups] = {
-        "main settings": ("data", "to", "policy", "people_per_pair", "keep"),
+        "main settings": ("data", "to", "policy", "people_per_pair", "keep", "connect"),
         "data": ("format", "skip_bad", "data_dir"),
         "sampling, with --policy": SAMPLING,
     }
 
-    data: str
+    data: str = ""
     """Pairs to label (.jsonl, .parquet or .csv): prompt with two completions, or with chosen and rejected. With
     --policy: prompts."""
-    to: pathlib.Path
+    to: pathlib.Path = pathlib.Path()
     """The .jsonl file for the labels; the journal, and each person's labels with their notes, are kept beside it."""
     policy: pathlib.Path | None = None
     """Model to sample two completions of each prompt from: a Hugging Face directory, or a run's folder."""
@@ -71,14 +72,21 @@ class Label(PageConfig):
     """With --policy: random seed of the completions."""
     data_dir: pathlib.Path = pathlib.Path("runs/data")
     """Directory for downloaded data."""
+    connect: str | None = None
+    """In place of all this: HOST:FOLDER, a run's folder, or HOST:FILE, the labels, on a machine that SSH knows, whose page
+    is then reached here; --port is the page's there."""
 
 
-def main(config: Label) -> pathlib.Path:
-    """Serves the page until it is stopped; returns the path of the labels.
+def main(config: Label) -> pathlib.Path | None:
+    """Serves the page until it is stopped; returns the path of the labels, or None after --connect.
 
     Raises:
         ValueError, DataError: a setting, the data or the model cannot be used; the message says what to change.
     """
+    if config.connect is not None:
+        _check_connection(config)
+        connect(config.connect, config.port)
+        return None
     _check(config)
     journal = config.to.with_suffix(".sqlite")
     if config.to.exists() and not journal.exists():
@@ -108,7 +116,17 @@ def main(config: Label) -> pathlib.Path:
     return config.to
 
 
+def _check_connection(config: Label) -> None:
+    others = [field.name for field in dataclasses.fields(config) if field.name not in ("connect", "port")]
+    refuse_unused(config, others, "with --connect, which opens the page of a command that runs elsewhere")
+    check_page(config)
+    if not config.port:
+        raise ValueError("--connect needs the --port of the page there; 0 is none.")
+
+
 def _check(config: Label) -> None:
+    if not config.data or config.to == pathlib.Path():
+        raise ValueError("Give --data and --to: what is labelled, and the file for the labels.")
     check_flags(config)
     check_page(config)
     if config.policy is None:

@@ -236,13 +236,28 @@ def _label_some(label: Callable[..., Labelled], count: int) -> Callable[..., Lab
     return some
 
 
-def ask_about_some(annotate: Callable[[Key, Sample], Any], count: int) -> Callable[[Key, Sample], np.ndarray]:
-    """Returns the host annotator `(key, sample) -> labels [B, M, 1]` that is shown `count` pairs, drawn at random."""
+def label_chosen(annotate: preferences.Annotator) -> Callable[[Key, Sample, Params, jax.Array], jax.Array]:
+    """Returns the traceable annotator whose labels count for the pairs of `chosen` only, `make_outer_step`'s indices."""
 
-    def annotate_some(key, sample):
+    def annotate_chosen(key, sample, frozen, chosen):
+        labels = annotate(key, sample, frozen)
+        is_chosen = jnp.zeros(sample.measure.size, bool).at[chosen].set(True)
+        return jnp.where(is_chosen.reshape(*sample.measure.shape, 1), labels, SKIPPED)
+
+    return annotate_chosen
+
+
+def ask_about_some(annotate: Callable[[Key, Sample], Any], count: int) -> Callable[..., np.ndarray]:
+    """Returns the host annotator `(key, sample, chosen=None) -> labels [B, M, 1]` that is shown `count` pairs.
+
+    Those of `chosen`, `make_outer_step`'s indices, in its order; else some drawn at random.
+    """
+
+    def annotate_some(key, sample, chosen=None):
         chosen_key, label_key = jax.random.split(key)
         shape = sample.measure.shape
-        chosen = np.sort(np.asarray(_chosen(chosen_key, shape, count)))
+        if chosen is None:
+            chosen = np.sort(np.asarray(_chosen(chosen_key, shape, count)))
         rows = np.unravel_index(chosen, shape)
         measure, num_draws = uniform_measure(count, 1)
         shown = sample._replace(

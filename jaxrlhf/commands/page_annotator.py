@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 from rich.console import Console
@@ -65,6 +64,7 @@ class People:
         self._config, self._page = config, None
         self._step = 0
         self._forecasts: dict[Texts, float] = {}
+        self._expected: float | None = None
         self._rate: float | None = None
 
     @contextmanager
@@ -110,12 +110,16 @@ class People:
         self._done(keys)
         return [None if np.isnan(label) else float(label) for label in row[1:]]
 
-    def expect(self, forecasts: Mapping[Texts, float]) -> None:
+    def expect(self, forecasts: Mapping[Texts, float], win_rate: float | None = None) -> None:
         """Says how likely the reward model thinks it that the first completion of a pair is preferred.
 
         The page tells it after the label alone. Forecasts of earlier steps are forgotten.
+
+        Args:
+            forecasts: by pair.
+            win_rate: of the policy against the reference, by the reward model; shown once the step is labelled.
         """
-        self._forecasts = dict(forecasts)
+        self._forecasts, self._expected = dict(forecasts), win_rate
 
     def mistake_rate(self) -> np.float32:
         """Returns people's rate of mistakes by the labels before this step; a step that is repeated has the same."""
@@ -134,6 +138,8 @@ class People:
         given = labels[labels >= 0]
         if against_reference and given.size:
             self.board.measured(self._step, win_rate=float(given.mean()))
+        if self._expected is not None:
+            self.board.measured(self._step, reward_win_rate=self._expected)
         if self._page is not None:
             counts = agreement(self._page.queue.votes())
             if counts["forecast"]:
@@ -202,13 +208,13 @@ class People:
 
 
 def with_forecasts(
-    algorithm: Algorithm, forecast: Callable[..., jax.Array], people: People, tokenizer: tokenizers.Tokenizer
+    algorithm: Algorithm, forecast: Callable[..., Any], people: People, tokenizer: tokenizers.Tokenizer
 ) -> Algorithm:
     """Returns the algorithm that tells people's page what the reward model expects of the pairs it proposes.
 
     Args:
         algorithm: compiled.
-        forecast: `(state, sample, frozen) -> [B, M]`, compiled; called in every process.
+        forecast: of `AlignSetup`, compiled; called in every process.
         people: who label the pairs.
         tokenizer: of the pairs.
     """
@@ -218,7 +224,9 @@ def with_forecasts(
         expected, on_host = gathered((forecast(state, sample, frozen), (sample.prompts, sample.responses)))
         prompts, responses = on_host
         texts = texts_of(tokenizer, sample._replace(prompts=prompts, responses=responses))
-        people.expect(dict(zip(zip(*texts, strict=True), expected.ravel().tolist(), strict=True)))
+        preferred, win_rate = expected.preferred.ravel().tolist(), expected.win_rate
+        forecasts = dict(zip(zip(*texts, strict=True), preferred, strict=True))
+        people.expect(forecasts, None if win_rate is None else float(win_rate))
         return sample
 
     return algorithm._replace(propose=propose)

@@ -24,7 +24,12 @@ class Board:
         self._facts: dict[str, str] = {}
 
     def measured(self, step: int, **values: float) -> None:
-        """Adds a step's measurements: `win_rate`, `kl`; those of the same step are joined."""
+        """Adds a step's measurements; those of the same step are joined.
+
+        Args:
+            step: of the run.
+            values: `win_rate` by people's labels, `reward_win_rate` by the reward model, `kl`.
+        """
         with self._lock:
             self._rows.setdefault(step, {"step": step}).update(values)
 

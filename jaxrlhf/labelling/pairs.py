@@ -8,10 +8,16 @@ from jaxrlhf.data.records import Message, Text
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation; a plain text is one turn whose role is empty."""
+    """One turn of a conversation; a plain text is one turn whose role is empty.
+
+    Attributes:
+        role, text: as shown.
+        animation: of `segments.animation`, shown in place of the text; or empty.
+    """
 
     role: str
     text: str
+    animation: str = ""
 
 
 class Pair(NamedTuple):

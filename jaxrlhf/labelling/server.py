@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxrlhf.labelling.board import Board
 from jaxrlhf.labelling.guard import Guard, Pass
+from jaxrlhf.labelling.pairs import Turn
 from jaxrlhf.labelling.people import agrees
 from jaxrlhf.labelling.queue import CHOICES, Queue, QueueError, Shown
 
@@ -129,7 +130,12 @@ def on_screen(shown: Shown) -> dict[str, Any]:
     lease, pair = shown
     sides = [pair.second, pair.first] if lease.swapped else [pair.first, pair.second]
     texts = {"prompt": pair.prompt, "left": sides[0], "right": sides[1]}
-    return {"lease": lease.lease} | {name: [turn._asdict() for turn in turns] for name, turns in texts.items()}
+    return {"lease": lease.lease} | {name: [_turn(turn) for turn in turns] for name, turns in texts.items()}
+
+
+def _turn(turn: Turn) -> dict[str, str]:
+    fields = turn._asdict()
+    return fields if turn.animation else {name: fields[name] for name in ("role", "text")}
 
 
 class _BadRequestError(Exception):

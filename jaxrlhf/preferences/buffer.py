@@ -71,6 +71,25 @@ def take(sample: Sample, indices: jax.Array) -> Sample:
     return kept._replace(measure=jnp.full_like(kept.measure, 1.0 / kept.measure.size))
 
 
+def take_pairs(sample: Sample, rows: jax.Array, columns: jax.Array) -> Sample:
+    """Returns some of a sample's pairs as rows `[N, 1, ...]` with equal measures, by their places `[N]`, `[N]`."""
+
+    def pair(leaf):
+        return leaf[rows, columns][:, None]
+
+    return Sample(
+        prompts=jax.tree.map(lambda leaf: leaf[rows], sample.prompts),
+        responses=jax.tree.map(pair, sample.responses),
+        behaviour_log_prob=pair(sample.behaviour_log_prob),
+        reference_log_prob=pair(sample.reference_log_prob),
+        cumulative_discount=pair(sample.cumulative_discount),
+        measure=jnp.full((len(rows), 1), 1.0 / len(rows), sample.measure.dtype),
+        from_policy=sample.from_policy,
+        num_draws=jnp.ones_like(sample.num_draws),
+        reference_responses=jax.tree.map(lambda leaf: leaf[rows], sample.reference_responses),
+    )
+
+
 def empty(sample: Sample, *, labels: int, capacity: int) -> PreferenceBuffer:
     """Returns a buffer for rows like those of `sample` (arrays, or their shapes), with `labels` labels a pair.
 

@@ -29,10 +29,21 @@ LEVEL = 0.05
 """Difference of returns below which the exchange rate is taken from its limit; the error is of order LEVEL^2 / 100."""
 
 
+def win_rates(returns: jax.Array, reference: jax.Array) -> jax.Array:
+    """Returns `[B, M, 2]`: u_i = mean_k sigmoid(r_i - reference_k), how often each response wins against the reference.
+
+    By the reward itself and not by labels: a policy that is trained on it wins by it more often than in truth.
+
+    Args:
+        returns, reference: as in `exchange_rate`.
+    """
+    return jax.nn.sigmoid(returns[..., None] - reference[:, None, None, :]).mean(axis=-1)
+
+
 def exchange_rate(returns: jax.Array, reference: jax.Array) -> jax.Array:
     """Returns w `[B, M]`: wins against the reference for a win between the responses of a pair.
 
-        w = (u_0 - u_1) / (sigmoid(r_0 - r_1) - 1/2),      u_i = mean_k sigmoid(r_i - reference_k)
+        w = (u_0 - u_1) / (sigmoid(r_0 - r_1) - 1/2),      u of `win_rates`
 
     4 mean_k sigmoid'(r - reference_k) where r_0 = r_1 = r. 1 where all returns are equal.
 
@@ -40,7 +51,7 @@ def exchange_rate(returns: jax.Array, reference: jax.Array) -> jax.Array:
         returns: `[B, M, 2]`, of pairs, in the units of the labels' log-odds.
         reference: `[B, K]`, of the reference's responses to the same prompts.
     """
-    wins = jax.nn.sigmoid(returns[..., None] - reference[:, None, None, :]).mean(axis=-1)
+    wins = win_rates(returns, reference)
     middle = jax.nn.sigmoid(returns.mean(axis=-1)[..., None] - reference[:, None, :])
     limit = 4.0 * jnp.mean(middle * (1.0 - middle), axis=-1)
     difference = returns[..., 0] - returns[..., 1]

@@ -159,21 +159,30 @@ def compile_update(update: Callable, mesh: Mesh, *, state: Any = None, frozen: A
 
 
 def compile_annotator(
-    annotate: Callable[[Key, Sample, Params], jax.Array], mesh: Mesh, *, frozen: Any = None
-) -> Callable[[Key, Sample, Params], jax.Array]:
-    """Returns a traceable annotator `(key, sample, frozen) -> labels`, jitted over the mesh for use between the halves."""
+    annotate: Callable[..., jax.Array], mesh: Mesh, *, frozen: Any = None, further: int = 0
+) -> Callable[..., jax.Array]:
+    """Returns a traceable annotator `(key, sample, frozen) -> labels`, jitted over the mesh for use between the halves.
+
+    Args:
+        annotate: the annotator.
+        mesh: from `sharding.make_mesh`.
+        frozen: as in `compile_algorithm`.
+        further: number of its arguments behind these, replicated.
+    """
     replicated, by_batch = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
     inputs: Any = (replicated, labelled_shardings(mesh).sample, replicated if frozen is None else frozen)
+    inputs += (replicated,) * further
     compiled = jax.jit(within(mesh, annotate), in_shardings=inputs, out_shardings=by_batch)
-    return lambda key, sample, frozen: compiled(put_on_devices(key, replicated), sample, frozen)
+    return lambda key, *others: compiled(put_on_devices(key, replicated), *others)
 
 
 def make_outer_step(
     compiled: Algorithm,
     annotate: Callable[[Key, Sample], Any] | None = None,
     *,
-    traced: Callable[[Key, Sample, Params], jax.Array] | None = None,
+    traced: Callable[..., jax.Array] | None = None,
     score: Callable[[Key, Sample], Any] | None = None,
+    choose: Callable[[State, Sample, Params], jax.Array] | None = None,
 ) -> Callable[[Key, State, Batch, Params], tuple[State, Info]]:
     """Returns the outer step, with labels from the algorithm's traced annotator or from a host annotator.
 
@@ -184,19 +193,22 @@ def make_outer_step(
         traced: of `compile_annotator`, where there is no `annotate` but the halves are used for the sake of `score`.
         score: `(key, sample) -> scores [B, M, 2, K]`, in plain Python like `annotate`; attached to the sample as by
             `mixture.attach_scores`.
+        choose: `(state, sample, frozen) -> indices [N]` of the pairs to ask about, counted row by row, compiled; they are
+            the last argument of `annotate` and of `traced`.
     """
-    if annotate is None and score is None:
+    if annotate is None and score is None and choose is None:
         return compiled.step
 
     def step(key: Key, state: State, data: Batch, frozen: Params):
         sample_key, label_key, update_key = jax.random.split(key, 3)
         sample = compiled.propose(sample_key, state, data, frozen)
         on_host = sample._replace(prompts=gathered(sample.prompts), responses=gathered(sample.responses))
+        chosen = () if choose is None else (choose(state, sample, frozen),)
         if annotate is not None:
-            labels = annotate(label_key, on_host)
+            labels = annotate(label_key, on_host, *map(gathered, chosen))
         else:
             assert traced is not None
-            labels = traced(label_key, sample, frozen)
+            labels = traced(label_key, sample, frozen, *chosen)
         labelled = Labelled(sample, labels)
         if score is not None:
             labelled = attach_scores(labelled, score(jax.random.fold_in(label_key, 1), on_host))

@@ -66,7 +66,7 @@ def test_clicks_notes_and_undo(person, serve, some_pairs, press, lease):
 
 
 def test_two_tabs_never_show_one_pair(person, serve, some_pairs, press, lease):
-    queue, address = serve(some_pairs(20))
+    queue, address = serve(some_pairs(12))
     someone = person()
     one = someone.open(address)
     two = someone.open(address)
@@ -245,3 +245,40 @@ def test_differences_are_marked_on_demand(person, serve, many):
     assert sorted(marked, key=str) == [{"no"}, {"yes"}]
     tab.keyboard.press("d")
     assert tab.locator("mark").count() == 0
+
+
+def test_segments_of_episodes_are_played(person, serve, press):
+    import numpy as np
+
+    from jaxrlhf.labelling.segments import animation, segment_pair
+
+    def frames(colour):
+        made = np.zeros((4, 6, 8, 3), np.uint8)
+        for number in range(4):
+            made[number, :, number * 2 : number * 2 + 2] = colour
+        return animation(made, rate=20.0)
+
+    queue, address = serve([segment_pair("play", "Which one is red?", frames((255, 0, 0)), frames((0, 0, 255)))])
+    tab = person().open(address)
+    tab.wait_for_selector("canvas")
+    context = 'document.querySelector(`#${side} canvas`).getContext("2d")'
+    pixel = f"([side, x]) => [...{context}.getImageData(x, 3, 1, 1).data]"
+    (held,) = queue.store.leases()
+    red = "right" if held.swapped else "left"
+    blue = "right" if red == "left" else "left"
+    for side in (red, blue):
+        tab.click(f"#{side} button")
+        assert tab.inner_text(f"#{side} button") == "Play"
+        tab.fill(f"#{side} input[type=range]", "2")
+    assert tab.evaluate(pixel, [red, 4]) == [255, 0, 0, 255] and tab.evaluate(pixel, [red, 0]) == [0, 0, 0, 255]
+    assert tab.evaluate(pixel, [blue, 5]) == [0, 0, 255, 255]
+    tab.click(f"#{red} button")
+    tab.wait_for_function(f"() => document.querySelector('#{red} input').value !== '2'")
+    # Keys of the slider are its own.
+    tab.focus(f"#{red} input")
+    tab.keyboard.press("ArrowLeft")
+    assert queue.votes() == []
+    tab.focus("#note")
+    tab.keyboard.press("Escape")
+    press(tab, "ArrowLeft" if red == "left" else "ArrowRight")
+    assert [vote.label for vote in queue.votes()] == [1.0]

@@ -43,7 +43,7 @@ def look(person, serve):
     def open_page(name):
         board = Board("Which answer is better?", "waiting for 11 labels of step 25")
         for step in range(1, 25):
-            board.measured(step, win_rate=0.5 + 0.01 * step + 0.05 * (step % 3 - 1), kl=0.02 * step)
+            board.measured(step, reward_win_rate=0.5 + 0.01 * step + 0.05 * (step % 3 - 1), kl=0.02 * step)
         board.set_facts(beta="0.2", price="0.05 a nat")
         prompt = (Message("system", "You are a careful teacher."), Message("user", QUESTION))
         answers = ((Message("assistant", text),) for text in (GOOD, POOR))
@@ -103,6 +103,9 @@ def test_what_is_said_to_a_screen_reader(look):
     # Told after the label only.
     assert ("agreed" if left == "first" else "disagreed") in tab.inner_text("#said")
     assert "of 1" in tab.inner_text("#facts")
+    # Nobody's labels: said to be the model's own opinion.
+    assert "Win rate by the reward model" in tab.inner_text("#facts")
+    assert "as the reward model sees it" in tab.inner_text("#curve-text")
 
 
 def test_every_control_is_reached_by_the_tab_key(look):

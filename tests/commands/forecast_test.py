@@ -54,13 +54,17 @@ def test_the_forecast_is_the_reward_models_probability_that_the_first_is_preferr
     annotator = ComparisonAnnotator(None, lambda key, sample: None)
     setup = build_setup(config, policy, reward_of(config, policy), annotator)
     sample = sample_of(per_token=settings.get("method") == "grpo")
+    if not settings:
+        # Those of a prompt's first pair, as if the reference had given them.
+        sample = sample._replace(reference_responses=Responses(*(leaf[:, 0] for leaf in sample.responses)))
     assert setup.forecast is not None
-    forecast = jax.jit(lambda upper: setup.forecast(types.SimpleNamespace(upper=upper), sample, setup.frozen))(
-        setup.upper
-    )
+    forecast, win_rate = jax.jit(
+        lambda upper: setup.forecast(types.SimpleNamespace(upper=upper), sample, setup.frozen)
+    )(setup.upper)
 
     shape, params = load_reward_model(reward_directory)
     score = jax.jit(reward_model(decoder(shape)).score)
+    returns = []
     for prompt in range(3):
         for pair in range(2):
             # Each response alone, without padding.
@@ -71,8 +75,14 @@ def test_the_forecast_is_the_reward_models_probability_that_the_first_is_preferr
                 )
             ]
             first, second = (float(score(params, row, np.ones_like(row, bool))[0]) for row in tokens)
+            returns += [first, second]
             assert forecast[prompt, pair] == pytest.approx(1 / (1 + np.exp(second - first)), abs=1e-4)
     assert np.ptp(np.asarray(forecast)) > 0.05
+    assert (win_rate is None) == bool(settings)
+    if win_rate is not None:
+        wins = [1 / (1 + np.exp(b - a)) for row in np.reshape(returns, (3, 4)) for a in row for b in row[:2]]
+        assert abs(np.mean(wins) - 0.5) > 1e-3
+        assert win_rate == pytest.approx(np.mean(wins), abs=1e-4)
 
 
 @pytest.mark.parametrize(

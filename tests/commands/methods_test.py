@@ -158,6 +158,12 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"reuse": 1, "from_preferences": "none.jsonl"}, r"There is no file or folder none.jsonl"),
         ({"labels_per_step": 9}, r"--labels-per-step 9 is more than the 8 pairs of a step"),
         ({"labels_per_step": 0}, r"--labels-per-step must be at least 1"),
+        ({"choose": "disagreement"}, r"chooses the pairs of --labels-per-step, of which there is none"),
+        ({"choose": "disagreement", "labels_per_step": 2}, r"with the kept labels of --reuse; give at least 1"),
+        (
+            {"choose": "disagreement", "method": "sail", **KEPT},
+            r"a reward model alone as the reward; .* with --method sail",
+        ),
         ({"target_kl": 1.0, "steps": 10**20}, r"--steps must be at most 2147483647, got 1000"),
         ({"target_kl": 0.0}, r"--target-kl must be positive"),
     ],

@@ -42,7 +42,7 @@ class Person:
 
     def __init__(self, journal, port, *, after=lambda count: None, cookies=None):
         self.cookies = cookies
-        self.given, self.seen, self._after = 0, [], after
+        self.given, self.seen, self.board, self._after = 0, [], {}, after
         self._journal, self._port, self.leave = journal, port, threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -76,8 +76,9 @@ class Person:
         left, right = (text_of(shown[side]).count("sun") for side in ("left", "right"))
         choice = "tie" if left == right else "left" if left > right else "right"
         fields = {"tab": "t", "lease": shown["lease"], "choice": choice, "note": "", "seconds": 1.0}
-        if client.post("/api/label", json=fields).status_code == 200:
-            self.given += 1
+        answer = client.post("/api/label", json=fields)
+        if answer.status_code == 200:
+            self.given, self.board = self.given + 1, answer.json()["board"]
             self.seen.append((text_of(shown["prompt"]), *sorted(text_of(shown[side]) for side in ("left", "right"))))
             self._after(self.given)
 
@@ -95,6 +96,10 @@ def test_people_label_while_a_run_waits_and_a_stopped_one_goes_on_with_the_same_
     with Person(here / "people" / "whole" / STORE, port) as person:
         whole = align.main(settings(here, "whole", port))
     assert person.given == 15
+    # Of the steps before the last; pairs of the policy's own have no win rate by labels. The reward is 0 at first.
+    rows = person.board["curve"]
+    assert [row["step"] for row in rows] == [1, 2] and not any("win_rate" in row for row in rows)
+    assert [row["reward_win_rate"] for row in rows] == [0.5, 0.5]
     printed = capsys.readouterr().out
     assert "5 labels to give at http://127.0.0.1:" in printed
     report = report_text(whole)
@@ -136,7 +141,7 @@ def test_a_killed_run_goes_on_with_the_same_pairs_and_loses_no_label(here):
     port = free_port()
 
     def command(name, *more):
-        config = settings(here, name, port, steps=4)
+        config = settings(here, name, port, steps=4, reuse=1, kept_labels=16, choose="disagreement")
         fields = (
             "policy",
             "data",
@@ -158,7 +163,7 @@ def test_a_killed_run_goes_on_with_the_same_pairs_and_loses_no_label(here):
             "run",
             "port",
         )
-        fields += ("repeats", "labels_per_step")
+        fields += ("repeats", "labels_per_step", "reuse", "kept_labels", "choose")
         flags = [text for field in fields for text in (f"--{field.replace('_', '-')}", str(getattr(config, field)))]
         return [sys.executable, "-m", "jaxrlhf.commands.main", "align", *flags, *more]
 
@@ -231,8 +236,16 @@ def test_the_board_has_the_win_rate_by_the_labels_and_the_kl_by_step():
     people.labelled(np.array([0.5]), against_reference=True)
     people.labelled(np.array([1.0]), against_reference=False)
     people.board.measured(1, kl=0.1)
+    people.expect({}, 0.75)
+    people.labelled(np.array([1.0]), against_reference=False)
+    people.expect({})
+    people.labelled(np.array([1.0]), against_reference=False)
     rows = people.board.shown()["curve"]
-    assert rows == [{"step": 1, "win_rate": pytest.approx(2 / 3), "kl": 0.1}, {"step": 2, "win_rate": 0.5}]
+    assert rows == [
+        {"step": 1, "win_rate": pytest.approx(2 / 3), "kl": 0.1},
+        {"step": 2, "win_rate": 0.5},
+        {"step": 4, "reward_win_rate": 0.75},
+    ]
     assert ComparisonAnnotator(None, None, people=people).notes() == []
 
 

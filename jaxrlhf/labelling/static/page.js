@@ -128,12 +128,15 @@ function showState({ counts, board, undo }) {
   fact("Labels a minute", counts.per_minute.toFixed(1));
   if (counts.repeated) fact("Same label when asked again", `${counts.same} of ${counts.repeated}`);
   if (counts.forecast) fact("As the reward model expected", `${counts.agreed} of ${counts.forecast}`);
-  const last = board.curve.at(-1);
-  if (last) fact("Step", String(last.step));
-  if (last?.win_rate !== undefined) fact("Win rate", last.win_rate.toFixed(2));
-  if (last?.kl !== undefined) fact("KL to the reference (nats)", last.kl.toFixed(3));
+  if (board.curve.length) fact("Step", String(board.curve.at(-1).step));
+  const latest = (name) => board.curve.findLast((row) => Number.isFinite(row[name]))?.[name];
+  const [byLabels, byReward] = [latest("win_rate"), latest("reward_win_rate")];
+  if (byLabels !== undefined) fact("Win rate by labels", byLabels.toFixed(2));
+  if (byReward !== undefined) fact("Win rate by the reward model", byReward.toFixed(2));
+  if (latest("kl") !== undefined) fact("KL to the reference (nats)", latest("kl").toFixed(3));
   for (const [name, value] of Object.entries(board.facts)) fact(name, value);
-  drawCurve(board.curve.filter((row) => Number.isFinite(row.win_rate)));
+  if (byLabels !== undefined) drawCurve(board.curve, "win_rate", "by your labels");
+  else drawCurve(board.curve, "reward_win_rate", "as the reward model sees it");
   enable();
 }
 
@@ -143,15 +146,16 @@ function shape(name, attributes) {
   return made;
 }
 
-function drawCurve(rows) {
+function drawCurve(curve, name, source) {
+  const rows = curve.filter((row) => Number.isFinite(row[name]));
   $("figure").hidden = rows.length < 2;
   if (rows.length < 2) return;
   const [first, last] = [rows[0].step, rows.at(-1).step];
-  const points = rows.map((row) => `${5 + (230 * (row.step - first)) / (last - first)},${85 - 80 * row.win_rate}`);
+  const points = rows.map((row) => `${5 + (230 * (row.step - first)) / (last - first)},${85 - 80 * row[name]}`);
   const half = { x1: 5, x2: 235, y1: 45, y2: 45 };
   $("curve").replaceChildren(shape("line", half), shape("polyline", { points: points.join(" ") }));
   $("curve-text").textContent =
-    `Win rate against the reference by your labels, steps ${first} to ${last}; the dashed line is one half.`;
+    `Win rate against the reference ${source}, steps ${first} to ${last}; the dashed line is one half.`;
 }
 
 // --- labels ----------------------------------------------------------------------------------------------------------

@@ -125,6 +125,58 @@ export function plain(text, marks) {
   return made;
 }
 
+// Plays frames of pixels on a canvas, over and over, at the pace of a segment of an episode.
+export function animation(spec) {
+  const [count, height, width] = spec.shape;
+  const made = element("div", "animation");
+  const canvas = element("canvas");
+  [canvas.width, canvas.height] = [width, height];
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `Animation of ${count} frames`);
+  const place = element("input");
+  Object.assign(place, { type: "range", min: 0, max: count - 1, value: 0 });
+  place.setAttribute("aria-label", "Frame");
+  const button = element("button", "more");
+  button.type = "button";
+  made.append(canvas, button, place);
+  let frames = null;
+  let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches && count > 1;
+  const name = () => (button.textContent = playing ? "Pause" : "Play");
+  const draw = () => {
+    if (!frames) return;
+    const image = new ImageData(width, height);
+    const from = place.valueAsNumber * width * height * 3;
+    for (let pixel = 0; pixel < width * height; pixel += 1) {
+      for (let part = 0; part < 3; part += 1) image.data[4 * pixel + part] = frames[from + 3 * pixel + part];
+      image.data[4 * pixel + 3] = 255;
+    }
+    canvas.getContext("2d").putImageData(image, 0, 0);
+  };
+  place.addEventListener("input", () => {
+    playing = false;
+    name();
+    draw();
+  });
+  button.addEventListener("click", () => {
+    playing = !playing;
+    name();
+  });
+  name();
+  const packed = Uint8Array.from(atob(spec.data), (letter) => letter.charCodeAt(0));
+  new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer().then((buffer) => {
+    frames = new Uint8Array(buffer);
+    draw();
+  });
+  const timer = setInterval(() => {
+    if (!canvas.isConnected) clearInterval(timer);
+    else if (playing) {
+      place.value = String((place.valueAsNumber + 1) % count);
+      draw();
+    }
+  }, 1000 / spec.rate);
+  return made;
+}
+
 function shorten(text) {
   if (text.length <= LONGEST) return [text, 0];
   // Not between the halves of a pair of surrogates.
@@ -150,7 +202,8 @@ export function showTurns(node, turns, { asMarkdown, marks }) {
     };
     const [text, left] = shorten(turn.text);
     let body = fill(text);
-    if (turn.text === "") {
+    if (turn.animation) body = animation(JSON.parse(turn.animation));
+    else if (turn.text === "") {
       body = element("em", "role");
       body.textContent = "(empty)";
     }
