@@ -46,6 +46,12 @@ CASES = {
     "mistral": ("Mistral", {"sliding_window": 4}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"sliding_window": 4, "num_local_experts": 4}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 10, "attention_bias": True, "num_experts": 5, "num_experts_per_tok": 3}
+        | {"moe_intermediate_size": 12},
+    ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
     "phi3": ("Phi3", {"sliding_window": 4}),
     "phi3-long": (

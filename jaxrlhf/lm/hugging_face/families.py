@@ -1,6 +1,6 @@
 """From the `config.json` of a model family to a `DecoderConfig`; `settings` is the inverse.
 
-Llama, Mistral, Qwen2, Qwen3, OLMo 2, Phi-3, SmolLM3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that
+Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMo 2, Phi-3, SmolLM3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that
 transformers names. Omitted settings have transformers' defaults; features that the decoder lacks are refused, since
 ignoring them would silently change the model's output.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from jaxrlhf.lm.hugging_face.checks import expected_instead, refuse
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.hugging_face.rope import FULL, WINDOWED, read_rope
-from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.config import DecoderConfig, Experts
 
 Kind = Literal["policy", "reward"]
 
@@ -53,6 +53,35 @@ FAMILIES = {
         "Qwen3ForCausalLM",
         "Qwen3ForSequenceClassification",
         _LLAMA | {"max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "mixtral": Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        "MixtralForSequenceClassification",
+        _LLAMA
+        | {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeForSequenceClassification",
+        _LLAMA
+        | {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
     ),
     "olmo2": Family(
         "olmo2",
@@ -222,7 +251,7 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         refuse(source, "attn_logit_softcapping", values["attn_logit_softcapping"], "use a model without it")
     if name != "llama" and values.get("mlp_bias"):
         refuse(source, "mlp_bias", True, "use a model without biases")
-    if name in ("mistral", "qwen2", "phi3") and bias:
+    if name in ("mistral", "mixtral", "qwen2", "phi3") and bias:
         refuse(source, "attention_bias", True, "use a model without that setting")
     width = values["hidden_size"]
     gemma_settings: dict[str, Any] = {
@@ -240,13 +269,13 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         query_heads=heads,
         key_value_heads=values.get("num_key_value_heads", heads),
         head_size=values["head_dim"] if "head_dim" in values else width // heads,
-        mlp_width=values["intermediate_size"],
+        mlp_width=values["moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"],
         norm_epsilon=values["rms_norm_eps"],
         rope_base=rope.base,
         tied_embeddings=bool(values["tie_word_embeddings"]),
         context_length=rope.context_length,
         family=name,
-        query_key_norm=name in ("qwen3", "gemma3", "olmo2"),
+        query_key_norm=name in ("qwen3", "qwen3_moe", "gemma3", "olmo2"),
         activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
         query_key_value_bias=bias or name == "qwen2",
         output_bias=bias,
@@ -257,6 +286,7 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         window_rope_base=rope.windowed_base if windowed else None,
         rotary_size=rope.rotary_size,
         unrotated_layers=_unrotated_layers(values, source) if name == "smollm3" else (),
+        experts=_experts(name, values, source),
         **(gemma_settings if gemma else _OLMO if name == "olmo2" else {}),
     )
 
@@ -298,7 +328,21 @@ def _gpt2(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
     )
 
 
-_ALL_WINDOWED = ("mistral", "phi3")
+def _experts(name: str, values: dict[str, Any], source: str) -> Experts | None:
+    """Returns the mixture of experts of a family that has one; every layer must have it."""
+    if name not in ("mixtral", "qwen3_moe"):
+        return None
+    for setting, expected in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if values.get(setting, expected) != expected:
+            refuse(source, setting, values[setting], "use a model with experts in every layer")
+    if name == "mixtral":
+        return Experts(values["num_local_experts"], values["num_experts_per_tok"])
+    # Transformers writes one name or the other, by its version.
+    count = values.get("num_local_experts", values["num_experts"])
+    return Experts(count, values["num_experts_per_tok"], values["norm_topk_prob"])
+
+
+_ALL_WINDOWED = ("mistral", "mixtral", "qwen3_moe", "phi3")
 """Families where a window is every layer's."""
 
 
