@@ -19,7 +19,7 @@ from jaxrlhf.lm.hugging_face.weights import (
 )
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.transformer.config import DecoderConfig, RopeScaling
+from jaxrlhf.lm.transformer.config import DecoderConfig, Experts, RopeScaling
 from jaxrlhf.lm.transformer.model import decoder, without_cache
 
 LLAMA3 = {
@@ -200,11 +200,12 @@ def family_config(case):
                 "logit_cap": 5.0,
                 "rope_scaling": RopeScaling(2.0),
             },
+            "mixtral": {"key_value_heads": 2, "family": "mixtral", "experts": Experts(4, 2)},
         }[case],
     )
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("case", ["gpt2", "gemma3", "mixtral"])
 def test_the_sampler_agrees_with_whole_rows(lively, case):
     model = decoder(family_config(case))
     params = lively(model)

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from jaxrlhf.lm.hugging_face.checks import FLAGS, SCALES, SIZES, WORDS
-from jaxrlhf.lm.hugging_face.families import FAMILIES, Kind, config_from
+from jaxrlhf.lm.hugging_face.families import Kind, config_from
+from jaxrlhf.lm.hugging_face.family_table import FAMILIES
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.hugging_face.generation import IDS, LEGACY
 from jaxrlhf.lm.hugging_face.rope import FULL, ORIGINAL, WINDOWED, rope_settings

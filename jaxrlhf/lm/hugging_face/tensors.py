@@ -120,9 +120,7 @@ def _experts(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> list[
     mixtral = config.family == "mixtral"
     module = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    into = {
-        f"{module}.experts.{index}.{name}.weight": (inner, width) for name in (gate, up) for index in range(count)
-    }
+    into = {f"{module}.experts.{index}.{name}.weight": (inner, width) for name in (gate, up) for index in range(count)}
     out = {f"{module}.experts.{index}.{down}.weight": (width, inner) for index in range(count)}
 
     def join(*tensors):

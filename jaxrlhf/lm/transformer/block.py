@@ -3,6 +3,8 @@
 Shapes: N rows, T columns, D width, K key/value heads, G query heads a key/value head, H head size, E experts.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.experts import MixtureOfExperts
 from jaxrlhf.lm.transformer.layers import rotate, split_rows
-from jaxrlhf.lm.transformer.modules import ACTIVATIONS, KEPT, Linear, Norm
+from jaxrlhf.lm.transformer.modules import ACTIVATIONS, DROPOUT, KEPT, Linear, Norm
 
 LINEAR_MAPS = ("query_key_value", "attention_output", "gate_up", "mlp_output")
 """Names of a block's linear maps."""
@@ -27,27 +29,23 @@ class Block(nnx.Module):
         residual = (2 * config.layers) ** -0.5
         if config.norm_before:
             self.attention_norm, self.mlp_norm = Norm(config, width), Norm(config, width)
+
+        def linear(name: str, *shape: int, **settings: Any) -> Linear:
+            return Linear(rngs, shape, adapted=name in adapted, dropout=DROPOUT in adapted, **settings)
+
         # Columns are grouped by key/value head (its queries, its key, its value), so that heads shard as one axis.
         heads = config.query_heads + 2 * config.key_value_heads
-        self.query_key_value = Linear(
-            rngs, (width, heads * size), bias=config.query_key_value_bias, adapted="query_key_value" in adapted
-        )
+        self.query_key_value = linear("query_key_value", width, heads * size, bias=config.query_key_value_bias)
         if config.query_key_norm:
             queries, keys = (config.query_heads, config.key_value_heads) if config.norm_heads_together else (1, 1)
             self.query_norm, self.key_norm = Norm(config, queries * size), Norm(config, keys * size)
         attended = config.query_heads * size
-        self.attention_output = Linear(
-            rngs, (attended, width), scale=residual, bias=config.output_bias, adapted="attention_output" in adapted
-        )
+        self.attention_output = linear("attention_output", attended, width, scale=residual, bias=config.output_bias)
         if config.experts is not None:
             self.experts = MixtureOfExperts(config, rngs, scale=residual)
         else:
-            self.gate_up = Linear(
-                rngs, (width, 1 + config.gated, mlp_width), bias=config.mlp_bias, adapted="gate_up" in adapted
-            )
-            self.mlp_output = Linear(
-                rngs, (mlp_width, width), scale=residual, bias=config.mlp_bias, adapted="mlp_output" in adapted
-            )
+            self.gate_up = linear("gate_up", width, 1 + config.gated, mlp_width, bias=config.mlp_bias)
+            self.mlp_output = linear("mlp_output", mlp_width, width, scale=residual, bias=config.mlp_bias)
         if config.norm_after:
             self.attention_norm_after, self.mlp_norm_after = Norm(config, width), Norm(config, width)
 

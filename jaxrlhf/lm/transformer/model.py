@@ -19,6 +19,7 @@ from jaxrlhf.lm.transformer.block import LINEAR_MAPS
 from jaxrlhf.lm.transformer.cache import repeated
 from jaxrlhf.lm.transformer.config import DecoderConfig, Experts
 from jaxrlhf.lm.transformer.layers import capped, wide
+from jaxrlhf.lm.transformer.modules import DROPOUT
 from jaxrlhf.lm.transformer.trunk import REMAT, Attention, Trunk
 
 __all__ = ["DecoderConfig", "LanguageModel", "SharedPrompts", "decoder", "pad_left", "without_cache"]
@@ -186,10 +187,11 @@ def _init(config: DecoderConfig, key: jax.Array) -> Any:
 
 
 def _adapted(params: Any) -> frozenset[str]:
-    """Returns the names of a layer's linear maps that have an adapter."""
+    """Returns the names of a layer's linear maps that have an adapter, and `DROPOUT` if those have one."""
     layers = params.get("layers")
     factors = {name: layers.get(name) for name in LINEAR_MAPS} if isinstance(layers, dict) else {}
-    return frozenset(name for name, leaf in factors.items() if isinstance(leaf, dict) and "down" in leaf)
+    adapters = {name: leaf for name, leaf in factors.items() if isinstance(leaf, dict) and "down" in leaf}
+    return frozenset(adapters) | {DROPOUT for leaf in adapters.values() if "dropout_key" in leaf}
 
 
 # Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is no part of
