@@ -57,7 +57,7 @@ def test_each_token_has_the_sum_of_its_experts(lively):
             total = chances[chosen].sum() if normalised else 1.0
             expected = np.zeros(16)
             for expert in chosen:
-                gate, up = token @ gate_up[:, 0, expert], token @ gate_up[:, 1, expert]
+                gate, up = token @ gate_up[:, expert, 0], token @ gate_up[:, expert, 1]
                 expected += chances[expert] / total * ((gate / (1 + np.exp(-gate)) * up) @ output[expert])
             np.testing.assert_allclose(found[row, column], expected, atol=1e-4)
             np.testing.assert_allclose(probabilities[row, column], chances, atol=1e-5)
@@ -141,9 +141,9 @@ def test_a_mesh_splits_experts_or_their_features():
         return tuple(specification(decoder_names(("layers", "experts", name), shape), shape, Mesh))  # pyright: ignore
 
     assert split("router", 3, 8, 4) == (None, "fsdp", None)
-    assert split("gate_up", 3, 8, 2, 4, 6) == (None, "fsdp", None, "tensor", None)
+    assert split("gate_up", 3, 8, 4, 2, 6) == (None, "fsdp", "tensor", None, None)
     assert split("output", 3, 4, 6, 8) == (None, "tensor", None, "fsdp")
-    assert split("gate_up", 3, 8, 2, 5, 6) == (None, "fsdp", None, None, "tensor")
+    assert split("gate_up", 3, 8, 5, 2, 6) == (None, "fsdp", None, None, "tensor")
 
 
 QWEN = {

@@ -124,10 +124,10 @@ def _experts(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> list[
     out = {f"{module}.experts.{index}.{down}.weight": (width, inner) for index in range(count)}
 
     def join(*tensors):
-        return np.stack(tensors).reshape(2, count, inner, width).transpose(3, 0, 1, 2)
+        return np.stack(tensors).reshape(2, count, inner, width).transpose(3, 1, 0, 2)
 
     def split(param):
-        return tuple(param.transpose(1, 2, 3, 0).reshape(-1, inner, width))
+        return tuple(param.transpose(2, 1, 3, 0).reshape(-1, inner, width))
 
     return [
         _transposed((*path, "router"), f"{module}.gate.weight", (count, width)),

@@ -5,12 +5,12 @@
 where w is p, or p divided by the chosen experts' sum (Shazeer et al., arXiv 1701.06538; Mixtral, arXiv 2401.04088). Every
 expert computes every token, and those that were not chosen count 0: one product of ordinary shape that every mesh splits
 and every transformation takes, for E / k times the arithmetic. On a CPU grouped products (`jax.lax.ragged_dot`) are masked
-products themselves and take 1.4 to 3.9 times as long, gradients included.
+products themselves and take 1.3 to 4.5 times as long (`benchmarks/experts.py`).
 
 Shapes: N rows, T columns, L layers, D width, E experts, M features of an expert, k experts a token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class MixtureOfExperts(nnx.Module):
         self.config, self.settings = config, config.experts
         width, count, inner = config.width, config.experts.count, config.mlp_width
         self.router = normal(rngs, (width, count), width**-0.5)
-        self.gate_up = normal(rngs, (width, 2, count, inner), width**-0.5)
+        self.gate_up = normal(rngs, (width, count, 2, inner), width**-0.5)
         self.output = normal(rngs, (count, inner, width), scale * inner**-0.5)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,12 +38,12 @@ class MixtureOfExperts(nnx.Module):
         precise = x.astype(wide(x.dtype))
         probabilities = jax.nn.softmax(precise @ self.router[...].astype(precise.dtype), axis=-1)
         weights = chosen_weights(probabilities, self.settings).astype(x.dtype)
-        gate, up = (
-            checkpoint_name(jnp.einsum("ntd,dem->ntem", x, maps.astype(x.dtype)), KEPT)
-            for maps in (self.gate_up[:, 0], self.gate_up[:, 1])
-        )
-        inner = ACTIVATIONS[self.config.activation](gate) * up * weights[..., None]
-        return jnp.einsum("ntem,emd->ntd", inner, self.output[...].astype(x.dtype)), probabilities
+        width, count, _, inner = self.gate_up[...].shape
+        fused = checkpoint_name(x @ self.gate_up[...].reshape(width, -1).astype(x.dtype), KEPT)
+        fused = fused.reshape(*x.shape[:2], count, 2, inner)
+        inside = ACTIVATIONS[self.config.activation](fused[..., 0, :]) * fused[..., 1, :] * weights[..., None]
+        output = self.output[...].reshape(-1, width).astype(x.dtype)
+        return inside.reshape(*x.shape[:2], -1) @ output, probabilities
 
 
 def chosen_weights(probabilities: jax.Array, settings: Experts) -> jax.Array:
@@ -69,12 +69,12 @@ class Load(NamedTuple):
     tokens: jax.Array
 
 
-def load_of(probabilities: jax.Array, mask: jax.Array, settings: Experts) -> Load:
+def load_of(probabilities: jax.Array, mask: Any, settings: Experts) -> Load:
     """Returns the load of probabilities `[L, N, T, E]`, for the real tokens of a mask or of segment ids `[N, T]`."""
     real = (mask > 0).astype(probabilities.dtype)
     chosen = (chosen_weights(jax.lax.stop_gradient(probabilities), settings) > 0).astype(real.dtype)
     by_layer = [jnp.einsum("lnte,nt->le", each, real) for each in (chosen, probabilities)]
-    return Load(*by_layer, jnp.sum(real))
+    return Load(by_layer[0], by_layer[1], jnp.sum(real))
 
 
 def balance_loss(load: Load) -> jax.Array:
