@@ -18,12 +18,14 @@ from jaxrlhf.lm.transformer.config import DecoderConfig
 class AdapterConfig:
     """Settings of adapters, common to every command that trains."""
 
-    GROUPS: ClassVar[Groups] = {"adapters": ("lora_alpha", "lora_modules")}
+    GROUPS: ClassVar[Groups] = {"adapters": ("lora_alpha", "lora_dropout", "lora_modules")}
 
     lora_rank: int = 0
     """Trains LoRA adapters of this rank instead of all weights; they are merged into the saved models."""
     lora_alpha: float | None = None
     """Adapters count alpha / rank times; by default alpha is the rank."""
+    lora_dropout: float = 0.0
+    """Probability with which adapters drop each feature of their inputs while they are trained."""
     lora_modules: tuple[str, ...] = ()
     """Modules with adapters, by the ends of their names in the checkpoint, such as q_proj k_proj v_proj; by default every
     linear map in the layers."""
@@ -36,11 +38,13 @@ class Adapters(NamedTuple):
         rank: R.
         alpha: they count alpha / rank times.
         modules: of `maps_of`; every linear map if there are none.
+        dropout: probability that a feature of an adapter's inputs is dropped in training.
     """
 
     rank: int
     alpha: float
     modules: tuple[str, ...]
+    dropout: float = 0.0
 
     @property
     def scaling(self) -> float:
@@ -65,10 +69,12 @@ def configured_adapters(config: AdapterConfig) -> Adapters | None:
     """Returns the adapters that the flags describe; None where all weights are trained.
 
     Raises:
-        ValueError: a flag for adapters is given without --lora-rank.
+        ValueError: a flag for adapters is given without --lora-rank, or the dropout is out of range.
     """
     if not config.lora_rank:
-        refuse_unused(config, ["lora_alpha", "lora_modules"], "without --lora-rank")
+        refuse_unused(config, ["lora_alpha", "lora_dropout", "lora_modules"], "without --lora-rank")
         return None
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"--lora-dropout must lie in [0, 1), got {config.lora_dropout:g}.")
     alpha: Any = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    return Adapters(config.lora_rank, alpha, config.lora_modules)
+    return Adapters(config.lora_rank, alpha, config.lora_modules, config.lora_dropout)

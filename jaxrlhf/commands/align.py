@@ -1,7 +1,6 @@
 """Online RLHF, by default as one bilevel problem, with the user's model and annotator: `jaxrlhf align`."""
 
 import contextlib
-import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from jaxrlhf.commands.annotators import (
 )
 from jaxrlhf.commands.comparison import policy_comparer
 from jaxrlhf.commands.existing import Existing, begin_with, chunks_of, read_existing
+from jaxrlhf.commands.experts import expert_load
 from jaxrlhf.commands.methods import ask_about_some, label_chosen, rule_of
 from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, scorer
 from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
@@ -292,7 +292,7 @@ def save(run: Run, result: LoopResult, write: Callable[[pathlib.Path, Model, Kin
                 write(run.folder.path / name / "reward", run.reward._replace(params=reward), "reward")
             for kind, adapter in run.setup.adapters_of(on_host).items():
                 start = run.policy if kind == "policy" else run.reward
-                save_trained_adapter(run.folder.path / name / kind, start, adapter, kind, run.setup.scaling)
+                save_trained_adapter(run.folder.path / name / kind, start, adapter, kind, scaling=run.setup.scaling)
 
 
 def _rehearse(config: Align, run: Run, recorder: Recorder, state: Any) -> None:
@@ -314,6 +314,7 @@ def _recorder(config: Align, run: Run) -> Recorder:
         # Placed as the reference is, the policy is evaluated by the program that has evaluated the reference.
         return put_on_devices(run.setup.policy_of(state), run.frozen_where.reference)
 
+    load = expert_load(run.policy.config, run.prompts.held_out)
     compare = policy_comparer(
         run.policy._replace(params=run.frozen.reference),
         run.prompts.held_out,
@@ -330,7 +331,7 @@ def _recorder(config: Align, run: Run) -> Recorder:
         policy_of=policy_of,
         kl_price=config.kl_price,
         rewards=config.rewards,
-        scale_of=functools.partial(scale_of, config),
+        further=lambda state: scale_of(config, state) | load(policy_of(state)),
     )
 
 

@@ -203,6 +203,11 @@ def check_config(config: Align) -> None:
     check_flags(config)
     check_method(config)
     configured_adapters(config)
+    if config.lora_dropout:
+        raise ValueError(
+            "--lora-dropout does not apply to align, which compares probabilities of one policy before and after a step: "
+            "it is for sft, reward and dpo."
+        )
     estimator = estimator_of(config)
     if estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]

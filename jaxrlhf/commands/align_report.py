@@ -79,7 +79,7 @@ class Recorder:
         policy_of: Callable[[Any], Params],
         kl_price: float,
         rewards: Sequence[str] = (),
-        scale_of: Callable[[Any], dict[str, float]] = lambda state: {},
+        further: Callable[[Any], dict[str, float]] = lambda state: {},
     ):
         """Starts from the metrics that the folder of a resumed run already has, and compares the reference with itself.
 
@@ -91,12 +91,12 @@ class Recorder:
             policy_of: `(state) -> ` the deployed policy's parameters.
             kl_price: cost of KL in the score of an evaluation, per nat.
             rewards: names of the scores of a mixture.
-            scale_of: `(state) -> ` the learned scale, written with each evaluation.
+            further: `(state) -> ` what else is written with each evaluation, such as the learned scale.
         """
         self.rows = [row for row in folder.metrics() if "labels" in row]
         self._folder, self._tracker, self._compare = folder, tracker, compare
         self._policy_of, self._kl_price, self._rewards = policy_of, kl_price, rewards
-        self._scale_of = scale_of
+        self._further = further
         self._reference, self._latest = compare(reference), None
 
     def log_step(self, number: int, info: dict[str, Any]) -> dict[str, float]:
@@ -127,7 +127,7 @@ class Recorder:
     def evaluate(self, number: int, state: Any) -> float:
         """Compares a state's policy with the reference; returns its win rate minus the cost of its KL."""
         self._latest = self._compare(self._policy_of(state))
-        summary = self._latest.summary() | self._scale_of(state)
+        summary = self._latest.summary() | self._further(state)
         self._folder.append_metrics(step=number, **summary)
         self._tracker.log(number, {f"held_out/{name}": value for name, value in summary.items()})
         return summary["win_rate"] - self._kl_price * summary["kl"]

@@ -14,6 +14,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows
+from jaxrlhf.commands.experts import expert_load, with_load
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import open_model
 from jaxrlhf.commands.options import Groups
@@ -159,6 +160,7 @@ def _stage(
         number_of_steps(config, len(training.rows)),
         scorer_of(config, inputs.start.config, trainable.params_of),
     )
+    load = expert_load(inputs.start.config, [row.first.tokens for row in held_out.rows])
     multiple, tokens = min(128, max_length), 2 * config.batch_size * max_length
     return Stage(
         title="Direct preference learning",
@@ -168,7 +170,7 @@ def _stage(
         batches=iter(pair_batches(training.rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple)),
         steps=steps,
         count=lambda batch: float(np.sum(batch.mask)),
-        evaluate=_evaluation(scorer, held_out.rows, config.batch_size),
+        evaluate=with_load(_evaluation(scorer, held_out.rows, config.batch_size), load, trainable.params_of),
         plan_rows={"model": f"{inputs.start.config.family}, {config.policy}"}
         | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)

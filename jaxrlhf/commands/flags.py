@@ -37,6 +37,7 @@ AT_LEAST = {
 NOT_NEGATIVE = (
     "centre",
     "critic_learning_rate",
+    "expert_balance",
     "gamma",
     "judge_temperature",
     "kl_price",

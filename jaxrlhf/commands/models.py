@@ -259,7 +259,13 @@ def save_model(directory: pathlib.Path, model: Model, kind: Kind) -> pathlib.Pat
 
 
 def save_trained_adapter(
-    directory: pathlib.Path, start: Model, trained: Params, kind: Kind, scaling: float = 1.0
+    directory: pathlib.Path,
+    start: Model,
+    trained: Params,
+    kind: Kind,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
 ) -> None:
     """Writes a trained adapter as a PEFT directory, `directory/adapter`.
 
@@ -271,6 +277,7 @@ def save_trained_adapter(
         trained: an adapter; of a reward model with its head.
         kind: of the model.
         scaling: alpha over the rank.
+        dropout: with which it was trained.
     """
     if start.adapted:
         return
@@ -278,7 +285,16 @@ def save_trained_adapter(
     named = cached_name(start.bundle.directory)
     base = str(start.bundle.directory) if named is None else named.repository
     revision = None if named is None else named.revision
-    save_adapter(directory / "adapter", start.config, adapter, base, revision=revision, head=head, scaling=scaling)
+    save_adapter(
+        directory / "adapter",
+        start.config,
+        adapter,
+        base,
+        revision=revision,
+        head=head,
+        scaling=scaling,
+        dropout=dropout,
+    )
 
 
 def as_saved(model: Model, kind: Kind) -> Model:

@@ -14,6 +14,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows
+from jaxrlhf.commands.experts import expert_load, with_load
 from jaxrlhf.commands.flags import check_flags
 from jaxrlhf.commands.models import open_reward
 from jaxrlhf.commands.options import Groups
@@ -142,6 +143,7 @@ def _stage(
             "calibration_error": accuracy.calibration_error,
         }
 
+    load = expert_load(inputs.start.config, [row.first.tokens for row in held_out.rows])
     multiple, tokens = min(128, max_length), 2 * config.batch_size * max_length
     return Stage(
         title="Reward learning",
@@ -151,7 +153,7 @@ def _stage(
         batches=iter(pair_batches(training.rows, batch_size=config.batch_size, seed=config.seed, multiple=multiple)),
         steps=steps,
         count=_tokens_of,
-        evaluate=evaluate,
+        evaluate=with_load(evaluate, load, lambda params, frozen: trainable.params_of(params, frozen)["trunk"]),
         plan_rows={"model": f"{inputs.start.config.family}, {config.policy}"}
         | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)

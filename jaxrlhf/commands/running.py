@@ -28,6 +28,7 @@ from jaxrlhf.training.progress import progress
 from jaxrlhf.training.report import Samples, Table, rich_table, write_report
 from jaxrlhf.training.resume import RunCheckpointer, StoppedError
 from jaxrlhf.training.run_folder import RunFolder
+from jaxrlhf.training.store import RunStore
 from jaxrlhf.training.tracking import check_tracker
 
 
@@ -37,7 +38,7 @@ class RunConfig(CompilationConfig):
 
     GROUPS: ClassVar[Groups] = {
         "main settings": ("output", "run", "seed"),
-        "checkpoints": ("resume", "checkpoint_minutes", "checkpoint_steps", "keep_best"),
+        "checkpoints": ("resume", "store", "checkpoint_minutes", "checkpoint_steps", "keep_best"),
         "devices and memory": ("mesh", "processes", "microbatches", "remat", "dtype"),
         "data": ("data_dir",),
         "evaluation and logging": ("evaluations", "track", "patience"),
@@ -49,6 +50,9 @@ class RunConfig(CompilationConfig):
     """Name of the run's folder; by default the command and the time."""
     resume: bool = False
     """Continues the run named by --run, or starts it if it does not exist; safe to pass always."""
+    store: str | None = None
+    """Also copies the run's folder there after every checkpoint and at the end, such as gs://bucket/runs or s3://bucket/runs;
+    --resume fetches it where there is no such folder."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints; one is also written at the end and when the run is stopped or fails."""
     checkpoint_steps: int | None = None
@@ -93,13 +97,21 @@ def open_folder(config: Any, name: str) -> RunFolder:
     def create():
         # A library that is missing leaves no folder behind.
         check_tracker(getattr(config, "track", None))
-        created.append(RunFolder(config.output, name, **named))
+        store = getattr(config, "store", None)
+        if store is not None and config.run is not None:
+            RunStore(store, config.run).begin(config.output / config.run, resume=config.resume)
+        folder = RunFolder(config.output, name, **named)
+        folder.store = None if store is None else RunStore(store, folder.path.name)
+        created.append(folder)
         return str(created[0].path.absolute())
 
     path = broadcast_text(create)
     folder = created[0] if created else RunFolder.followed(pathlib.Path(path))
     if not (folder.resumed and (folder.path / "config.json").is_file()):
         folder.write_json("config.json", config_values(config, name))
+    if getattr(config, "store", None) is not None:
+        # A store that cannot be written is known before the first step.
+        broadcast_text(lambda: created[0].store.push(folder.path) or "")
     return folder
 
 
@@ -303,4 +315,7 @@ def finish(
         console.print(rich_table(each))
     console.print("Report, metrics and models are in:")
     console.print(str(folder.path), soft_wrap=True, markup=False, highlight=False)
+    if folder.store is not None:
+        folder.store.push(folder.path)
+        console.print(f"and {folder.store}", soft_wrap=True, markup=False, highlight=False)
     return folder.path

@@ -200,7 +200,7 @@ def train(config: StageConfig, stage: Stage) -> StageResult:
         raise ValueError(f"--mesh stencil={sizes['stencil']} does not apply here: only align has iterates to split.")
     trainable, optimizer, mesh = stage.trainable, adamw(config, stage.steps), make_mesh(sizes)
     microbatches = config.microbatches if config.microbatches > 1 else None
-    algorithm = learning(stage.loss, optimizer, microbatches=microbatches)
+    algorithm = learning(stage.loss, optimizer, microbatches=microbatches, noise=trainable.noise, seed=config.seed)
     folder = open_folder(config, stage.name)
     print_plan(Console(quiet=not is_first_process()), stage, optimizer)
     tracker = open_tracker(
@@ -309,7 +309,8 @@ def save_models(result: StageResult, start: Model, trainable: Trainable, kind: K
             directory = result.folder.path / name / kind
             save_model(directory, start._replace(params=trainable.merged(params)), kind)
             if trainable.adapts:
-                save_trained_adapter(directory, start, params, kind, trainable.scaling)
+                how = {"scaling": trainable.scaling, "dropout": trainable.dropout}
+                save_trained_adapter(directory, start, params, kind, **how)
     return trained
 
 

@@ -14,6 +14,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.adapters import configured_adapters
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
+from jaxrlhf.commands.experts import expert_load, with_load
 from jaxrlhf.commands.flags import check_flags, refuse_unused
 from jaxrlhf.commands.models import Model, TokenizerBundle, find, open_bundle, open_model
 from jaxrlhf.commands.options import Groups
@@ -53,6 +54,7 @@ class Supervised(StageConfig):
     GROUPS: ClassVar[Groups] = {
         "main settings": ("policy", "tokenizer"),
         "data": ("max_length", "packed"),
+        "loss": ("expert_balance",),
         "a new model, with --tokenizer": ("width", "layers", "heads"),
     }
 
@@ -72,6 +74,8 @@ class Supervised(StageConfig):
     """Maximum length of a row in tokens; longer texts are truncated at the end."""
     packed: bool = True
     """Packs several texts into a row; they do not attend to each other."""
+    expert_balance: float = 0.0
+    """Weight of the loss that spreads tokens over the experts of a mixture evenly, such as 0.001."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW; it decays to a tenth along a cosine."""
     warmup: float = 0.05
@@ -125,6 +129,8 @@ def prepare(config: Supervised) -> Inputs:
     check_flags(config)
     configured_adapters(config)
     start = _open_start(config)
+    if start.config.experts is None:
+        refuse_unused(config, ["expert_balance"], "to a model without experts")
     prepared = open_records(
         config.data, form=config.format, held_out=config.held_out, skip_bad=config.skip_bad, data_dir=config.data_dir
     )
@@ -141,18 +147,24 @@ def _stage(
     # A packed row is almost full.
     tokens = sum(len(row.tokens) for row in training.rows)
     steps = number_of_steps(config, math.ceil(tokens / max_length) if config.packed else len(training.rows))
-    loss = supervised_loss(decoder(inputs.start.config, remat=config.remat), params_of=trainable.params_of)
+    model = decoder(inputs.start.config, remat=config.remat)
+    loss = supervised_loss(model, params_of=trainable.params_of)
+    load = expert_load(inputs.start.config, [row.tokens for row in held_out.rows])
     batches = packed_demonstrations if config.packed else demonstration_batches
     shape: dict[str, Any] = {"length": max_length} if config.packed else {"multiple": min(128, max_length)}
     return Stage(
         title="Supervised fine-tuning",
         name="sft",
-        loss=loss,
+        loss=supervised_loss(model, params_of=trainable.params_of, balance=config.expert_balance),
         trainable=trainable,
         batches=iter(batches(training.rows, batch_size=config.batch_size, seed=config.seed, **shape)),
         steps=steps,
         count=_tokens_of,
-        evaluate=_evaluation(loss, held_out.rows, batch_size=config.batch_size, max_length=max_length),
+        evaluate=with_load(
+            _evaluation(loss, held_out.rows, batch_size=config.batch_size, max_length=max_length),
+            load,
+            trainable.params_of,
+        ),
         plan_rows={"model": f"{inputs.start.config.family}, {config.policy or 'new'}"}
         | inputs.start.plan_rows()
         | data_rows(training, held_out, inputs.prepared)

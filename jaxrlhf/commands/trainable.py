@@ -1,5 +1,6 @@
 """Which parameters of a model are trained: all of them, or LoRA adapters on a frozen base."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from jaxrlhf.base.types import Params
 from jaxrlhf.commands.adapters import Adapters
 from jaxrlhf.commands.models import Model
 from jaxrlhf.lm import lora
-from jaxrlhf.lm.learning import ParamsOf, full_params
+from jaxrlhf.lm.learning import Noise, ParamsOf, full_params
 
 
 class Trainable(NamedTuple):
@@ -22,6 +23,7 @@ class Trainable(NamedTuple):
         params_of: `(params, frozen) -> ` the model's parameters, traceable.
         merged: `(params) -> ` plain parameters to export.
         scaling: alpha over the rank of the adapters.
+        dropout: of the adapters while they are trained.
     """
 
     params: Params
@@ -29,6 +31,12 @@ class Trainable(NamedTuple):
     params_of: ParamsOf
     merged: Callable[[Params], Params]
     scaling: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def noise(self) -> Noise | None:
+        """The dropout as noise of `learning`; None without."""
+        return functools.partial(lora.with_dropout, rate=self.dropout) if self.dropout else None
 
     @property
     def adapts(self) -> bool:
@@ -48,7 +56,8 @@ def trainable_policy(start: Model, adapters: Adapters | None, key: jax.Array) ->
     def merged(adapter):
         return lora.merge(params, adapters.scaled(adapter))
 
-    return Trainable(adapters.init(key, start.config, "policy", params), params, params_of, merged, adapters.scaling)
+    adapter = adapters.init(key, start.config, "policy", params)
+    return Trainable(adapter, params, params_of, merged, adapters.scaling, adapters.dropout)
 
 
 def trainable_reward(start: Model, adapters: Adapters | None, key: jax.Array) -> Trainable:
@@ -66,4 +75,4 @@ def trainable_reward(start: Model, adapters: Adapters | None, key: jax.Array) ->
         return {"trunk": lora.merge(trunk, adapters.scaled(trained["adapter"])), "head": trained["head"]}
 
     trained = {"adapter": adapter, "head": jnp.asarray(params["head"], jnp.float32)}
-    return Trainable(trained, trunk, params_of, merged, adapters.scaling)
+    return Trainable(trained, trunk, params_of, merged, adapters.scaling, adapters.dropout)

@@ -21,6 +21,7 @@ from jaxrlhf.base.types import Batch, Params
 from jaxrlhf.lm.log_probs import default_chunk_size, token_log_probs
 from jaxrlhf.lm.microbatch import default_microbatches, split
 from jaxrlhf.lm.reward import RewardModel
+from jaxrlhf.lm.transformer.experts import balance_loss, load_of
 from jaxrlhf.lm.transformer.model import LanguageModel
 
 
@@ -34,6 +35,10 @@ class Totals(NamedTuple):
 
 Loss = Callable[[Params, Batch, Params], Totals]
 ParamsOf = Callable[[Params, Params], Params]
+
+
+Noise = Callable[[Params, jax.Array], Params]
+"""`(params, key) -> ` parameters for one evaluation of the loss, such as adapters with a dropout; the key is consumed."""
 
 
 class LearningState(NamedTuple):
@@ -72,7 +77,12 @@ def full_params(params: Params, frozen: Params) -> Params:
 
 
 def learning(
-    loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int | None = None
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int | None = None,
+    noise: Noise | None = None,
+    seed: int = 0,
 ) -> LearningAlgorithm:
     """Returns the algorithm that minimises `sum of losses / sum of weights` of a batch, in one microbatch or several.
 
@@ -81,6 +91,8 @@ def learning(
         optimizer: of the parameters.
         microbatches: into how many a batch is split, one after another, to save memory; by default
             `default_microbatches`.
+        noise: of the parameters while they are trained, new for every step and microbatch.
+        seed: of the noise.
 
     Raises:
         ValueError: microbatches < 1; or at trace time, rows that do not divide into the microbatches.
@@ -93,8 +105,10 @@ def learning(
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), params)
         return LearningState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    def totals_and_gradient(params, batch, frozen):
-        def total_loss(params, rows):
+    def totals_and_gradient(params, batch, frozen, step):
+        def total_loss(params, rows, part=0):
+            if noise is not None:
+                params = noise(params, jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), part))
             totals = loss(params, rows, frozen)
             return totals.loss, totals
 
@@ -107,16 +121,16 @@ def learning(
             return totals, gradient
         rows = split(batch, number)
 
-        def accumulate(sums, microbatch):
-            gradient, totals = gradient_of(params, microbatch)
+        def accumulate(sums, numbered):
+            gradient, totals = gradient_of(params, *numbered)
             return jax.tree.map(jnp.add, sums, (totals, gradient)), None
 
         shapes = jax.eval_shape(lambda: gradient_of(params, jax.tree.map(lambda leaf: leaf[0], rows))[::-1])
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(accumulate, zero, rows)[0]
+        return jax.lax.scan(accumulate, zero, (rows, jnp.arange(number)))[0]
 
     def update(state, batch, frozen=()):
-        totals, gradient = totals_and_gradient(state.params, batch, frozen)
+        totals, gradient = totals_and_gradient(state.params, batch, frozen, state.step)
         # A batch of weight zero gives a zero gradient instead of NaN.
         weight = jnp.maximum(totals.weight, 1e-9)
         gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradient)
@@ -127,8 +141,10 @@ def learning(
     return LearningAlgorithm(init, update)
 
 
-def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = full_params) -> Loss:
+def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = full_params, balance: float = 0.0) -> Loss:
     """Returns the negative log-likelihood of the tokens in the loss mask, in nats; its weight is their number.
+
+    With `balance` it adds that times `experts.balance_loss` of each microbatch, which is not a sum over tokens.
 
     The batch has `tokens`, `segments` and `loss_mask`, `[N, T]`, as `data.batches.Demonstrations`. The accuracy is the
     fraction of those tokens to which the model gives the highest probability.
@@ -136,16 +152,28 @@ def supervised_loss(model: LanguageModel, *, params_of: ParamsOf = full_params) 
     Args:
         model: the language model.
         params_of: `(params, frozen) -> the model's parameters`; such as `lambda adapter, base: attach(base, adapter)`.
+        balance: weight of the load-balancing loss of a mixture of experts.
+
+    Raises:
+        ValueError: there is a balance and the model has no experts.
     """
+    if balance and model.routing is None:
+        raise ValueError(f"A balance of {balance:g} is for a mixture of experts, which this model is not.")
 
     def loss(params, batch, frozen):
         params = params_of(params, frozen)
         tokens, counted = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
-        hidden = model.hidden(params, batch.tokens, batch.segments)[:, :-1]
+        uneven = 0.0
+        if balance and model.routing is not None and model.experts is not None:
+            hidden, probabilities = model.routing(params, batch.tokens, batch.segments)
+            uneven = balance_loss(load_of(probabilities, batch.segments, model.experts))
+        else:
+            hidden = model.hidden(params, batch.tokens, batch.segments)
         chunk_size = default_chunk_size(len(tokens), model.vocabulary_size)
-        log_prob, best = token_log_probs(model, params, hidden, tokens, 1.0, chunk_size)
+        log_prob, best = token_log_probs(model, params, hidden[:, :-1], tokens, 1.0, chunk_size)
         weight = jnp.sum(counted, dtype=log_prob.dtype)
-        return Totals(-jnp.sum(jnp.where(counted, log_prob, 0.0)), jnp.sum(best & counted, dtype=weight.dtype), weight)
+        cost = balance * weight * uneven - jnp.sum(jnp.where(counted, log_prob, 0.0))
+        return Totals(cost, jnp.sum(best & counted, dtype=weight.dtype), weight)
 
     return loss
 

@@ -2,10 +2,11 @@
 
     W x  becomes  W x + up down x,     up = 0 at initialisation, so that training starts from the base
 
-(arXiv 2106.09685, with alpha equal to the rank; `scaled` gives it another). The base is in `frozen` and never copied:
-lower iterates, reward and their optimisers hold adapters, and the reference is the base without one. On a base in half
-precision build the policy with `decoder(config, dtype=jnp.float32)`: otherwise only the adapted policy would compute in
-float32, and the reference's rounding would count as KL.
+(arXiv 2106.09685, with alpha equal to the rank; `scaled` gives it another, `with_dropout` a dropout). The experts of a
+mixture have no adapters, only the attention beside them. The base is in `frozen` and never copied: lower iterates, reward
+and their optimisers hold adapters, and the reference is the base without one. On a base in half precision build the policy
+with `decoder(config, dtype=jnp.float32)`: otherwise only the adapted policy would compute in float32, and the reference's
+rounding would count as KL.
 
     problem = language_problem(policy, reward, objective, ..., policy_params=policy_on_reference,
                                reward_params=reward_on_reference)
@@ -62,6 +63,28 @@ def scaled(adapter: Params, scaling: float) -> Params:
     if "down" in adapter:
         return adapter | {"up": scaling * adapter["up"]}
     return {name: scaled(leaf, scaling) for name, leaf in adapter.items()}
+
+
+def with_dropout(adapter: Params, key: Key, rate: float) -> Params:
+    """Returns an adapter of `W x + up down dropout(x)` in the base's layers, for one evaluation of its loss.
+
+    Each linear map of each layer drops features of its input on its own, and scales the rest by `1 / (1 - rate)`, as PEFT
+    does while it trains. Only `attach` takes such an adapter. Consumes the key.
+
+    Args:
+        adapter: of `init_adapter`, or parameters that hold one, such as a reward's adapter beside its head.
+        key: PRNG key.
+        rate: probability in [0, 1) that a feature is dropped.
+    """
+    if not isinstance(adapter, dict):
+        return adapter
+    if "down" in adapter:
+        layers = len(adapter["down"])
+        keys = jax.vmap(jax.random.key_data)(jax.random.split(key, layers))
+        return adapter | {"dropout_key": keys, "dropout_rate": jnp.full(layers, rate, jnp.float32)}
+    keys = jax.random.split(key, len(adapter))
+    parts = zip(sorted(adapter), keys, strict=True)
+    return {name: with_dropout(adapter[name], part, rate) for name, part in parts}
 
 
 def attach(base: Params, adapter: Params) -> Params:

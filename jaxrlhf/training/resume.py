@@ -187,6 +187,18 @@ class RunCheckpointer:
         # A step that failed halfway may have deleted the state donated to it.
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             self._checkpoints.save(step, state, plain(notes), score=score)
+            self._copy_out()
+
+    def _copy_out(self) -> None:
+        """Copies the run's folder to its store, with the checkpoint that has just been written."""
+        if self._folder.store is None:
+            return
+        self._checkpoints.wait()
+        try:
+            self._folder.store.push(self._folder.path)
+        except ValueError as error:
+            # The run goes on: the checkpoint is here, and the next one is copied with it.
+            warnings.warn(f"A checkpoint was not copied: {error}", stacklevel=2)
 
 
 def _check_room(folder: pathlib.Path, size: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.training.paths import check_local
+from jaxrlhf.training.store import RunStore
 
 
 class RunFolder:
@@ -23,7 +24,10 @@ class RunFolder:
         path: of the folder.
         resumed: whether it existed before.
         writes: whether this process is the one that writes.
+        store: to which the folder is copied; None without.
     """
+
+    store: RunStore | None = None
 
     def __init__(self, root: pathlib.Path, name: str, *, fixed: str | None = None, resume: bool = False):
         """Creates `root/name-YYYYmmdd-HHMMSS`, numbered if that exists; or opens `root/fixed`.

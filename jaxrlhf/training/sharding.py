@@ -4,7 +4,7 @@ A mesh has four axes, each of size 1 by default:
 
     data       replicates the weights, splits the batch
     fsdp       splits the weights and optimiser states, gathered as they are used; splits the batch too
-    tensor     splits heads, MLP and vocabulary
+    tensor     splits heads, experts (or the MLP) and vocabulary
     stencil    splits the lower iterates
 
 The compiler inserts all communication (`jax.jit` with `NamedSharding`). Dimension names follow from the path of an array
@@ -27,6 +27,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "width": ("fsdp",),
     "heads": ("tensor",),
+    "experts": ("tensor",),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
     "iterates": ("stencil",),

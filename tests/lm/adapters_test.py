@@ -13,6 +13,8 @@ from jaxrlhf.lm.hugging_face.families import as_reward
 from jaxrlhf.lm.hugging_face.files import ADAPTER, WeightsError
 from jaxrlhf.lm.hugging_face.tensors import tensors_from
 from jaxrlhf.lm.hugging_face.weights import read_parameters
+from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer.model import decoder
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -32,6 +34,24 @@ CASES = {
     "olmo2": ("Olmo2", {}, {"target_modules": ["k_proj", "down_proj"]}),
     "gpt2": ("GPT2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
 }
+# In the slow tests, where logits and scores are compared too.
+MORE = {
+    "mistral": ("Mistral", {"sliding_window": 4}, {"target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.3}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "qwen2": ("Qwen2", {}, {"target_modules": "all-linear"}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+        {"target_modules": ["o_proj"], "use_rslora": True, "lora_alpha": 3},
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}, {"target_modules": ["v_proj", "gate_proj"]}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 4, "attn_logit_softcapping": 2.0},
+        {"target_modules": ["q_proj", "down_proj"]},
+    ),
+}
+CASES_OF_LOGITS = [pytest.param(case, marks=pytest.mark.slow) for case in (*CASES, *MORE)]
 CAUSAL = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
 
 
@@ -163,6 +183,63 @@ def test_alpha_and_modules_are_pefts(tmp_path, case):
     merged = merge(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, lora.scaled(adapter, 3.5)))
     for name, tensor in tensors_of(config, merged, "policy").items():
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def lively_theirs(model):
+    """Draws every parameter, or the adapter's if there is one, so that logits are far from uniform; returns the model."""
+    adapted = hasattr(model, "peft_config")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if adapted and "lora_" not in name and "modules_to_save" not in name:
+                continue
+            if "norm" in name or ".ln_" in name:
+                parameter.uniform_(*((-0.5, 0.5) if "Gemma" in type(model).__name__ else (0.5, 1.5)))
+            else:
+                parameter.normal_(0.0, 0.1 if "lora_" in name else 0.3)
+    return model.eval()
+
+
+def compared(model, config, params, kind):
+    """Logits of real tokens, or scores, of a model of torch and of ours."""
+    tokens = np.random.default_rng(0).integers(1, 31, (3, 9))
+    tokens[1, 6:] = 0
+    mask = tokens > 0
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
+    language = decoder(config)
+    if kind == "reward":
+        return theirs[:, 0], np.asarray(jax.jit(reward_model(language).score)(params, tokens, mask))
+    run = jax.jit(lambda params: language.logits(params, language.hidden(params, tokens, mask)))
+    return theirs[mask], np.asarray(run(params))[mask]
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("case", CASES_OF_LOGITS)
+def test_logits_and_scores_under_an_adapter_are_pefts_both_ways(tmp_path, monkeypatch, case, kind):
+    monkeypatch.setattr(f"{__name__}.CASES", CASES | MORE)
+    base = tmp_path / "base"
+    lively_theirs(base_of(case, kind)).save_pretrained(base)
+    settings = {"r": 4, "task_type": "CAUSAL_LM" if kind == "policy" else "SEQ_CLS"} | CASES[case][2]
+    theirs = lively_theirs(peft.get_peft_model(opened(base, case, kind), peft.LoraConfig(**settings)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    loaded = read_parameters(tmp_path / "adapter", kind)
+    expected, found = compared(theirs, loaded.config, loaded.params, kind)
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+    # The other way: ours on the same base, unmerged here and there.
+    config, params, _ = read_parameters(base, "policy")
+    source = np.random.default_rng(2)
+    shapes = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, rank=3))
+    adapter = jax.tree.map(lambda leaf: source.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    head = source.normal(size=config.width).astype(np.float32) if kind == "reward" else None
+    save_adapter(tmp_path / "ours", config, adapter, str(base), head=head, dropout=0.2)
+    trunk = lora.attach(params, adapter)
+    trunk = trunk if head is None else {name: leaf for name, leaf in trunk.items() if name != "output_head"}
+    model = peft.PeftModel.from_pretrained(opened(base, case, kind), tmp_path / "ours").eval()
+    expected, found = compared(model, config, trunk if head is None else {"trunk": trunk, "head": head}, kind)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_modules_that_cannot_have_an_adapter_of_their_own_are_named(tmp_path):

@@ -19,7 +19,7 @@ from jaxrlhf.lm.hugging_face.weights import (
 )
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.transformer.config import DecoderConfig, RopeScaling
+from jaxrlhf.lm.transformer.config import DecoderConfig, Experts, RopeScaling
 from jaxrlhf.lm.transformer.model import decoder, without_cache
 
 LLAMA3 = {
@@ -46,6 +46,12 @@ CASES = {
     "mistral": ("Mistral", {"sliding_window": 4}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"sliding_window": 4, "num_local_experts": 4}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 10, "attention_bias": True, "num_experts": 5, "num_experts_per_tok": 3}
+        | {"moe_intermediate_size": 12},
+    ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
     "phi3": ("Phi3", {"sliding_window": 4}),
     "phi3-long": (
@@ -194,11 +200,12 @@ def family_config(case):
                 "logit_cap": 5.0,
                 "rope_scaling": RopeScaling(2.0),
             },
+            "mixtral": {"key_value_heads": 2, "family": "mixtral", "experts": Experts(4, 2)},
         }[case],
     )
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("case", ["gpt2", "gemma3", "mixtral"])
 def test_the_sampler_agrees_with_whole_rows(lively, case):
     model = decoder(family_config(case))
     params = lively(model)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxrlhf.bilevel import bilevel_descent, central, tangent
+from jaxrlhf.data.batches import Demonstrations
 from jaxrlhf.lm import lora
 from jaxrlhf.lm.generate import Generation
 from jaxrlhf.lm.hugging_face.weights import load_decoder, save_decoder
@@ -20,6 +21,7 @@ from jaxrlhf.lm.language import (
     reward_table,
     table_of,
 )
+from jaxrlhf.lm.learning import learning, supervised_loss
 from jaxrlhf.lm.memory import plan_bilevel, plan_of, tree_bytes
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
@@ -75,6 +77,50 @@ def test_adapters_are_vmapped_over_one_base(tiny):
     together = jax.vmap(lambda adapter: logits_of(model, lora.attach(params, adapter)))(stacked)
     for logits, adapter in zip(together, several, strict=True):
         np.testing.assert_allclose(logits, logits_of(model, lora.merge(params, adapter)), atol=5e-4)
+
+
+def test_dropout_keeps_the_mean_of_what_it_drops():
+    """Through an adapter that is the identity: zeros at the rate, all else scaled up, and layers differ."""
+    from flax import nnx
+
+    from jaxrlhf.lm.transformer.modules import Linear
+
+    structure, _ = nnx.split(nnx.eval_shape(lambda: Linear(nnx.Rngs(0), (16, 16), adapted=True, dropout=True)))
+    layers = {"down": jnp.stack([jnp.eye(16)] * 2), "up": jnp.stack([jnp.eye(16)] * 2)}
+    dropped = lora.with_dropout({"map": layers}, jax.random.key(0), 0.25)["map"]
+    x = jax.random.normal(jax.random.key(1), (20, 30, 16))
+    first, second = (
+        nnx.merge(structure, jax.tree.map(lambda leaf, i=i: leaf[i], dropped) | {"weight": jnp.zeros((16, 16))})(x)
+        for i in range(2)
+    )
+    zeros = first == 0
+    assert abs(float(jnp.mean(zeros)) - 0.25) < 0.02
+    np.testing.assert_allclose(first[~zeros], x[~zeros] / 0.75, rtol=1e-6)
+    assert not np.array_equal(zeros, second == 0)
+
+
+def test_training_with_dropout_depends_on_the_step_and_its_microbatches(tiny):
+    """Each step and microbatch has noise of its own, the same after a resumption; the gradient flows through it."""
+    model, params = tiny
+    adapter = lively_adapter(params, 2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 23, (2, 6)).astype(np.int32))
+    batch = Demonstrations(*(jnp.concatenate([leaf] * 2) for leaf in (tokens, tokens * 0 + 1, tokens > 0)))
+    loss = supervised_loss(model, params_of=lambda adapter, base: lora.attach(base, adapter))
+    noise = functools.partial(lora.with_dropout, rate=0.5)
+    algorithm = learning(loss, optax.sgd(0.0), microbatches=2, noise=noise, seed=3)
+    update = jax.jit(algorithm.update)
+    state = algorithm.init(adapter)
+    (later, first), (_, same) = update(state, batch, params), update(state, batch, params)
+    _, second = update(later, batch, params)
+    assert float(first.loss) == float(same.loss) != float(second.loss)
+    by_hand, compute = [], jax.jit(loss)
+    for part in range(2):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), part)
+        rows = jax.tree.map(lambda leaf, part=part: leaf[part::2], batch)
+        totals = compute(noise(adapter, key), rows, params)
+        by_hand.append(float(totals.loss / totals.weight))
+    assert float(first.loss) == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert by_hand[0] != by_hand[1] and float(first.gradient_norm) > 0
 
 
 def test_float32_adapters_keep_small_differences_on_a_bfloat16_base(tiny):

@@ -2,6 +2,7 @@
 
     python tests/training/eight_devices.py four_rooms
     python tests/training/eight_devices.py stories260K MODEL_DIRECTORY
+    python tests/training/eight_devices.py mixture
     python tests/training/eight_devices.py small                # the enumerable language, and microbatches
 
 The same tokens and labels must give the same gradients (the first moments of Adam after a step) to 1e-5 and the same state
@@ -34,6 +35,7 @@ from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
 from jaxrlhf.lm.transformer.axes import decoder_names
+from jaxrlhf.lm.transformer.config import Experts
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
 from jaxrlhf.mdp import four_rooms as rooms
 from jaxrlhf.mdp import incentives
@@ -70,11 +72,20 @@ def language(policy, shape, params, prompts, *, pairs: int, new_tokens: int) -> 
 
 
 def enumerable() -> Case:
-    shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6)
+    return of_letters(DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6))
+
+
+def of_letters(shape: DecoderConfig) -> Case:
     policy = decoder(shape)
     prompts = Prompts(jnp.arange(16).reshape(8, 2) % 7 + 1, jnp.ones((8, 2), bool))
     params = optax.tree.cast(policy.init(jax.random.key(0)), jnp.result_type(float))
     return language(policy, shape, params, prompts, pairs=4, new_tokens=4)
+
+
+def mixture() -> Case:
+    """The enumerable language of a mixture of experts, which `tensor` splits."""
+    shape = DecoderConfig(8, 16, 1, 2, 1, 8, 16, context_length=6, experts=Experts(4, 2))
+    return of_letters(shape)
 
 
 def stories(directory: str) -> Case:
@@ -221,7 +232,7 @@ def main(name: str, *arguments: str) -> None:
     if name == "small":
         found = {"enumerable": in_meshes(enumerable()), "microbatches": in_microbatches()}
     else:
-        found = in_meshes({"stories260K": stories, "four_rooms": in_rooms}[name](*arguments))
+        found = in_meshes({"stories260K": stories, "four_rooms": in_rooms, "mixture": mixture}[name](*arguments))
     print(json.dumps(found, indent=1))
 
 

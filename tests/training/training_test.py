@@ -43,7 +43,7 @@ def small_problems():
 
 @pytest.mark.parametrize(
     "problem",
-    ["enumerable", *(pytest.param(name, marks=pytest.mark.slow) for name in ("four_rooms", "stories260K"))],
+    ["enumerable", *(pytest.param(name, marks=pytest.mark.slow) for name in ("four_rooms", "mixture", "stories260K"))],
 )
 def test_eight_devices_do_what_one_does(problem):
     """The same gradients, states and tokens; weights gathered one at a time, and nothing through the host."""

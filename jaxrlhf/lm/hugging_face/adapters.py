@@ -202,6 +202,7 @@ def save_adapter(
     revision: str | None = None,
     head: np.ndarray | None = None,
     scaling: float = 1.0,
+    dropout: float = 0.0,
 ) -> None:
     """Writes an adapter of `lm.lora` as a PEFT directory.
 
@@ -213,6 +214,7 @@ def save_adapter(
         revision: of a base that is named.
         head: of a reward model, `[D]`.
         scaling: alpha over the rank, of `lora.scaled`.
+        dropout: with which it was trained, for whoever trains it further.
     """
     kind: Kind = "policy" if head is None else "reward"
     tensors: dict[str, np.ndarray] = {}
@@ -245,7 +247,7 @@ def save_adapter(
         "revision": revision,
         "r": rank,
         "lora_alpha": _whole(scaling * rank),
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "target_modules": _named(modules, every),
         "modules_to_save": None if head is None else ["score"],
         "fan_in_fan_out": config.family == "gpt2",

@@ -14,6 +14,7 @@ FLAGS = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
     "add_cross_attention",
+    "norm_topk_prob",
 )
 SIZES = (
     "vocab_size",
@@ -31,6 +32,10 @@ SIZES = (
     "n_positions",
     "no_rope_layer_interval",
     "original_max_position_embeddings",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
 )
 SCALES = (
     "rms_norm_eps",

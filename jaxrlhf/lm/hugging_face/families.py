@@ -1,120 +1,21 @@
 """From the `config.json` of a model family to a `DecoderConfig`; `settings` is the inverse.
 
-Llama, Mistral, Qwen2, Qwen3, OLMo 2, Phi-3, SmolLM3, Gemma 2, Gemma 3 (text) and GPT-2, by the `architectures` that
-transformers names. Omitted settings have transformers' defaults; features that the decoder lacks are refused, since
-ignoring them would silently change the model's output.
+Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMo 2, Phi-3, SmolLM3, Gemma 2, Gemma 3 (text) and GPT-2, by the
+`architectures` that transformers names. Omitted settings have transformers' defaults; features that the decoder lacks are
+refused, since ignoring them would silently change the model's output.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jaxrlhf.lm.hugging_face.checks import expected_instead, refuse
+from jaxrlhf.lm.hugging_face.family_table import FAMILIES, Family
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.hugging_face.rope import FULL, WINDOWED, read_rope
-from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.config import DecoderConfig, Experts
 
 Kind = Literal["policy", "reward"]
 
 
-class Family(NamedTuple):
-    """A family's `model_type`, its architectures, and the defaults that transformers gives its settings."""
-
-    model_type: str
-    policy: str
-    reward: str
-    defaults: dict[str, Any]
-
-
-_LLAMA = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False}
-_GEMMA = _LLAMA | {
-    "tie_word_embeddings": True,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-FAMILIES = {
-    "llama": Family(
-        "llama", "LlamaForCausalLM", "LlamaForSequenceClassification", _LLAMA | {"max_position_embeddings": 2048}
-    ),
-    "mistral": Family(
-        "mistral",
-        "MistralForCausalLM",
-        "MistralForSequenceClassification",
-        _LLAMA | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    ),
-    "qwen2": Family(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        "Qwen2ForSequenceClassification",
-        _LLAMA | {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
-    ),
-    "qwen3": Family(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        "Qwen3ForSequenceClassification",
-        _LLAMA | {"max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-    ),
-    "olmo2": Family(
-        "olmo2",
-        "Olmo2ForCausalLM",
-        "Olmo2ForSequenceClassification",
-        _LLAMA | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-    ),
-    "phi3": Family(
-        "phi3",
-        "Phi3ForCausalLM",
-        "Phi3ForSequenceClassification",
-        _LLAMA | {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-    ),
-    "smollm3": Family(
-        "smollm3",
-        "SmolLM3ForCausalLM",
-        "SmolLM3ForSequenceClassification",
-        _LLAMA
-        | {
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 4,
-            "rope_theta": 2_000_000.0,
-            "tie_word_embeddings": True,
-            "no_rope_layer_interval": 4,
-        },
-    ),
-    "gemma2": Family(
-        "gemma2",
-        "Gemma2ForCausalLM",
-        "Gemma2ForSequenceClassification",
-        _GEMMA
-        | {
-            "max_position_embeddings": 8192,
-            "num_key_value_heads": 4,
-            "final_logit_softcapping": 30.0,
-            "attn_logit_softcapping": 50.0,
-        },
-    ),
-    "gemma3": Family(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        "Gemma3TextForSequenceClassification",
-        _GEMMA
-        | {
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 4,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10000.0,
-        },
-    ),
-    "gpt2": Family(
-        "gpt2",
-        "GPT2LMHeadModel",
-        "GPT2ForSequenceClassification",
-        {
-            "n_positions": 1024,
-            "layer_norm_epsilon": 1e-5,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": True,
-        },
-    ),
-}
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -222,7 +123,7 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         refuse(source, "attn_logit_softcapping", values["attn_logit_softcapping"], "use a model without it")
     if name != "llama" and values.get("mlp_bias"):
         refuse(source, "mlp_bias", True, "use a model without biases")
-    if name in ("mistral", "qwen2", "phi3") and bias:
+    if name in ("mistral", "mixtral", "qwen2", "phi3") and bias:
         refuse(source, "attention_bias", True, "use a model without that setting")
     width = values["hidden_size"]
     gemma_settings: dict[str, Any] = {
@@ -240,13 +141,13 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         query_heads=heads,
         key_value_heads=values.get("num_key_value_heads", heads),
         head_size=values["head_dim"] if "head_dim" in values else width // heads,
-        mlp_width=values["intermediate_size"],
+        mlp_width=values["moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"],
         norm_epsilon=values["rms_norm_eps"],
         rope_base=rope.base,
         tied_embeddings=bool(values["tie_word_embeddings"]),
         context_length=rope.context_length,
         family=name,
-        query_key_norm=name in ("qwen3", "gemma3", "olmo2"),
+        query_key_norm=name in ("qwen3", "qwen3_moe", "gemma3", "olmo2"),
         activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
         query_key_value_bias=bias or name == "qwen2",
         output_bias=bias,
@@ -257,6 +158,7 @@ def _llama_like(name: str, values: dict[str, Any], source: str) -> DecoderConfig
         window_rope_base=rope.windowed_base if windowed else None,
         rotary_size=rope.rotary_size,
         unrotated_layers=_unrotated_layers(values, source) if name == "smollm3" else (),
+        experts=_experts(name, values, source),
         **(gemma_settings if gemma else _OLMO if name == "olmo2" else {}),
     )
 
@@ -298,7 +200,21 @@ def _gpt2(name: str, values: dict[str, Any], source: str) -> DecoderConfig:
     )
 
 
-_ALL_WINDOWED = ("mistral", "phi3")
+def _experts(name: str, values: dict[str, Any], source: str) -> Experts | None:
+    """Returns the mixture of experts of a family that has one; every layer must have it."""
+    if name not in ("mixtral", "qwen3_moe"):
+        return None
+    for setting, expected in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if values.get(setting, expected) != expected:
+            refuse(source, setting, values[setting], "use a model with experts in every layer")
+    if name == "mixtral":
+        return Experts(values["num_local_experts"], values["num_experts_per_tok"])
+    # Transformers writes one name or the other, by its version.
+    count = values.get("num_local_experts", values["num_experts"])
+    return Experts(count, values["num_experts_per_tok"], values["norm_topk_prob"])
+
+
+_ALL_WINDOWED = ("mistral", "mixtral", "qwen3_moe", "phi3")
 """Families where a window is every layer's."""
 
 

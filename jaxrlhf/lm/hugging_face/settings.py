@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from jaxrlhf.lm.hugging_face.checks import FLAGS, SCALES, SIZES, WORDS
-from jaxrlhf.lm.hugging_face.families import FAMILIES, Kind, config_from
+from jaxrlhf.lm.hugging_face.families import Kind, config_from
+from jaxrlhf.lm.hugging_face.family_table import FAMILIES
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.hugging_face.generation import IDS, LEGACY
 from jaxrlhf.lm.hugging_face.rope import FULL, ORIGINAL, WINDOWED, rope_settings
@@ -16,8 +17,10 @@ DESCRIBED = (
     *SIZES,
     *WORDS,
     "auto_map",
+    "decoder_sparse_step",
     "layer_types",
     "max_window_layers",
+    "mlp_only_layers",
     "no_rope_layers",
     "num_labels",
     "original_max_position_embeddings",
@@ -111,8 +114,10 @@ def _llama_like_settings(config: DecoderConfig) -> dict[str, Any]:
     if scaling is not None:
         settings["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     kinds = [WINDOWED if index in config.windowed_layers else FULL for index in range(config.layers)]
-    if config.family in ("mistral", "phi3"):
+    if config.family in ("mistral", "mixtral", "phi3"):
         settings["sliding_window"] = config.window
+    elif config.family == "qwen3_moe":
+        settings |= {"sliding_window": config.window, "use_sliding_window": bool(config.windowed_layers)}
     elif config.family not in ("llama", "olmo2", "smollm3"):
         settings |= {"sliding_window": config.window, "layer_types": kinds}
         settings["use_sliding_window"] = bool(config.windowed_layers)
@@ -122,6 +127,11 @@ def _llama_like_settings(config: DecoderConfig) -> dict[str, Any]:
         settings[ORIGINAL] = config.context_length
     if isinstance(scaling, LongScaling):
         settings["max_position_embeddings"] = scaling.extended_length
+    if config.experts is not None:
+        settings |= {"num_local_experts": config.experts.count, "num_experts_per_tok": config.experts.chosen}
+        if config.family == "qwen3_moe":
+            settings |= {"moe_intermediate_size": config.mlp_width, "num_experts": config.experts.count}
+            settings |= {"norm_topk_prob": config.experts.normalised, "mlp_only_layers": [], "decoder_sparse_step": 1}
     if config.family == "smollm3":
         settings["no_rope_layers"] = [int(index not in config.unrotated_layers) for index in range(config.layers)]
     if config.family.startswith("gemma"):

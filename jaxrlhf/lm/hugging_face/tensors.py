@@ -98,6 +98,10 @@ def _llama_like_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str)
         found += _norm(config, (*path, "query_norm"), f"{prefix}.self_attn.q_norm", queries * size)
         found += _norm(config, (*path, "key_norm"), f"{prefix}.self_attn.k_norm", keys * size)
     heads = _heads(config, (*path, "query_key_value"), [f"{prefix}.self_attn.{kind}_proj" for kind in "qkv"])
+    if config.experts is not None:
+        found += heads
+        found += _linear((*path, "attention_output"), f"{prefix}.self_attn.o_proj", attended, width, config.output_bias)
+        return found + _experts(config, (*path, "experts"), prefix)
     gate_up = _gate_up(config, (*path, "gate_up"), f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
     if config.family == "phi3":
         heads = [_in_one(entry, f"{prefix}.self_attn.qkv_proj.weight") for entry in heads]
@@ -107,6 +111,34 @@ def _llama_like_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str)
     found += gate_up
     found += _linear((*path, "mlp_output"), f"{prefix}.mlp.down_proj", mlp_width, width, config.mlp_bias)
     return found
+
+
+def _experts(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> list[Entry]:
+    """Returns the entries of a mixture of experts, whose checkpoint has three matrices for each expert."""
+    assert config.experts is not None
+    count, width, inner = config.experts.count, config.width, config.mlp_width
+    mixtral = config.family == "mixtral"
+    module = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    into = {f"{module}.experts.{index}.{name}.weight": (inner, width) for name in (gate, up) for index in range(count)}
+    out = {f"{module}.experts.{index}.{down}.weight": (width, inner) for index in range(count)}
+
+    def join(*tensors):
+        return np.stack(tensors).reshape(2, count, inner, width).transpose(3, 1, 0, 2)
+
+    def split(param):
+        return tuple(param.transpose(2, 1, 3, 0).reshape(-1, inner, width))
+
+    return [
+        _transposed((*path, "router"), f"{module}.gate.weight", (count, width)),
+        Entry((*path, "gate_up"), into, join, split),
+        Entry(
+            (*path, "output"),
+            out,
+            lambda *tensors: np.stack(tensors).swapaxes(1, 2),
+            lambda param: tuple(param.swapaxes(1, 2)),
+        ),
+    ]
 
 
 def _gpt2_layer(config: DecoderConfig, path: tuple[str, ...], prefix: str) -> list[Entry]:

@@ -21,6 +21,9 @@ _NAMES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("mlp_output", "bias"): ("width",),
     ("mlp_output", "down"): ("mlp", None),
     ("mlp_output", "up"): (None, "width"),
+    ("experts", "router"): ("width", None),
+    ("experts", "gate_up"): ("width", "experts", None, "mlp"),
+    ("experts", "output"): ("experts", "mlp", "width"),
     ("head",): ("width",),
 }
 

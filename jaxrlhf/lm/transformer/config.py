@@ -82,6 +82,20 @@ class LongScaling(NamedTuple):
     extended_length: int
 
 
+class Experts(NamedTuple):
+    """A mixture of experts in place of every layer's MLP (`transformer.experts`).
+
+    Attributes:
+        count: number of experts.
+        chosen: how many of them each token uses.
+        normalised: whether the chosen experts' weights are divided by their sum.
+    """
+
+    count: int
+    chosen: int
+    normalised: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Configuration of a decoder. The defaults are Llama's; `lm.hugging_face.families` has those of the other families.
@@ -93,7 +107,7 @@ class DecoderConfig:
         query_heads: number of query heads, a multiple of `key_value_heads`.
         key_value_heads: number of key and of value heads.
         head_size: features a head, even with rotary positions.
-        mlp_width: features inside the MLP.
+        mlp_width: features inside the MLP, or inside one expert.
         norm_epsilon: added to the mean square (or variance) in every norm.
         rope_base: base of the rotary frequencies; None: learned position embeddings instead.
         tied_embeddings: whether the output head is the transposed embedding.
@@ -116,11 +130,12 @@ class DecoderConfig:
         rotary_size: leading features of a head that are rotated; None is all.
         unrotated_layers: indices of the layers without positions.
         window_rope_base: base in windowed layers; None: `rope_base`, with the same scaling.
+        experts: of a mixture in place of the MLP, gated and without biases; None is one MLP.
 
     Raises:
         ValueError: a size is not a positive integer, the query heads are not a multiple of the key/value heads, the head
             size is odd, `windowed_layers` or `unrotated_layers` names layers that do not exist, there is no window for the
-            former, or `rope_scaling` does not fit.
+            former, `rope_scaling` does not fit, or `experts` are too few or have biases.
     """
 
     vocabulary_size: int
@@ -155,6 +170,7 @@ class DecoderConfig:
     window_rope_base: float | None = None
     rotary_size: int | None = None
     unrotated_layers: tuple[int, ...] = ()
+    experts: Experts | None = None
 
     def __post_init__(self):
         for name in SIZES:
@@ -168,6 +184,7 @@ class DecoderConfig:
             if value is not None and not number:
                 raise ValueError(f"DecoderConfig.{name} must be a number, got {value!r}.")
         _check_scaling(self.rope_scaling, self.rotated)
+        _check_experts(self.experts, plain=self.gated and not self.mlp_bias)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
@@ -219,3 +236,14 @@ def _check_scaling(scaling: Any, rotated: int) -> None:
             f"DecoderConfig.rope_scaling needs {rotated // 2} short and long factors, one a frequency, got "
             f"{len(scaling.short)} and {len(scaling.long)}."
         )
+
+
+def _check_experts(experts: Experts | None, *, plain: bool) -> None:
+    """Raises ValueError unless a mixture has as many experts as a token uses, each a gated MLP without biases."""
+    if experts is None:
+        return
+    count, chosen, _ = experts
+    if not (type(count) is type(chosen) is int and 1 <= chosen <= count):
+        raise ValueError(f"DecoderConfig.experts needs 1 to {count!r} chosen experts a token, got {chosen!r}.")
+    if not plain:
+        raise ValueError("DecoderConfig.experts are gated and have no biases: leave gated as it is and mlp_bias off.")

@@ -17,8 +17,9 @@ from flax import nnx
 
 from jaxrlhf.lm.transformer.block import LINEAR_MAPS
 from jaxrlhf.lm.transformer.cache import repeated
-from jaxrlhf.lm.transformer.config import DecoderConfig
+from jaxrlhf.lm.transformer.config import DecoderConfig, Experts
 from jaxrlhf.lm.transformer.layers import capped, wide
+from jaxrlhf.lm.transformer.modules import DROPOUT
 from jaxrlhf.lm.transformer.trunk import REMAT, Attention, Trunk
 
 __all__ = ["DecoderConfig", "LanguageModel", "SharedPrompts", "decoder", "pad_left", "without_cache"]
@@ -57,6 +58,9 @@ class LanguageModel(NamedTuple):
         context_length: the largest number of columns that `hidden` and the cache may have.
         shared_prompts: the same functions for several completions of a prompt; None computes each with its prompt. Replace
             it together with `hidden`, or by None.
+        routing: `(params, tokens [N, T], mask [N, T]) -> (hidden [N, T, D], routers' probabilities [L, N, T, E])` of a
+            mixture of experts in L layers; None without.
+        experts: of that mixture; None without.
     """
 
     init: Callable[[jax.Array], Any]
@@ -67,6 +71,8 @@ class LanguageModel(NamedTuple):
     vocabulary_size: int
     context_length: int
     shared_prompts: SharedPrompts | None = None
+    routing: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
+    experts: Experts | None = None
 
 
 def pad_left(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,10 +138,17 @@ def decoder(
         stream = jnp.result_type(*jax.tree.leaves(params)) if dtype is None else jnp.dtype(dtype)
         return nnx.merge(structure, params), stream
 
-    def hidden(params, tokens, mask):
+    def forward(params, tokens, mask, keep=None):
         module, stream = trunk(params)
         mask = mask if jnp.issubdtype(mask.dtype, jnp.integer) else mask.astype(bool)
-        return module.forward(tokens, mask, stream, remat=remat, kernel=attention)[0]
+        return module.forward(tokens, mask, stream, keep=keep, remat=remat, kernel=attention)
+
+    def hidden(params, tokens, mask):
+        return forward(params, tokens, mask)[0]
+
+    def routing(params, tokens, mask):
+        states, kept = forward(params, tokens, mask, keep="routing")
+        return states, jnp.stack(kept) if isinstance(kept, list) else kept
 
     def logits(params, hidden):
         weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
@@ -159,7 +172,8 @@ def decoder(
     shared_prompts = SharedPrompts(hidden_completions, repeated) if attention == "xla" else None
     sizes = config.vocabulary_size, config.context_length
     init = functools.partial(_init, config)
-    return LanguageModel(init, hidden, logits, prefill, decode, *sizes, shared_prompts)
+    mixture = {} if config.experts is None else {"routing": routing, "experts": config.experts}
+    return LanguageModel(init, hidden, logits, prefill, decode, *sizes, shared_prompts, **mixture)
 
 
 def _init(config: DecoderConfig, key: jax.Array) -> Any:
@@ -173,10 +187,11 @@ def _init(config: DecoderConfig, key: jax.Array) -> Any:
 
 
 def _adapted(params: Any) -> frozenset[str]:
-    """Returns the names of a layer's linear maps that have an adapter."""
+    """Returns the names of a layer's linear maps that have an adapter, and `DROPOUT` if those have one."""
     layers = params.get("layers")
     factors = {name: layers.get(name) for name in LINEAR_MAPS} if isinstance(layers, dict) else {}
-    return frozenset(name for name, leaf in factors.items() if isinstance(leaf, dict) and "down" in leaf)
+    adapters = {name: leaf for name, leaf in factors.items() if isinstance(leaf, dict) and "down" in leaf}
+    return frozenset(adapters) | {DROPOUT for leaf in adapters.values() if "dropout_key" in leaf}
 
 
 # Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is no part of

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.lm.transformer.block import KEPT, Block, Norm, normal
+from jaxrlhf.lm.transformer.block import KEPT, Block
 from jaxrlhf.lm.transformer.cache import Cache, append
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.layers import (
@@ -24,6 +24,7 @@ from jaxrlhf.lm.transformer.layers import (
     rotary,
     split_rows,
 )
+from jaxrlhf.lm.transformer.modules import Norm, normal
 
 MAX_SAVED_SCORE_BYTES = 2**26
 """Bytes of attention scores, of all layers together, up to which they are saved for the backward pass, not recomputed."""
@@ -43,6 +44,9 @@ activations and reshaped weights into the stacks takes longer than computing the
 
 Attention = Literal["xla", "cudnn"]
 """What computes the attention of whole rows: plain products, or cuDNN's fused kernel (`layers.attend_fused`)."""
+
+Kept = Literal["heads", "routing"]
+"""What a forward pass keeps of each layer: keys and values (`Block.project`), or its router's probabilities."""
 
 
 class LayerKind(NamedTuple):
@@ -151,11 +155,11 @@ class Trunk(nnx.Module):
         mask: jax.Array,
         dtype: jnp.dtype,
         *,
-        keep: bool = False,
+        keep: Kept | None = None,
         remat: str | None = None,
         kernel: Attention = "xla",
     ) -> tuple[jax.Array, Any]:
-        """Returns states `[N, T, D]` of whole rows, and with `keep` each layer's keys and values (`Block.project`)."""
+        """Returns states `[N, T, D]` of whole rows, and what is kept of each layer."""
         columns, positions = jnp.arange(tokens.shape[1]), positions_of(mask)
         # Outputs at padding are meaningless, whatever it attends to; packed texts attend within themselves only.
         real = mask[:, None, :] if mask.dtype == jnp.bool_ else mask[:, None, :] == mask[:, :, None]
@@ -221,7 +225,7 @@ class Trunk(nnx.Module):
         attention: Callable,
         allowed: tuple[Any, Any],
         *,
-        keep: bool = False,
+        keep: Kept | None = None,
         remat: str | None = None,
     ) -> tuple[jax.Array, Any]:
         """Does as `forward`, with `attention(query, key, value, allowed)`, allowed without and with a window."""
@@ -231,7 +235,8 @@ class Trunk(nnx.Module):
             del index, layer_input
             query, key, value = block.project(x, _rotation(kind, *rotations))
             attended = attention(query, key, value, _select(kind.windowed, *allowed))
-            return block.finish(x, attended), (key, value) if keep else None
+            x, routing = block.finish(x, attended)
+            return x, {None: None, "heads": (key, value), "routing": routing}[keep]
 
         x, kept = self.apply_layers(self.embed(tokens, positions, dtype), step, checkpoint=self._checkpoint(remat))
         return self.final_norm(x), kept
@@ -254,7 +259,7 @@ class Trunk(nnx.Module):
         self, tokens: jax.Array, mask: jax.Array, cache_length: int, dtype: jnp.dtype, *, kernel: Attention = "xla"
     ) -> tuple[jax.Array, Cache]:
         """Returns the last column's state `[N, D]` and a cache of `cache_length` columns that holds the prompts."""
-        hidden, kept = self.forward(tokens, mask, dtype, keep=True, kernel=kernel)
+        hidden, kept = self.forward(tokens, mask, dtype, keep="heads", kernel=kernel)
         room = cache_length - tokens.shape[1]
 
         def lengthened(leaf, axis):
@@ -294,7 +299,8 @@ class Trunk(nnx.Module):
             attended = attend(
                 query, layer_keys, layer_values, _select(kind.windowed, *allowed), **self.score_settings()
             )
-            return (block.finish(x, attended), keys, values), layer_input
+            x, _ = block.finish(x, attended)
+            return (x, keys, values), layer_input
 
         start = self.embed(tokens[:, None], positions, dtype), cache.keys, cache.values
         (x, keys, values), _ = self.apply_layers(start, step, layers=cache.layers)
