@@ -133,8 +133,9 @@ def main(points: int) -> None:
     goal, data = (jax.tree.map(lambda leaf: jnp.asarray(leaf[0], float), tree) for tree in (environment, coefficients))
 
     def tables(upper):
-        rewards = (rooms.follower_reward(upper, data, goal), rooms.leader_reward(upper, data, goal))
-        return tuple(jnp.broadcast_to(reward, goal.mdp.transition.shape[:2]) for reward in rewards)
+        shape = goal.mdp.transition.shape[:2]
+        follower, leader = rooms.follower_reward(upper, data, goal), rooms.leader_reward(upper, data, goal)
+        return jnp.broadcast_to(follower, shape), jnp.broadcast_to(leader, shape)
 
     uppers = jax.vmap(rooms.draw_incentives)(jax.random.split(jax.random.key(0), points))
     truth = jax.jit(jax.vmap(lambda upper: exact(tables, upper, goal.mdp, data.entropy_weight)))(uppers)

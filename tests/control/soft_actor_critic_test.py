@@ -285,8 +285,9 @@ def forward(layers, inputs):
 def test_two_tasks_are_solved(name, scale, least):
     """The mean true return of 20 episodes of each of 3 policies without noise, after 15,000 steps, in one program.
 
-    On CartPole, 8 policies of other seeds reach 200 of 200 each, where chance has 22. Targets that follow at 0.01 a step are too slow for it: values of 10 at a discount of 0.99 have reached 5.8 after 15,000 steps,
-    policies do not see how far off the cart's bounds are, and 2 of 6 end above 195.
+    On CartPole, 8 policies of other seeds reach 200 of 200 each, where chance has 22. Targets that follow at
+    0.01 a step are too slow for it: values of 10 at a discount of 0.99 have reached 5.8 after 15,000 steps, and 2 of 6
+    policies end above 195.
     """
     gymnax = pytest.importorskip("gymnax", reason="needs the extra control")
     with jax.numpy_rank_promotion("allow"):
