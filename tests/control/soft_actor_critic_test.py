@@ -285,8 +285,9 @@ def forward(layers, inputs):
 def test_two_tasks_are_solved(name, scale, least):
     """The mean true return of 20 episodes of each of 3 policies without noise, after 15,000 steps, in one program.
 
-    Measured on CartPole: 170, 200 and 185 of 200, where chance has 22. That misses 195, which counts as solved: policies
-    reach 200 after 3,000 steps and let the cart drift out of bounds later, at 150 steps or more.
+    On CartPole, 8 policies of other seeds reach 200 of 200 each, where chance has 22. Targets that follow at
+    0.01 a step are too slow for it: values of 10 at a discount of 0.99 have reached 5.8 after 15,000 steps, and 2 of 6
+    policies end above 195.
     """
     gymnax = pytest.importorskip("gymnax", reason="needs the extra control")
     with jax.numpy_rank_promotion("allow"):
@@ -315,7 +316,7 @@ def test_two_tasks_are_solved(name, scale, least):
 
         algorithm = soft_actor_critic(
             environment, soft, lambda key: dense(key, *sizes[0]), reward=scaled,
-            optimizer=optax.adam(optax.linear_schedule(1e-3, 0.0, 15_000)), target_rate=0.01, random_steps=500,
+            optimizer=optax.adam(optax.linear_schedule(1e-3, 0.0, 15_000)), target_rate=0.05, random_steps=500,
             batch_size=64, capacity=20_000, episode_steps=200,
         )  # fmt: skip
 
@@ -328,6 +329,4 @@ def test_two_tasks_are_solved(name, scale, least):
 
         returns = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
     found = returns.mean(axis=1)
-    if name == "CartPole-v1" and 150.0 < jnp.mean(found) <= least:
-        pytest.xfail(f"learned and not solved: {found} steps by seed, {least:g} is the goal")
     assert jnp.mean(found) > least, found
