@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.lm.transformer.config import DecoderConfig
-from jaxrlhf.lm.transformer.layers import layer_norm, product, rms_norm, rms_norm_from_one, rotate, split_rows, wide
+from jaxrlhf.lm.transformer.layers import layer_norm, rms_norm, rms_norm_from_one, rotate, split_rows, wide
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns `[N, T, out]` in x's dtype; the weight's output axes are flattened into one."""
         weight = self.weight[...]
-        out = product(x, weight.reshape(weight.shape[0], -1).astype(x.dtype))
+        out = x @ weight.reshape(weight.shape[0], -1).astype(x.dtype)
         if hasattr(self, "down"):
             precise = x.astype(wide(x.dtype)) @ self.down[...] @ self.up[...].reshape(self.up.shape[0], -1)
             out = (out + precise).astype(x.dtype)

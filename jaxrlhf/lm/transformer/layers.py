@@ -6,13 +6,11 @@ Shapes: N rows, T query columns, S key columns, K key/value heads, G query heads
 H head size.
 """
 
-import functools
 import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from jaxrlhf.lm.transformer.config import LongScaling, RopeScaling, YarnScaling
 
@@ -23,33 +21,6 @@ MASKED_SCORE = -1e30
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the dtype of norms, softmax and logits: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-@jax.custom_jvp
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns `x weight`, `[N, T, out]` from `[N, T, in]` and `[in, out]`.
-
-    Its derivatives are those of the product. On a CPU the gradient of the weight is computed from a transposed copy of x:
-    XLA has fast kernels for products over the last axis of their first factor, and without the copy takes twice as long.
-    """
-    return x @ weight
-
-
-@functools.partial(product.defjvp, symbolic_zeros=True)
-def _product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    x, weight = primals
-    along_x, along_weight = tangents
-    out = x @ weight
-    # A frozen weight has a symbolic zero here, and costs nothing.
-    change = jnp.zeros_like(out) if isinstance(along_x, SymbolicZero) else along_x @ weight
-    if not isinstance(along_weight, SymbolicZero):
-        if jax.default_backend() == "cpu":
-            # A barrier, or XLA would move the transposition back into the product.
-            columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-            change = change + jax.lax.dot_general(columns, along_weight, (((0,), (0,)), ((), ()))).reshape(out.shape)
-        else:
-            change = change + x @ along_weight
-    return out, change
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
