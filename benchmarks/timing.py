@@ -6,6 +6,7 @@ ratio of the medians and the quartiles of the ratios within single rounds.
 """
 
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -124,6 +125,7 @@ def interleave(
     rounds: int,
     warm_ups: Sequence[WarmUp] | None = None,
     pause: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Timing, ...]:
     """Returns the timings of all implementations, called in rotation.
 
@@ -132,6 +134,7 @@ def interleave(
         rounds: calls of each.
         warm_ups: from `warm_up`, which is run here if it is None.
         pause: seconds between calls, in which the threads of one library stop spinning before the next one starts.
+        clock: returns seconds, such as `cpu_seconds` where other processes use the machine.
     """
     warm_ups = warm_up(implementations) if warm_ups is None else warm_ups
     times: list[list[float]] = [[] for _ in implementations]
@@ -140,13 +143,19 @@ def interleave(
         for implementation, seconds in zip(implementations, times, strict=True):
             if implementation.call is not None:
                 time.sleep(pause)
-                start = time.perf_counter()
+                start = clock()
                 implementation.call()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
     return tuple(
         Timing(implementation.name, first.seconds, tuple(seconds))
         for implementation, first, seconds in zip(implementations, warm_ups, times, strict=True)
     )
+
+
+def cpu_seconds() -> float:
+    """Returns the CPU seconds of this process so far, of all its threads: what a clock says only on an idle machine."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def ratio(slow: Timing, fast: Timing) -> Ratio | None:

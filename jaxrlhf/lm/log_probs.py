@@ -172,6 +172,7 @@ def token_log_probs(
     if chunk_size >= length:
         return log_prob(hidden, tokens)
     chunks = -(-length // chunk_size)
+    chunk_size = -(-length // chunks)  # equal chunks: the last is padded to the size of the others
     padding = chunks * chunk_size - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk_size, -1)
     tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
