@@ -1,6 +1,8 @@
 """Pages of the documentation, executed block by block as a reader pastes them; TRL's blocks if it is installed."""
 
+import ast
 import contextlib
+import importlib.util
 import io
 import json
 import pathlib
@@ -197,6 +199,22 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     assert names["printed"][-1].startswith("Can I return hats?\n")
 
 
+def test_what_the_page_for_users_of_trl_imports_and_calls_is_there():
+    """The blocks themselves are executed by the slow tests."""
+    blocks = [block for block in blocks_of(TRL) if block.owner == "ours"]
+    commands = [block.code.replace("\\\n", " ") for block in blocks if block.language == "console"]
+    lines = [line for command in commands for line in command.splitlines()]
+    assert {shlex.split(line)[1] for line in lines if line.startswith("jaxrlhf ")} <= set(COMMANDS)
+    trees = [ast.parse(block.code) for block in blocks if block.language == "python"]
+    found = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = [(node.module, name.name) for node in found for name in node.names if str(node.module).startswith("jaxrlhf")]
+    assert len(ours) > 20
+    for module, name in ours:
+        loaded = importlib.import_module(module)
+        assert hasattr(loaded, name) or importlib.util.find_spec(f"{module}.{name}"), (module, name)
+
+
+@pytest.mark.slow
 def test_our_side_of_the_page_for_users_of_trl(ours):
     folder, names = ours
     before, after = numbers(names["printed"], "held-out loss")[0]
@@ -211,6 +229,7 @@ def test_our_side_of_the_page_for_users_of_trl(ours):
     assert shapes[0] == shapes[1] == shapes[2]
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_export(ours, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
@@ -220,6 +239,7 @@ def test_transformers_loads_the_export(ours, monkeypatch):
     assert names["printed"][0].startswith("<s> good day ?")
 
 
+@pytest.mark.slow
 def test_trls_side_of_the_page(request, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
