@@ -64,8 +64,9 @@ def trained(world):
 
 @pytest.fixture(scope="session")
 def align_settings():
-    """Settings of a short alignment."""
-    return {"steps": 6, "batch_size": 4, "pairs": 2, "max_new_tokens": 6, "max_prompt": 16, "evaluations": 1}
+    """Settings of a short alignment: those of `aligned`, whose compiled programs they share."""
+    settings = {"steps": 6, "batch_size": 4, "pairs": 2, "max_new_tokens": 6, "max_prompt": 16, "evaluations": 1}
+    return settings | {"policy_learning_rate": 1e-2, "warmup": 1}
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +74,7 @@ def aligned(world, trained, align_settings):
     """Folders of two alignments: of all weights labelled by a function, and of adapters labelled by a reward model."""
     policy, reward_run = trained
     shared = {"policy": policy, "data": str(world / "pairs.jsonl"), "held_out": 0.25, "evaluation_answers": 8}
-    shared |= {"policy_learning_rate": 1e-2, "warmup": 1, "data_dir": world / "prepared", "output": world / "runs"}
-    shared |= align_settings
+    shared |= {"data_dir": world / "prepared", "output": world / "runs"} | align_settings
     adapters = {"dtype": "bfloat16", "lora_rank": 2, "rollout_dtype": "bfloat16", "microbatches": 2, "keep_best": 1}
     adapters |= {"lora_alpha": 3.0, "lora_modules": ("q_proj", "k_proj", "v_proj", "mlp.down_proj")}
     with pytest.MonkeyPatch.context() as patch:

@@ -107,7 +107,7 @@ def test_an_alignment_stops_for_a_judge_that_is_not_understood(here, tmp_path, j
         "run": "a",
         "resume": True,
     }
-    settings |= align_settings | {"data_dir": tmp_path / "data", "evaluation_answers": 4, "steps": 1}
+    settings |= align_settings | {"data_dir": tmp_path / "data", "evaluation_answers": 8, "steps": 1}
     settings |= {"method": "online-dpo"}
     address = judge("Hm.")
     with pytest.raises(OSError, match="none has a verdict"):
@@ -215,7 +215,7 @@ def test_an_alignment_goes_on_to_more_steps_but_not_to_fewer(here, tmp_path, ali
         "run": "a",
         "resume": True,
     }
-    settings |= align_settings | {"score": "annotators:score", "evaluation_answers": 4}
+    settings |= align_settings | {"score": "annotators:score", "evaluation_answers": 8}
     align.main(align.Align(**settings | {"steps": 1}))
     folder = align.main(align.Align(**settings | {"steps": 2}))
     assert [row["step"] for row in RunFolder.followed(folder).metrics() if "upper_loss" in row] == [1, 2]

@@ -57,6 +57,7 @@ def settings(world, name, **others):
         max_new_tokens=6,
         evaluations=1,
         evaluation_answers=8,
+        policy_learning_rate=1e-2,
         warmup=1,
         run=name,
         resume=True,
