@@ -33,8 +33,8 @@ if grep -q '^resume: ' "$settings"; then
     fi
     if [ -n "${PROCESSES:-}" ] && grep -q '^processes: null$' "$settings"; then
         set -- "$@" --processes "$PROCESSES"
+        jaxrlhf "$@" --print-config > "$settings"
     fi
-    jaxrlhf "$@" --print-config > "$settings"
 fi
 if [ "${DOCTOR:-on}" != off ]; then
     jaxrlhf doctor --config "$settings"

@@ -4,7 +4,7 @@
 #     sbatch --nodes=2 launch/slurm.sh align --policy models/base --data prompts.jsonl --annotator judges:prefer \
 #         --mesh data=2,fsdp=8 --run mine
 #
-# A preempted job is queued again by Slurm, and one that reaches its time limit by this script; both continue the run.
+# A job that is preempted or reaches its time limit is queued again and continues the run; one that is cancelled is not.
 #SBATCH --job-name=jaxrlhf
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -32,10 +32,10 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
 fi
 
 limit=""
-step=""
-# Five minutes before the time limit. srun passes the signal on: the current step is completed and saved.
-trap 'limit=reached; [ -z "$step" ] || kill -TERM "$step"' USR1
-trap '[ -z "$step" ] || kill -TERM "$step"' TERM
+# Five minutes before the time limit: the current step is completed and saved. srun itself would kill the tasks at SIGTERM.
+trap 'limit=reached; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# When Slurm preempts or cancels the job, it signals the tasks too; this script waits for them.
+trap : TERM
 
 srun bash launch/run.sh "$@" &
 step=$!
@@ -47,6 +47,12 @@ while kill -0 "$step" 2> /dev/null; do
     wait "$step" || status=$?
 done
 
+# A job that ends by itself within the time that a preemption leaves it counts as failed, unless it is queued again here.
+job=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null || true)
+case "$job" in
+*JobState=CANCELLED*) limit="" ;;
+*PreemptTime=[0-9]*) limit=preempted ;;
+esac
 if [ -n "$limit" ] && [ "$status" != 0 ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
         echo "launch/slurm.sh: the job was queued ${SLURM_RESTART_COUNT} times again, and the run is not at its end." >&2

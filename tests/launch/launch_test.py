@@ -176,6 +176,25 @@ def test_a_slurm_job_that_fails_is_not_queued_again(world):
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(options)
 
 
+@pytest.mark.parametrize(
+    ("job", "queued_again"),
+    [
+        ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True),
+        ("JobState=RUNNING PreemptTime=None", False),
+        ("JobState=CANCELLED PreemptTime=2026-01-01T00:00:00", False),
+    ],
+)
+def test_a_slurm_job_that_ends_in_the_time_that_a_preemption_leaves_is_queued_again(world, job, queued_again):
+    (world / "job").write_text(f"JobId=7 JobName=jaxrlhf {job} Deadline=N/A\n")
+    assert launched("slurm.sh", *LINE, **slurm(2), RUN_STATUS="143").returncode == 143
+    assert (world / "scontrol").exists() == queued_again
+    if queued_again:
+        assert (world / "scontrol").read_text() == "requeue 7\n"
+        (world / "scontrol").unlink()
+        assert launched("slurm.sh", *LINE, **slurm(2)).returncode == 0
+        assert not (world / "scontrol").exists()
+
+
 @pytest.mark.parametrize("restarts", [0, 100])
 def test_a_slurm_job_at_its_time_limit_stops_the_run_and_is_queued_again(world, restarts):
     (world / "bin" / "jaxrlhf").write_text(
