@@ -379,9 +379,9 @@ def test_a_slurm_job_of_two_processes_that_reaches_its_limit_goes_on(world, real
         job = subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sh"), *real], cwd=ROOT, env=environment, stdout=said, stderr=said
         )
-        wait_until(lambda: len(steps_of(world)) >= 3, job, seconds=300)
+        wait_until(lambda: len(steps_of(world)) >= 3, job, seconds=900)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=120) == 143, (world / "said").read_text()
+        assert job.wait(timeout=300) == 143, (world / "said").read_text()
     taken = len(steps_of(world))
     assert 3 <= taken < STEPS
     assert (world / "scontrol").read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
@@ -394,7 +394,7 @@ def test_a_slurm_job_of_two_processes_that_reaches_its_limit_goes_on(world, real
 def launched_for_long(script, line, environment, root=ROOT):
     return subprocess.run(
         ["bash", str(root / "launch" / script), *line],
-        cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=500,
+        cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=1200,
     )  # fmt: skip
 
 
@@ -409,11 +409,11 @@ def test_a_tpu_slice_of_two_hosts_that_is_preempted_goes_on(world, real, clone):
             cwd=clone, env=os.environ | SLICE | {"PORT": str(port)}, stdout=said, stderr=said,
         )  # fmt: skip
         try:
-            wait_until(lambda: len(steps_of(world)) >= 3, run, seconds=300)
+            wait_until(lambda: len(steps_of(world)) >= 3, run, seconds=900)
             (world / "state").write_text("PREEMPTED\n")
             for process in processes_of(world):
                 os.kill(process, signal.SIGTERM)
-            assert run.wait(timeout=400) == 0, (world / "said").read_text()
+            assert run.wait(timeout=1200) == 0, (world / "said").read_text()
         finally:
             run.kill()
     assert [line[0] for line in gcloud(world)].count("create") == 2
