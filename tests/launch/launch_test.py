@@ -238,13 +238,17 @@ def test_a_tpu_slice_is_created_filled_used_and_deleted(world, clone):
     assert "delete" not in [line[0] for line in gcloud(world)]
     assert all((world / f"host-{index}" / "jaxrlhf" / "mine.py").is_file() for index in (0, 1))
     shutil.rmtree(world / "host-0")
-    for name in ("state", "gcloud", "calls", "pip"):
+    for name in ("state", "gcloud", "calls", "python3"):
         (world / name).unlink()
     done = launched("tpu_vm.sh", *LINE, **SLICE, root=clone)
     assert done.returncode == 0, done.stderr
     assert [line[0] for line in gcloud(world)] == ["describe", "create", "describe", "scp", "ssh", "ssh", "delete"]
     assert " ".join(gcloud(world)[1][1:]) == "slice --zone z --accelerator-type v5litepod-16 --version v2 --spot"
-    assert (world / "pip").read_text() == "install --quiet -c constraints.txt .[tpu]\n" * 2
+    asked = (world / "python3").read_text().splitlines()
+    steps = sorted(" ".join(line.split()[1:3]) for line in asked)
+    # The environment of the host that was left is used again.
+    assert steps == ["pip install"] * 2 + ["uv pip"] * 2 + ["uv venv"]
+    assert sum(line.endswith("-c constraints.txt .[tpu]") for line in asked) == 2
     runs = [line for line in calls(world) if line[0] == "align"]
     assert len(runs) == 2 and all(map(is_run_that_continues, runs))
     assert {understood(run).processes for run in runs} == {"127.0.0.1:1,2,0", "127.0.0.1:1,2,1"}
