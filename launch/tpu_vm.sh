@@ -62,8 +62,11 @@ install() {
     if [ -n "${STORE:-}" ]; then
         on_all_hosts "sudo mkdir -p /mnt/store && { mountpoint -q /mnt/store || sudo mount -t nfs $STORE /mnt/store; }" || return
     fi
-    on_all_hosts "tar -xzf jaxrlhf.tar.gz && cd jaxrlhf && { [ -d .venv ] || python3 -m venv .venv; } \
-&& .venv/bin/pip install --quiet -c constraints.txt '.[tpu]'"
+    # By uv, which brings a newer Python where the hosts' own is older than 3.11.
+    on_all_hosts "tar -xzf jaxrlhf.tar.gz && cd jaxrlhf \
+&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv \
+&& { [ -d .venv ] || python3 -m uv venv --quiet --python '>=3.11' .venv; } \
+&& python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt '.[tpu]'"
 }
 
 # The variables of the remote shell, and the user's command as it was written.
