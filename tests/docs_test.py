@@ -194,7 +194,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     results = {run: json.loads((tmp_path / "runs" / run / "results.json").read_text()) for run in ("sft", "evaluate")}
     assert results["sft"]["after"]["perplexity"] < 2 < 100 < results["sft"]["before"]["perplexity"]
     assert results["evaluate"]["win_rate"] > 0.55 and results["evaluate"]["kl"] < 5
-    assert names["printed"][-1].startswith("Can I return hats?\n")
+    assert names["printed"][-1].startswith("Can I return hats? ")
 
 
 def test_our_side_of_the_page_for_users_of_trl(ours):
