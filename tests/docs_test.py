@@ -193,10 +193,13 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     names = execute("tutorials/your_own_model.md", "ours", {"__name__": "your_own_model"})
     sys.modules.pop("rewards")
-    results = {run: json.loads((tmp_path / "runs" / run / "results.json").read_text()) for run in ("sft", "evaluate")}
-    assert results["sft"]["after"]["perplexity"] < 2 < 100 < results["sft"]["before"]["perplexity"]
-    assert results["evaluate"]["win_rate"] > 0.55 and results["evaluate"]["kl"] < 5
-    assert names["printed"][-1].startswith("Can I return hats?\n")
+    trained, compared = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (tmp_path / "runs" / "sft", latest("runs/evaluate-"))
+    )
+    assert trained["after"]["perplexity"] < 2 < 100 < trained["before"]["perplexity"]
+    assert compared["win_rate"] > 0.55 and compared["kl"] < 5
+    assert names["printed"][-1].startswith("Can I return hats? ")
 
 
 def test_what_the_page_for_users_of_trl_imports_and_calls_is_there():
