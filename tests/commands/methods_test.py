@@ -112,6 +112,7 @@ def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, alwa
 def test_every_method_survives_a_resume(here, always, method):
     check_equal(*resumed(here, f"{method}-plain", method=method))
     known = {"from_preferences": "pairs.jsonl"} if "from_preferences" in method_flags.READS[method] else {}
+    known |= {"choose": "disagreement"} if METHODS[method].learns == "reward" else {}
     whole, parted = resumed(
         here, f"{method}-kept", method=method, **known, lora_rank=2, microbatches=2, target_kl=1.0, **KEPT
     )
