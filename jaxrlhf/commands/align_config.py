@@ -189,8 +189,8 @@ def _check_choice(config: Align) -> None:
         )
     if config.labels_per_step == config.batch_size * config.pairs:
         raise ValueError(
-            f"--choose disagreement has nothing to choose, as --labels-per-step {config.labels_per_step} is all pairs of a "
-            "step; give fewer labels, or more --pairs."
+            f"--choose disagreement has nothing to choose, as --labels-per-step {config.labels_per_step} is all of a "
+            "step's pairs; give fewer labels, or more --pairs."
         )
     if not config.reuse:
         raise ValueError(

@@ -160,7 +160,10 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"labels_per_step": 9}, r"--labels-per-step 9 is more than the 8 pairs of a step"),
         ({"labels_per_step": 0}, r"--labels-per-step must be at least 1"),
         ({"choose": "disagreement"}, r"chooses the pairs of --labels-per-step, of which there is none"),
-        ({"choose": "disagreement", "labels_per_step": 8}, r"nothing to choose, as --labels-per-step 8 is all pairs"),
+        (
+            {"choose": "disagreement", "labels_per_step": 8},
+            r"nothing to choose, as --labels-per-step 8 is all of a step",
+        ),
         ({"choose": "disagreement", "labels_per_step": 2}, r"with the kept labels of --reuse; give at least 1"),
         (
             {"choose": "disagreement", "method": "sail", **KEPT},
