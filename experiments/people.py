@@ -28,6 +28,7 @@ from one_run import publish
 from rich.console import Console
 from stories import story_score
 
+from jaxrlhf.commands.align_config import Align
 from jaxrlhf.evaluation.statistics import paired_gain, student_interval
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.report import Table
@@ -35,6 +36,8 @@ from jaxrlhf.training.run_folder import RunFolder
 
 MISTAKES, SECONDS = 0.1, 3.0
 """Fraction of the person's labels that are flipped, and what a label takes."""
+PRICE = Align.kl_price
+"""What a nat of KL is worth in win rate, in the last column."""
 SEED = "JAXRLHF_PERSON"
 """Of the person, in the environment of a run."""
 WAYS: dict[str, tuple[str, ...]] = {
@@ -134,14 +137,20 @@ def measure(config: Config, folder: pathlib.Path, cell: Cell) -> list[dict[str, 
 
 
 def table_of(config: Config, found: dict[Cell, list[dict[str, float]]]) -> Table:
-    """Returns a row for each way: win rate and KL at the end, and the paired difference from the first way."""
+    """Returns a row for each way: win rate and KL at the end, and the paired difference from the first way.
+
+    The last column is the utility that beta trades off: all ways have the same beta, under which a reward that is fitted
+    further is also followed further.
+    """
     seeds, rows, first = range(config.first_seed, config.first_seed + config.seeds), [], None
     for way in config.ways:
         win_rate, kl = (np.array([found[Cell(way, seed)][-1][name] for seed in seeds]) for name in ("win_rate", "kl"))
         gain = "" if first is None else _interval(*paired_gain(win_rate, first))
         first = win_rate if first is None else first
-        rows.append((way, _interval(*student_interval(win_rate)), gain, f"{win_rate.min():.3f}", f"{kl.mean():.2f}"))
-    columns = ("labels", "win rate", f"more than {config.ways[0]}", "worst seed", "KL, nats")
+        utility = _interval(*student_interval(win_rate - PRICE * kl))
+        cells = _interval(*student_interval(win_rate)), gain, f"{win_rate.min():.3f}", f"{kl.mean():.2f}", utility
+        rows.append((way, *cells))
+    columns = ("labels", "win rate", f"more than {config.ways[0]}", "worst seed", "KL, nats", f"less {PRICE:g} a nat")
     minutes = config.labels * SECONDS / 60
     title = f"{config.labels} labels, {minutes:.0f} minutes of a person, {config.seeds} seeds, 95% intervals"
     return Table(title, columns, rows)

@@ -189,6 +189,11 @@ def _check_choice(config: Align) -> None:
         raise ValueError(
             "--choose disagreement chooses the pairs of --labels-per-step, of which there is none; give one."
         )
+    if config.labels_per_step == config.batch_size * config.pairs:
+        raise ValueError(
+            f"--choose disagreement has nothing to choose, as --labels-per-step {config.labels_per_step} is all of a "
+            "step's pairs; give fewer labels, or more --pairs."
+        )
     if not config.reuse:
         raise ValueError(
             "--choose disagreement compares a step's pairs with the kept labels of --reuse; give at least 1."

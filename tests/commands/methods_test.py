@@ -112,6 +112,7 @@ def test_existing_preferences_are_learned_from_before_anyone_is_asked(here, alwa
 def test_every_method_survives_a_resume(here, always, method):
     check_equal(*resumed(here, f"{method}-plain", method=method))
     known = {"from_preferences": "pairs.jsonl"} if "from_preferences" in method_flags.READS[method] else {}
+    known |= {"choose": "disagreement"} if METHODS[method].learns == "reward" else {}
     whole, parted = resumed(
         here, f"{method}-kept", method=method, **known, lora_rank=2, microbatches=2, target_kl=1.0, **KEPT
     )
@@ -159,6 +160,10 @@ def test_mixtures_of_rewards_are_learned_by_every_method_with_a_reward(here, alw
         ({"labels_per_step": 9}, r"--labels-per-step 9 is more than the 8 pairs of a step"),
         ({"labels_per_step": 0}, r"--labels-per-step must be at least 1"),
         ({"choose": "disagreement"}, r"chooses the pairs of --labels-per-step, of which there is none"),
+        (
+            {"choose": "disagreement", "labels_per_step": 8},
+            r"nothing to choose, as --labels-per-step 8 is all of a step",
+        ),
         ({"choose": "disagreement", "labels_per_step": 2}, r"with the kept labels of --reuse; give at least 1"),
         (
             {"choose": "disagreement", "method": "sail", **KEPT},
