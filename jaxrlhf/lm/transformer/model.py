@@ -146,15 +146,6 @@ def decoder(
     def hidden(params, tokens, mask):
         return forward(params, tokens, mask)[0]
 
-    def routing(params, tokens, mask):
-        states, kept = forward(params, tokens, mask, keep="routing")
-        return states, jnp.stack(kept) if isinstance(kept, list) else kept
-
-    def logits(params, hidden):
-        weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
-        product = jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=wide(hidden.dtype))
-        return capped(product, config.logit_cap)
-
     def prefill(params, tokens, mask, cache_length):
         module, stream = trunk(params)
         return module.prefill(tokens, mask.astype(bool), cache_length, stream, kernel=attention)
@@ -171,7 +162,8 @@ def decoder(
     # cuDNN's kernel takes whole rows.
     shared_prompts = SharedPrompts(hidden_completions, repeated) if attention == "xla" else None
     sizes = config.vocabulary_size, config.context_length
-    init = functools.partial(_init, config)
+    init, logits = functools.partial(_init, config), functools.partial(_logits, config)
+    routing = functools.partial(_routing, forward)
     mixture = {} if config.experts is None else {"routing": routing, "experts": config.experts}
     return LanguageModel(init, hidden, logits, prefill, decode, *sizes, shared_prompts, **mixture)
 
@@ -184,6 +176,18 @@ def _init(config: DecoderConfig, key: jax.Array) -> Any:
         shape = (config.width, config.vocabulary_size)
         params["output_head"] = config.width**-0.5 * jax.random.normal(head_key, shape)
     return params
+
+
+def _logits(config: DecoderConfig, params: Any, hidden: jax.Array) -> jax.Array:
+    weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
+    product = jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=wide(hidden.dtype))
+    return capped(product, config.logit_cap)
+
+
+def _routing(forward: Callable, params: Any, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns states, and what `forward` keeps of each layer's router as one array."""
+    states, kept = forward(params, tokens, mask, keep="routing")
+    return states, jnp.stack(kept) if isinstance(kept, list) else kept
 
 
 def _adapted(params: Any) -> frozenset[str]:
