@@ -54,11 +54,11 @@ def double_pendulum(observation: np.ndarray) -> Lines:
 
 def reacher(observation: np.ndarray) -> Lines:
     """The arm of brax with its target, seen from above; lengths times 4."""
-    target = 4.0 * observation[4:6]
-    elbow, tip = 0.4 * observation[[0, 2]], target + 4.0 * observation[8:10]
-    x, y = map(float, target)
+    x, y = (float(each) for each in 4.0 * observation[4:6])
+    elbow = (0.4 * float(observation[0]), 0.4 * float(observation[2]))
+    tip = (x + 4.0 * float(observation[8]), y + 4.0 * float(observation[9]))
     return [
-        [(0.0, 0.0), tuple(map(float, elbow)), tuple(map(float, tip))],
+        [(0.0, 0.0), elbow, tip],
         [(x - 0.05, y), (x, y + 0.05), (x + 0.05, y), (x, y - 0.05), (x - 0.05, y)],
     ]
 

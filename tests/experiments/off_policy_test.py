@@ -92,13 +92,8 @@ def test_units_must_suit_the_observations():
         tasks.parts_of(tasks.TASKS["pendulum"]._replace(units=(1.0, 1.0)), width=4)
 
 
-def user_environment():
-    """The environment without the tests' own flags: unoptimised, XLA's code for several seeds returns NaNs here."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-
-def run_as_a_user(command):
-    done = subprocess.run(command, capture_output=True, text=True, env=user_environment(), timeout=1500, check=False)
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -117,9 +112,9 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
             found[path.name] = json.loads(path.read_text())["curves"] | {"seconds": None}
         return found
 
-    whole = run_as_a_user(command("whole"))
+    whole = run(command("whole"))
     assert whole.stdout.count("session 5") == 2
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "env": user_environment()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command("killed"), **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -128,37 +123,25 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
                 os.kill(process.pid, signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL and not list((tmp_path / "killed" / "curves").iterdir())
-    again = run_as_a_user(command("killed"))
+    again = run(command("killed"))
     assert "goes on after session" in again.stdout
     assert results("killed") == results("whole") and len(results("whole")) == 2
     assert not list((tmp_path / "killed" / "saves").iterdir())
 
 
-POISONED = """
-import sys
-
-import jax, jax.numpy as jnp, numpy as np, tyro
-
-sys.path.append(sys.argv.pop(1))
-import off_policy
-
-config = tyro.cli(off_policy.Config, args=sys.argv[1:])
-programs = off_policy.programs_of(off_policy.TASKS["pendulum"], config)
-keys = jax.random.split(jax.random.key(0), 2)
-state = off_policy.begin(programs, off_policy.METHODS["oracle"], keys)
-steps = state.learner.replay.steps
-steps = steps._replace(reward=steps.reward.at[1].set(jnp.nan))
-poisoned = state._replace(learner=state.learner._replace(replay=state.learner.replay._replace(steps=steps)))
-after, result = programs.update(keys, poisoned, programs.propose["uniform"](keys, poisoned), 0)
-np.testing.assert_array_equal(result.skipped, [False, True])
-np.testing.assert_array_equal(after.step, [1, 1])
-for old, new in zip(jax.tree.leaves(state.policy), jax.tree.leaves(after.policy), strict=True):
-    np.testing.assert_array_equal(old[1], new[1])
-    assert np.all(np.isfinite(new)) and not np.array_equal(old[0], new[0])
-print("undone")
-"""
-
-
 @pytest.mark.slow
 def test_a_session_that_is_not_finite_is_undone_for_its_seed_alone():
-    assert run_as_a_user([sys.executable, "-c", POISONED, str(EXPERIMENTS), *SMALL]).stdout == "undone\n"
+    """The other seed's update is finite, without the compiler's optimisations too: gradients of the smaller critic."""
+    config = tyro.cli(off_policy.Config, args=[*SMALL])
+    programs = off_policy.programs_of(tasks.TASKS["pendulum"], config)
+    keys = jax.random.split(jax.random.key(0), 2)
+    state = off_policy.begin(programs, off_policy.METHODS["oracle"], keys)
+    steps = state.learner.replay.steps
+    steps = steps._replace(reward=steps.reward.at[1].set(jnp.nan))
+    poisoned = state._replace(learner=state.learner._replace(replay=state.learner.replay._replace(steps=steps)))
+    after, result = programs.update(keys, poisoned, programs.propose["uniform"](keys, poisoned), 0)
+    np.testing.assert_array_equal(result.skipped, [False, True])
+    np.testing.assert_array_equal(after.step, [1, 1])
+    for old, new in zip(jax.tree.leaves(state.policy), jax.tree.leaves(after.policy), strict=True):
+        np.testing.assert_array_equal(old[1], new[1])
+        assert np.all(np.isfinite(new)) and not np.array_equal(old[0], new[0])
