@@ -74,6 +74,7 @@ def test_what_does_not_exist_is_named(tmp_path):
         coupling.main(coupling.Config(betas=(0.0,), output=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_trajectory_is_one_response():
     frozen = episodes("whole")
     algorithm, first = coupling.method_of(coupling.COUPLED, 0.5, coupling.Config(steps=3, pairs=2))
