@@ -23,7 +23,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 import tyro
 from control_methods import METHODS, Budget
 from control_people import person
@@ -31,6 +30,7 @@ from control_tasks import TASKS, WIDTH, Task
 from control_training import trainer
 
 from jaxrlhf import preferences
+from jaxrlhf.evaluation.statistics import student_interval
 from jaxrlhf.mdp.trajectories import gold_score
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.report import tables_of, write_report
@@ -117,14 +117,6 @@ def run_with(
     return {name: np.asarray(curve).tolist() for name, curve in curves._asdict().items()} | {"seconds": seconds}
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean over seeds and the half-width of its 95% Student interval; NaN for a single seed."""
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan")
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(half)
-
-
 def final(curves: dict) -> np.ndarray:
     """Returns each seed's return over the last tenth of the outer steps."""
     returns = np.asarray(curves["returns"], float)
@@ -162,7 +154,7 @@ def table(results: dict[str, dict]) -> list[str]:
     ]
 
     def formatted(values):
-        mean, half = interval(values)
+        mean, half = student_interval(values)
         digits = max(0, 3 - len(str(int(abs(mean)))))
         return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
@@ -182,7 +174,7 @@ def banded(curves: dict, labels: np.ndarray) -> tuple[list, ...]:
     """Returns labels, mean returns and both ends of the 95% band, averaged over blocks of outer steps."""
     returns = np.asarray(curves["returns"], float)
     blocks = np.array_split(np.arange(returns.shape[1]), min(24, returns.shape[1]))
-    mean, half = np.transpose([interval(returns[:, block].mean(axis=1)) for block in blocks])
+    mean, half = np.transpose([student_interval(returns[:, block].mean(axis=1)) for block in blocks])
     half = np.nan_to_num(half)
     return tuple(line.tolist() for line in (labels[[block[-1] for block in blocks]], mean, mean - half, mean + half))
 
@@ -268,7 +260,7 @@ def main(config: Config) -> None:
         steps = np.sum(curves["steps"])
         left = (time.monotonic() - began) / finished * (len(runs) - number - 1)
         print(
-            f"{name}, {annotator}, {method}: {interval(final(curves))[0]:.1f}; {steps / curves['seconds']['run']:,.0f} "
+            f"{name}, {annotator}, {method}: {np.mean(final(curves)):.1f}; {steps / curves['seconds']['run']:,.0f} "
             f"environment steps a second; at most {left / 60:.0f} min left",
             flush=True,
         )

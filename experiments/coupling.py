@@ -40,6 +40,7 @@ class Config:
     """What to run."""
 
     families: tuple[str, ...] = FAMILIES
+    methods: tuple[str, ...] = METHODS
     instances: int = 20
     """Random problems of a family, each with its own labels."""
     first_instance: int = 0
@@ -238,8 +239,9 @@ def _plus_minus(interval: tuple[float, float]) -> str:
 
 def main(config: Config) -> None:
     """Runs everything, prints the table, and writes it with all numbers."""
-    if unknown := set(config.families) - set(FAMILIES):
-        sys.exit(f"There is no family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}.")
+    for what, chosen, known in (("family", config.families, FAMILIES), ("method", config.methods, METHODS)):
+        if unknown := set(chosen) - set(known):
+            sys.exit(f"There is no {what} {', '.join(sorted(unknown))}; there are {'; '.join(known)}.")
     if config.instances < 2 or config.steps < 1 or config.pairs < 1 or min(config.betas, default=0) <= 0:
         sys.exit("A study needs 2 instances, 1 step and 1 pair at least, and betas above 0.")
     try:
@@ -249,7 +251,7 @@ def main(config: Config) -> None:
         sys.exit(f"The output folder {config.output} cannot be written ({error.strerror}); give --output another.")
     outcomes: dict[str, dict[str, Outcome]] = {}
     for family in config.families:
-        for method in METHODS:
+        for method in config.methods:
             outcomes.setdefault(family, {})[method] = run(family, method, config)
             print(f"{family}, {method}: {outcomes[family][method].share.mean(axis=0).round(3)}", flush=True)
         labels = {outcome.labels for outcome in outcomes[family].values()}

@@ -34,8 +34,13 @@ class SoftPolicy(NamedTuple):
 
 
 def smaller(critic: Callable[..., jax.Array], critics: Params, *inputs: jax.Array) -> jax.Array:
-    """Returns the smaller of the critics' values."""
-    return jnp.min(jax.vmap(lambda one: critic(one, *inputs))(critics), axis=0)
+    """Returns the smaller of the two critics' values; where they are equal the gradient is the second's.
+
+    Not `jnp.min`: its derivative divides by the number of values that equal the minimum, which is 0, and the gradient NaN,
+    where the compiler computes the values once more and rounds them otherwise.
+    """
+    first, second = jax.vmap(lambda one: critic(one, *inputs))(critics)
+    return jnp.where(first < second, first, second)
 
 
 def discrete(

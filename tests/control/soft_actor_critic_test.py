@@ -195,6 +195,14 @@ def test_what_is_out_of_range_is_named(act, message):
         act()
 
 
+def test_the_gradient_of_the_smaller_value_goes_to_one_critic():
+    def value(critics):
+        return jnp.sum(soft_policies.smaller(lambda one, inputs: one * inputs, critics, jnp.array([1.0, -1.0, 0.0])))
+
+    np.testing.assert_array_equal(jax.grad(value)(jnp.array([2.0, 3.0])), [1.0, -1.0])
+    assert soft_policies.smaller(lambda one: one, jnp.array([3.0, 2.0])) == 2.0
+
+
 def process():
     keys = jax.random.split(jax.random.key(0), 3)
     mdp = tabular.TabularMDP(

@@ -84,11 +84,6 @@ def test_hidden_rewards_of_four_rooms():
         assert not ends
 
 
-def test_intervals_are_students():
-    mean, half = control.interval(np.array([1.0, 2.0, 4.0]))
-    np.testing.assert_allclose((mean, half), (7 / 3, 4.302653 * np.sqrt(7 / 9)), rtol=1e-5)
-
-
 def test_another_rule_or_budget_is_another_result(monkeypatch):
     config, task = control.Config(), tasks.TASKS["pendulum"]()
 
