@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.lm.transformer.config import DecoderConfig
-from jaxrlhf.lm.transformer.layers import layer_norm, rms_norm, rms_norm_from_one, rotate, split_rows, wide
+from jaxrlhf.lm.transformer.layers import layer_norm, low_rank, rms_norm, rms_norm_from_one, rotate, split_rows, wide
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -48,7 +48,7 @@ class Linear(nnx.Module):
         weight = self.weight[...]
         out = x @ weight.reshape(weight.shape[0], -1).astype(x.dtype)
         if hasattr(self, "down"):
-            precise = x.astype(wide(x.dtype)) @ self.down[...] @ self.up[...].reshape(self.up.shape[0], -1)
+            precise = low_rank(x.astype(wide(x.dtype)), self.down[...], self.up[...].reshape(self.up.shape[0], -1))
             out = (out + precise).astype(x.dtype)
         if hasattr(self, "bias"):
             out = out + self.bias[...].reshape(1, 1, -1).astype(x.dtype)
