@@ -1,10 +1,13 @@
 """Differentiable log-probabilities of given completions, under the sampler's distribution."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
 from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
@@ -160,8 +163,39 @@ def token_log_probs(
         `TokenScores`.
     """
     rows, length = tokens.shape
+    chunks = -(-length // chunk_size)
+    score = _scorer(model, params, hidden, temperature, recompute=chunks > 1)
+    if chunks == 1:
+        return score(hidden, tokens)
+    chunk_size = -(-length // chunks)  # equal chunks: the last is padded to the size of the others
+    padding = chunks * chunk_size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk_size, -1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
+    by_chunk = (jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(tokens, 0, 1))
+    scores = jax.lax.map(lambda chunk: score(*chunk), by_chunk)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(rows, -1)[:, :length], scores)
 
-    def log_prob(hidden, tokens):
+
+def _scorer(
+    model: LanguageModel, params: Any, hidden: jax.Array, temperature: float, *, recompute: bool
+) -> Callable[[jax.Array, jax.Array], TokenScores]:
+    """Returns `(hidden [N, L, D], tokens [N, L]) -> TokenScores`.
+
+    A token's log-probability depends on its own state alone. Where the output head is frozen, as under adapters, the
+    gradient in the state is therefore computed with the value, before the cotangent is known: two products with the head
+    in place of three, and no logits are kept for the backward pass.
+
+    Args:
+        model, params, temperature: of `token_log_probs`.
+        hidden: for its shape.
+        recompute: whether a head that is trained has its logits computed again in the backward pass.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    read = _leaves_read(model, params, hidden)
+
+    def score(head: list[jax.Array], hidden: jax.Array, tokens: jax.Array) -> TokenScores:
+        of_head = iter(head)
+        params = structure.unflatten([next(of_head) if used else leaf for leaf, used in zip(leaves, read, strict=True)])
         logits = model.logits(params, hidden) / temperature
         # A masked sum instead of a gather: its gradient is elementwise instead of a scatter.
         vocabulary = jnp.arange(model.vocabulary_size, dtype=tokens.dtype)[None, None, :]
@@ -169,13 +203,36 @@ def token_log_probs(
         log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
         return TokenScores(log_prob, chosen >= jnp.max(logits, axis=-1))
 
-    if chunk_size >= length:
-        return log_prob(hidden, tokens)
-    chunks = -(-length // chunk_size)
-    chunk_size = -(-length // chunks)  # equal chunks: the last is padded to the size of the others
-    padding = chunks * chunk_size - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk_size, -1)
-    tokens = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(rows, chunks, chunk_size)
-    by_chunk = (jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(tokens, 0, 1))
-    scores = jax.lax.map(lambda chunk: jax.checkpoint(log_prob)(*chunk), by_chunk)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(rows, -1)[:, :length], scores)
+    def derivative(primals: tuple, tangents: tuple) -> tuple[TokenScores, TokenScores]:
+        (head, hidden, tokens), (along_head, along_hidden, _) = primals, tangents
+        if not all(isinstance(along, SymbolicZero) for along in along_head):
+            function = jax.checkpoint(score) if recompute else score
+            along = [_instantiated(each) for each in (*along_head, along_hidden)]
+            return jax.jvp(
+                lambda *inputs: function(list(inputs[:-1]), inputs[-1], tokens), (*head, hidden), tuple(along)
+            )
+
+        def total(hidden):
+            scores = score(head, hidden, tokens)
+            return jnp.sum(scores.log_prob), scores
+
+        slope, scores = jax.grad(total, has_aux=True)(hidden)
+        along = jnp.sum((slope * along_hidden).astype(scores.log_prob.dtype), axis=-1)
+        return scores, TokenScores(along, np.zeros(scores.best.shape, jax.dtypes.float0))
+
+    differentiable = jax.custom_jvp(score)
+    differentiable.defjvp(derivative, symbolic_zeros=True)
+    head = [leaf for leaf, used in zip(leaves, read, strict=True) if used]
+    return lambda hidden, tokens: differentiable(head, hidden, tokens)
+
+
+def _instantiated(tangent: Any) -> jax.Array:
+    return jnp.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
+
+
+def _leaves_read(model: LanguageModel, params: Any, hidden: jax.Array) -> list[bool]:
+    """Returns which leaves of the parameters `model.logits` reads."""
+    program = jax.make_jaxpr(model.logits)(params, hidden).jaxpr
+    used = {id(variable) for equation in program.eqns for variable in equation.invars}
+    used |= {id(variable) for variable in program.outvars}
+    return [id(variable) in used for variable in program.invars[:-1]]

@@ -103,16 +103,58 @@ def test_chunks_change_neither_value_nor_gradient(tiny, rows):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient, whole_gradient)
 
 
+def test_a_frozen_head_has_the_gradient_of_a_trained_one_from_fewer_products(tiny, rows):
+    model, params = tiny
+
+    def value(layers, rest, chunk_size=4):
+        log_prob = completion_log_probs(model, rest | {"layers": layers}, *rows, temperature=0.8, chunk_size=chunk_size)
+        return jnp.sum(jnp.sin(log_prob)), log_prob
+
+    @jax.jit
+    def both(params):
+        frozen = jax.grad(value, has_aux=True)(params["layers"], params)
+        (whole, _), log_prob = jax.grad(value, argnums=(0, 1), has_aux=True)(params["layers"], params)
+        return frozen, (whole, log_prob)
+
+    frozen, trained = both(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), frozen, trained)
+
+    def scored(hidden, params):
+        tokens = jnp.ones(hidden.shape[:2], jnp.int32)
+        return jnp.sum(log_probs.token_log_probs(model, params, hidden, tokens, 1.0, chunk_size=4).log_prob)
+
+    def products(argnums):
+        program = jax.make_jaxpr(jax.value_and_grad(scored, argnums))(jnp.ones((2, 9, 16)), params)
+        return head_products(program.jaxpr, (23, 16))
+
+    # The logits and the gradient of the states; a head that is trained has its logits computed twice.
+    assert products(0) == 2 < products((0, 1))
+
+
+def inner_programs(equation):
+    """Yields the programs within an equation."""
+    values = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+    )
+    yield from (part for part in (getattr(each, "jaxpr", each) for each in values) if hasattr(part, "eqns"))
+
+
+def head_products(jaxpr, shape):
+    """Returns how many products have an operand of this shape or its transpose, each in a loop once."""
+    count = 0
+    for equation in jaxpr.eqns:
+        shapes = [variable.aval.shape for variable in equation.invars]
+        count += equation.primitive.name == "dot_general" and (shape in shapes or shape[::-1] in shapes)
+        count += sum(head_products(part, shape) for part in inner_programs(equation))
+    return count
+
+
 def sizes(jaxpr):
     """Yields the number of elements of every value that a program computes, inner programs included."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
-        for part in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
-        ):
-            inner = getattr(part, "jaxpr", part)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
+        for part in inner_programs(equation):
+            yield from sizes(part)
 
 
 def test_many_logits_are_never_materialised_at_once(tiny_config, rows, monkeypatch):

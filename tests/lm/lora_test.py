@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from jaxrlhf.lm.learning import learning, supervised_loss
 from jaxrlhf.lm.memory import plan_bilevel, plan_of, tree_bytes
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
+from jaxrlhf.lm.transformer import layers
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.objectives import add, likelihood, utility
@@ -199,9 +201,11 @@ def test_the_plan_equals_the_size_of_the_arrays():
     base, upper, adapter = jax.jit(start)(jax.random.key(0))
     frozen = LanguageFrozen(base)
     plan = plan_bilevel(algorithm.init, jax.random.key(0), upper, adapter, frozen)
-    before = {id(array) for array in jax.live_arrays()}
+    # Kept alive, so that no array of the state gets the id of one that is collected meanwhile.
+    before = jax.live_arrays()
+    known = {id(array) for array in before}
     state = algorithm.init(jax.random.key(0), upper, adapter)
-    measured = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    measured = sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
     assert measured == plan.total - plan.sizes["reference"]
     assert plan == plan_of(state, frozen)
     assert plan.sizes["reference"] == sum(leaf.nbytes for leaf in jax.tree.leaves(base)) == tree_bytes(base)
@@ -253,3 +257,23 @@ def test_bilevel_descent_on_adapters_improves_the_exact_value():
     start_value = evaluate_language(reference, reference, learned, truth, objective, beta=0.3)
     assert float(evaluation.policy.true_return) > float(start_value.policy.true_return) + 0.5
     np.testing.assert_allclose(policy_table(policy, lora.merge(base, state.policy), language), tuned, atol=1e-4)
+
+
+def test_adapters_have_the_derivatives_of_plain_products():
+    keys = jax.random.split(jax.random.key(0), 7)
+    shapes = [(2, 5, 6), (6, 3), (3, 4)]
+    arguments, directions = ([jax.random.normal(key, shape) for key, shape in zip(some, shapes, strict=True)]
+                             for some in (keys[:3], keys[3:6]))  # fmt: skip
+    weights = jax.random.normal(keys[6], (2, 5, 4))
+
+    def derivatives(function):
+        def loss(*arguments):
+            return jnp.sum(weights * jnp.sin(function(*arguments)))
+
+        gradient = jax.grad(loss, argnums=(0, 1, 2))
+        alone = [jax.grad(loss, argnums=number)(*arguments) for number in range(3)]
+        # Forward over reverse, as the implicit rule has it.
+        return gradient(*arguments), alone, jax.jvp(gradient, arguments, directions)
+
+    plain = derivatives(lambda x, down, up: x @ down @ up)
+    chex.assert_trees_all_close(derivatives(layers.low_rank), plain, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.lm.transformer.config import DecoderConfig
-from jaxrlhf.lm.transformer.layers import layer_norm, rms_norm, rms_norm_from_one, wide
+from jaxrlhf.lm.transformer.layers import layer_norm, low_rank, rms_norm, rms_norm_from_one, wide
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -56,7 +56,7 @@ class Linear(nnx.Module):
         out = x @ weight.reshape(weight.shape[0], -1).astype(x.dtype)
         if hasattr(self, "down"):
             inputs = self._dropped(x.astype(wide(x.dtype)))
-            precise = inputs @ self.down[...] @ self.up[...].reshape(self.up.shape[0], -1)
+            precise = low_rank(inputs, self.down[...], self.up[...].reshape(self.up.shape[0], -1))
             out = (out + precise).astype(x.dtype)
         if hasattr(self, "bias"):
             out = out + self.bias[...].reshape(1, 1, -1).astype(x.dtype)
