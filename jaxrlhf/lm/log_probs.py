@@ -207,7 +207,7 @@ def _scorer(
         (head, hidden, tokens), (along_head, along_hidden, _) = primals, tangents
         if not all(isinstance(along, SymbolicZero) for along in along_head):
             function = jax.checkpoint(score) if recompute else score
-            along = [_instantiated(each) for each in (*along_head, along_hidden)]
+            along = map(_instantiated, (*head, hidden), (*along_head, along_hidden))
             return jax.jvp(
                 lambda *inputs: function(list(inputs[:-1]), inputs[-1], tokens), (*head, hidden), tuple(along)
             )
@@ -218,7 +218,8 @@ def _scorer(
 
         slope, scores = jax.grad(total, has_aux=True)(hidden)
         along = jnp.sum((slope * along_hidden).astype(scores.log_prob.dtype), axis=-1)
-        return scores, TokenScores(along, np.zeros(scores.best.shape, jax.dtypes.float0))
+        without_derivative: Any = np.zeros(scores.best.shape, jax.dtypes.float0)
+        return scores, TokenScores(along, without_derivative)
 
     differentiable = jax.custom_jvp(score)
     differentiable.defjvp(derivative, symbolic_zeros=True)
@@ -226,8 +227,8 @@ def _scorer(
     return lambda hidden, tokens: differentiable(head, hidden, tokens)
 
 
-def _instantiated(tangent: Any) -> jax.Array:
-    return jnp.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
+def _instantiated(primal: jax.Array, tangent: Any) -> jax.Array:
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
 
 
 def _leaves_read(model: LanguageModel, params: Any, hidden: jax.Array) -> list[bool]:
