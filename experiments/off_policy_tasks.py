@@ -54,7 +54,7 @@ class Parts(NamedTuple):
 
 def _brax(name: str) -> Callable[[], Environment]:
     def make() -> Environment:
-        from brax import envs
+        from brax import envs  # pyright: ignore[reportMissingImports]
 
         return brax_environment(envs.get_environment(name, backend="generalized"), name)
 

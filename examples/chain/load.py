@@ -6,6 +6,7 @@ The two must agree; an answer must stop at the end of its turn. `pip install tra
 """
 
 import sys
+from typing import Any
 
 import peft
 import torch
@@ -17,7 +18,7 @@ QUESTIONS = ("How do I keep bread fresh?", "What is the capital of France?", "Is
 def main(merged: str, adapter: str) -> float:
     """Prints the answers, and whether each stops; returns the largest difference between the two models' logits."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    whole: Any = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     base = peft.PeftConfig.from_pretrained(adapter).base_model_name_or_path
     assert base is not None
     adapted = peft.PeftModel.from_pretrained(
