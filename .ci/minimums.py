@@ -19,7 +19,7 @@ def missed(project: dict, resolved: str) -> list[str]:
     found = {name.lower(): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", resolved, re.MULTILINE)}
     sentences = []
     for entry in (*project["dependencies"], *project["optional-dependencies"]["test"]):
-        match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", entry)
+        match = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", entry)
         if match is None:
             sentences.append(f"{entry} names no minimum, such as {entry}>=1.0.")
         elif match[1].lower() not in found:

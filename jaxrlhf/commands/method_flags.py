@@ -47,8 +47,12 @@ LOGITS_PER_WIN = 4.0
 
 
 def learns_scale(config: Any) -> bool:
-    """Returns whether the reward's scale is learned from --kl-price: by `bilevel`, where no beta and no KL is given."""
-    follows = config.estimator != "decoupled" and config.utility_weight > 0
+    """Returns whether the reward's scale is learned from --kl-price: by `bilevel`, where no beta and no KL is given.
+
+    The sum of --rewards with weights set by hand keeps its scale.
+    """
+    set_by_hand = config.weights_learning_rate == 0 and not config.reward_network
+    follows = config.estimator != "decoupled" and config.utility_weight > 0 and not set_by_hand
     stated = config.beta is not None or config.target_kl is not None
     return config.learn_scale or (config.method == "bilevel" and follows and not stated)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxrlhf.lm.microbatch import default_microbatches, in_microbatches
 from jaxrlhf.lm.transformer.model import LanguageModel, pad_left
@@ -191,11 +192,14 @@ def _scorer(
         recompute: whether a head that is trained has its logits computed again in the backward pass.
     """
     leaves, structure = jax.tree.flatten(params)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     read = _leaves_read(model, params, hidden)
 
     def score(head: list[jax.Array], hidden: jax.Array, tokens: jax.Array) -> TokenScores:
         of_head = iter(head)
-        params = structure.unflatten([next(of_head) if used else leaf for leaf, used in zip(leaves, read, strict=True)])
+        # What is not read may be traced by a transformation that this function must not close over.
+        given = [next(of_head) if used else jnp.zeros_like(leaf) for leaf, used in zip(shapes, read, strict=True)]
+        params = structure.unflatten(given)
         logits = model.logits(params, hidden) / temperature
         # A masked sum instead of a gather: its gradient is elementwise instead of a scatter.
         vocabulary = jnp.arange(model.vocabulary_size, dtype=tokens.dtype)[None, None, :]
@@ -227,13 +231,16 @@ def _scorer(
     return lambda hidden, tokens: differentiable(head, hidden, tokens)
 
 
-def _instantiated(primal: jax.Array, tangent: Any) -> jax.Array:
-    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+def _instantiated(primal: jax.Array, tangent: Any) -> Any:
+    if not isinstance(tangent, SymbolicZero):
+        return tangent
+    if not jnp.issubdtype(primal.dtype, jnp.inexact):
+        return np.zeros(primal.shape, jax.dtypes.float0)
+    return jnp.zeros_like(primal)
 
 
 def _leaves_read(model: LanguageModel, params: Any, hidden: jax.Array) -> list[bool]:
     """Returns which leaves of the parameters `model.logits` reads."""
     program = jax.make_jaxpr(model.logits)(params, hidden).jaxpr
-    used = {id(variable) for equation in program.eqns for variable in equation.invars}
-    used |= {id(variable) for variable in program.outvars}
-    return [id(variable) in used for variable in program.invars[:-1]]
+    _, read = dce_jaxpr(program, [True] * len(program.outvars))
+    return read[:-1]

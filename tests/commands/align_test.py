@@ -60,7 +60,7 @@ def test_an_adapter_on_a_reward_model_starts_as_that_model(trained):
     """Its trunk is not the policy's: the frozen parameters hold it, and the trained ones add nothing yet."""
     policy_run, reward_run = trained
     policy, reward = models.open_model(policy_run, "policy"), models.open_model(reward_run, "reward")
-    config = align.Align(policy=policy_run, reward=reward_run, data="", lora_rank=2, pairs=1, microbatches=1)
+    config = align.Align(policy=policy_run, reward=reward_run, data="", lora_rank=2, pairs=1, microbatches=1, beta=0.1)
     setup = align_setup.build_setup(config, policy, reward, ComparisonAnnotator(None, None, ()))
     start = setup.reward_of(SimpleNamespace(upper=setup.upper))
     chex.assert_trees_all_equal(start, reward.params)

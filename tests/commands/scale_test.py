@@ -76,6 +76,10 @@ def test_flags_that_do_not_go_together_are_refused(here):
         ({"estimator": "decoupled"}, False, 0.2, "decoupled", "a beta of 0.2"),
         ({"estimator": "central", "kl_price": 0.1}, True, 0.4, "central", "0.1 of win rate a nat of KL; the reward's"),
         ({"kl_price": 0.0, "beta": 0.3}, False, 0.3, "central", "a beta of 0.3"),
+        (
+            {"rewards": ("a:b",), "reward_weights": (1.0,), "weights_learning_rate": 0.0},
+            *(False, 0.2, "central", "a beta of 0.2, from --kl-price"),
+        ),
         ({"utility_weight": 0.0}, False, 0.2, "central", "a beta of 0.2"),
         ({"method": "rloo", "kl_price": 0.03}, False, 0.12, "central", "a beta of 0.12, from --kl-price"),
         ({"method": "online-ipo"}, False, 0.05, "central", "a beta of 0.05, from --kl-price"),

@@ -55,6 +55,7 @@ def world(tmp_path, monkeypatch):
     for name in ("PROCESSES", "DOCTOR"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
+    shutil.copytree(LAUNCH, tmp_path / "tree" / "launch")
     return tmp_path
 
 
@@ -70,7 +71,9 @@ def clone(world):
     return folder
 
 
-def launched(script, *arguments, root=ROOT, **environment):
+def launched(script, *arguments, root=None, **environment):
+    # A checkout without an environment of its own, whose jaxrlhf would come before the stand-in.
+    root = pathlib.Path(os.environ["WORLD"]) / "tree" if root is None else root
     return subprocess.run(
         ["bash", str(root / "launch" / script), *arguments],
         cwd=root, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60,
@@ -206,9 +209,10 @@ for ((i = 0; i < 600; i++)); do sleep 0.05; done
 """
     )
     (world / "bin" / "jaxrlhf").chmod(0o755)
+    environment = os.environ | slurm(2) | {"SLURM_RESTART_COUNT": str(restarts)}
     job = subprocess.Popen(
-        ["bash", str(LAUNCH / "slurm.sh"), *LINE],
-        cwd=ROOT, env=os.environ | slurm(2) | {"SLURM_RESTART_COUNT": str(restarts)}, stderr=subprocess.PIPE, text=True,
+        ["bash", str(world / "tree" / "launch" / "slurm.sh"), *LINE],
+        cwd=world / "tree", env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until(lambda: len(list(world.glob("running-*"))) == 2, job)
     job.send_signal(signal.SIGUSR1)
@@ -295,7 +299,7 @@ def test_the_skypilot_job_runs_on_one_node_and_on_two(world, monkeypatch):
         monkeypatch.setenv(key, value)
     for nodes, processes in ((1, None), (2, "10.0.0.1:8476,2,1")):
         node = {"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-        subprocess.run(["bash", "-c", SKYPILOT["run"]], cwd=ROOT, env=os.environ | node, check=True)
+        subprocess.run(["bash", "-c", SKYPILOT["run"]], cwd=world / "tree", env=os.environ | node, check=True)
         doctor, run = calls(world)[-2:]
         assert doctor[0] == "doctor" and is_run_that_continues(run) and understood(run).processes == processes
     assert SKYPILOT["resources"]["use_spot"] and SKYPILOT["resources"]["job_recovery"]["strategy"]
@@ -381,7 +385,11 @@ def test_a_slurm_job_of_two_processes_that_reaches_its_limit_goes_on(world, real
     environment = os.environ | slurm(2) | {"SLURM_JOB_ID": free_job()}
     with (world / "said").open("w") as said:
         job = subprocess.Popen(
-            ["bash", str(LAUNCH / "slurm.sh"), *real], cwd=ROOT, env=environment, stdout=said, stderr=said
+            ["bash", str(world / "tree" / "launch" / "slurm.sh"), *real],
+            cwd=world / "tree",
+            env=environment,
+            stdout=said,
+            stderr=said,
         )
         wait_until(lambda: len(steps_of(world)) >= 3, job, seconds=900)
         job.send_signal(signal.SIGUSR1)
@@ -390,12 +398,12 @@ def test_a_slurm_job_of_two_processes_that_reaches_its_limit_goes_on(world, real
     assert 3 <= taken < STEPS
     assert (world / "scontrol").read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
     assert "Nothing is wrong." in (world / "said").read_text()
-    again = launched_for_long("slurm.sh", real, environment | {"SLURM_RESTART_COUNT": "1"})
+    again = launched_for_long("slurm.sh", real, environment | {"SLURM_RESTART_COUNT": "1"}, world / "tree")
     assert again.returncode == 0, again.stdout
     check_finished(world)
 
 
-def launched_for_long(script, line, environment, root=ROOT):
+def launched_for_long(script, line, environment, root):
     return subprocess.run(
         ["bash", str(root / "launch" / script), *line],
         cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=1200,
