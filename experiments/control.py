@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 from control_methods import METHODS, Budget
 from control_people import person
+from control_tables import publish_tables
 from control_tasks import TASKS, WIDTH, Task
 from control_training import trainer
 
@@ -33,7 +34,6 @@ from jaxrlhf import preferences
 from jaxrlhf.evaluation.statistics import student_interval
 from jaxrlhf.mdp.trajectories import gold_score
 from jaxrlhf.training.figures import draw_curves
-from jaxrlhf.training.report import tables_of, write_report
 from jaxrlhf.training.run_folder import plain
 
 TaskName = Literal["four-rooms", "cartpole", "pendulum", "reacher"]
@@ -264,18 +264,13 @@ def main(config: Config) -> None:
             f"environment steps a second; at most {left / 60:.0f} min left",
             flush=True,
         )
-    text = report(config)
-    (config.output / "tables.md").write_text(text.strip() + "\n")
-    write_report(
+    publish_tables(
         config.output,
+        report(config),
         title="Preferences over trajectories",
         summary="True return, which no learner sees, at equal labels and episodes.",
-        tables=tables_of(text),
-        figures=sorted(path.name for path in config.output.glob("*.png")),
         config=config,
     )
-    print(text)
-    print(config.output)
 
 
 if __name__ == "__main__":

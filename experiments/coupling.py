@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from control_tables import publish_tables
 
 from jaxrlhf import bilevel, mdp, objectives, preferences
 from jaxrlhf.evaluation.statistics import paired_gain, student_interval
@@ -256,16 +257,19 @@ def main(config: Config) -> None:
             print(f"{family}, {method}: {outcomes[family][method].share.mean(axis=0).round(3)}", flush=True)
         labels = {outcome.labels for outcome in outcomes[family].values()}
         assert len(labels) == 1, f"methods bought {labels} labels"
-    text = "\n".join(table(outcomes, config))
-    (config.output / "tables.md").write_text(text + "\n")
     numbers = {
         family: {method: outcome.share.tolist() for method, outcome in results.items()}
         for family, results in outcomes.items()
     }
     settings = dataclasses.asdict(config) | {"output": str(config.output)}
     (config.output / "shares.json").write_text(json.dumps({"settings": settings, "shares": numbers}))
-    print(text)
-    print(config.output)
+    publish_tables(
+        config.output,
+        "\n".join(table(outcomes, config)),
+        title="Where coupling pays on trajectories",
+        summary=f"Shares of what the best policy gains over the reference, {config.instances} instances, exact.",
+        config=config,
+    )
 
 
 if __name__ == "__main__":

@@ -22,22 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from control_tables import publish_tables
+from off_policy_tables import Method, banded, check_equal, table
 from off_policy_tasks import TASKS, Task, parts_of
 
 from jaxrlhf.algorithms.reward_learning import reward_learning
 from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.problem import SKIPPED, Labelled
 from jaxrlhf.control import ensembles, replay
-from jaxrlhf.control.pairs import Criterion
 from jaxrlhf.control.pebble import explore, learn_offline, nearest_states, pebble, policy_return, segment_problem
 from jaxrlhf.control.soft_actor_critic import Relabel, relabelled, soft_actor_critic
 from jaxrlhf.control.teachers import Teacher, teacher_annotator
-from jaxrlhf.evaluation.statistics import student_interval
 from jaxrlhf.preferences import buffer
 from jaxrlhf.training.checkpoint import Checkpoints
 from jaxrlhf.training.figures import draw_curves
 from jaxrlhf.training.guard import guarded
-from jaxrlhf.training.report import tables_of, write_report
 from jaxrlhf.training.run_folder import plain
 
 TaskName = Literal["inverted pendulum", "double pendulum", "reacher", "pendulum", "cartpole"]
@@ -45,20 +44,6 @@ MethodName = Literal["oracle", "pebble", "pebble, half the labels", "iterated", 
 # Equal returns are called equal; B-Pref's oracle would prefer the second segment.
 TEACHER = Teacher(equal=1e-3)
 MEMBERS = 3
-
-
-class Method(NamedTuple):
-    """What distinguishes the methods; all begin with the same steps that seek rare states.
-
-    Attributes:
-        labels: when they are bought: "online", "first" (all before the policy follows them), or "never" (the oracle).
-        share: of the task's labels that are bought.
-        criterion: of the queries.
-    """
-
-    labels: Literal["online", "first", "never"] = "online"
-    share: float = 1.0
-    criterion: Criterion = "uniform"
 
 
 METHODS: dict[str, Method] = {
@@ -291,56 +276,6 @@ def settings_of(task: str, method: str, config: Config) -> dict:
     return json.loads(json.dumps(plain({"name": task, "rule": method} | chosen)))
 
 
-def final(curves: dict) -> np.ndarray:
-    """Returns each seed's return over the last fifth of the sessions."""
-    returns = np.asarray(curves["returns"], float)
-    return returns[:, -max(1, returns.shape[1] // 5) :].mean(axis=1)
-
-
-def check_equal(results: dict[str, dict]) -> None:
-    """Checks that methods took equally many environment steps, and bought the labels that they may.
-
-    Raises:
-        AssertionError: naming the method.
-    """
-    steps = {name: np.asarray(curves["steps"])[:, -1].tolist() for name, curves in results.items()}
-    labels = {name: np.asarray(curves["labels"])[:, -1].tolist() for name, curves in results.items()}
-    whole = [labels[name] for name in results if METHODS[name].labels != "never" and METHODS[name].share == 1.0]
-    for name in results:
-        assert steps[name] == next(iter(steps.values())), f"{name} took {steps[name]} environment steps: {steps}"
-        assert METHODS[name].labels == "never" or METHODS[name].share < 1.0 or labels[name] == whole[0], (
-            f"{name} bought {labels[name]} labels: {labels}"
-        )
-
-
-def table(results: dict[str, dict]) -> list[str]:
-    """Returns the table of one task as Markdown lines."""
-    lines = [
-        "| method | final return | over the whole run | labels | environment steps | correlation at the end | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in (name for name in METHODS if name in results):
-        curves = results[name]
-        columns = [
-            _plus_minus(student_interval(values)) for values in (final(curves), np.mean(curves["returns"], axis=1))
-        ]
-        correlation = np.mean(np.asarray(curves["correlation"])[:, -1])
-        lines.append(
-            f"| {name} | {columns[0]} | {columns[1]} | {int(np.max(curves['labels'])):,} "
-            f"| {int(np.max(curves['steps'])):,} | {'' if METHODS[name].labels == 'never' else f'{correlation:.2f}'} "
-            f"| {curves['seconds']:.0f} |"
-        )
-    return lines
-
-
-def _plus_minus(interval: tuple[float, float]) -> str:
-    mean, half = interval
-    if np.isnan(mean):
-        return "no episode ended"
-    digits = max(0, 3 - len(str(int(abs(mean)))))
-    return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
-
-
 def report(config: Config) -> str:
     """Draws the figure and returns the tables of the folder's results that have these settings."""
     text, panels = [], {}
@@ -353,19 +288,13 @@ def report(config: Config) -> str:
             ):
                 results[method] = stored["curves"]
         if results:
-            check_equal(results)
-            text += ["", f"## {task[0].upper()}{task[1:]}", "", *table(results)]
-            panels[task] = ("environment steps", "true return", {name: _banded(results[name]) for name in results})
+            check_equal(results, METHODS)
+            text += ["", f"## {task[0].upper()}{task[1:]}", "", *table(results, METHODS)]
+            panels[task] = ("environment steps", "true return", {name: banded(results[name]) for name in results})
     if panels:
         draw_curves(config.output / "returns.png", panels)
         text += ["", "![True return against environment steps](returns.png)"]
     return "\n".join(text)
-
-
-def _banded(curves: dict) -> tuple[list, ...]:
-    mean, half = np.transpose([student_interval(column) for column in np.transpose(curves["returns"])])
-    half = np.nan_to_num(half)
-    return curves["steps"][0], mean.tolist(), (mean - half).tolist(), (mean + half).tolist()
 
 
 def path_of(task: str, method: str, config: Config) -> pathlib.Path:
@@ -397,18 +326,13 @@ def main(config: Config) -> None:
             partial.write_text(json.dumps({"settings": settings, "curves": curves}))
             os.replace(partial, path)
             shutil.rmtree(saves, ignore_errors=True)
-    text = report(config)
-    (config.output / "tables.md").write_text(text.strip() + "\n")
-    write_report(
+    publish_tables(
         config.output,
+        report(config),
         title="Preferences on control tasks, off-policy",
         summary="True return, which no learner sees, at equal labels and environment steps.",
-        tables=tables_of(text),
-        figures=sorted(path.name for path in config.output.glob("*.png")),
         config=config,
     )
-    print(text)
-    print(config.output)
 
 
 if __name__ == "__main__":

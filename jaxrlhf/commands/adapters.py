@@ -18,14 +18,12 @@ from jaxrlhf.lm.transformer.config import DecoderConfig
 class AdapterConfig:
     """Settings of adapters, common to every command that trains."""
 
-    GROUPS: ClassVar[Groups] = {"adapters": ("lora_alpha", "lora_dropout", "lora_modules")}
+    GROUPS: ClassVar[Groups] = {"adapters": ("lora_alpha", "lora_modules")}
 
     lora_rank: int = 0
     """Trains LoRA adapters of this rank instead of all weights; they are merged into the saved models."""
     lora_alpha: float | None = None
     """Adapters count alpha / rank times; by default alpha is the rank."""
-    lora_dropout: float = 0.0
-    """Probability with which adapters drop each feature of their inputs while they are trained."""
     lora_modules: tuple[str, ...] = ()
     """Modules with adapters, by the ends of their names in the checkpoint, such as q_proj k_proj v_proj; by default every
     linear map in the layers."""
@@ -71,10 +69,13 @@ def configured_adapters(config: AdapterConfig) -> Adapters | None:
     Raises:
         ValueError: a flag for adapters is given without --lora-rank, or the dropout is out of range.
     """
+    # Only stages whose loss does not compare probabilities of one policy have a dropout.
+    dropout = getattr(config, "lora_dropout", 0.0)
     if not config.lora_rank:
-        refuse_unused(config, ["lora_alpha", "lora_dropout", "lora_modules"], "without --lora-rank")
+        flags = [name for name in ("lora_alpha", "lora_dropout", "lora_modules") if hasattr(config, name)]
+        refuse_unused(config, flags, "without --lora-rank")
         return None
-    if not 0 <= config.lora_dropout < 1:
-        raise ValueError(f"--lora-dropout must lie in [0, 1), got {config.lora_dropout:g}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--lora-dropout must lie in [0, 1), got {dropout:g}.")
     alpha: Any = config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    return Adapters(config.lora_rank, alpha, config.lora_modules, config.lora_dropout)
+    return Adapters(config.lora_rank, alpha, config.lora_modules, dropout)

@@ -93,7 +93,7 @@ class Align(AnnotatorConfig, AdapterConfig, RunConfig):
     """Maximum length of a completion in tokens."""
     kl_price: float = 0.05
     """What a nat of KL is worth, in win rate against the reference. bilevel learns from it how far the reward is followed,
-    unless --beta or --target-kl says so; other methods have it as their beta. Also the price in an evaluation's score."""
+    unless --beta or --target-kl says so; others take their beta from it. Also the price in an evaluation's score."""
     beta: float | None = None
     """Weight of the KL to the reference, in units of the reward per nat, kept as it is; by default 4 times --kl-price,
     which is the price where a win is as likely as a loss (online-ipo: the price itself)."""
@@ -208,20 +208,17 @@ def check_config(config: Align) -> None:
     check_flags(config)
     check_method(config)
     configured_adapters(config)
-    if config.lora_dropout:
-        raise ValueError(
-            "--lora-dropout does not apply to align, which compares probabilities of one policy before and after a step: "
-            "it is for sft, reward and dpo."
-        )
     estimator = estimator_of(config)
     if estimator in ("boltzmann", "decoupled"):
         unused = ["relative_sigma", "tangent_learning_rate"]
-        reason = f"with --estimator {estimator}, which unlike central has no stencil"
-        refuse_unused(config, unused, reason)
+        refuse_unused(config, unused, f"with --estimator {estimator}, which unlike central has no stencil")
     split = parse_mesh(config.mesh).get("stencil", 1)
     if split != 1 and (config.method != "bilevel" or estimator in ("boltzmann", "decoupled")):
         without = f"--method {config.method}" if config.method != "bilevel" else f"--estimator {estimator}"
-        raise ValueError(f"--mesh stencil={split} does not apply with {without}, which has no stencil to split.")
+        remedy = " Give --estimator central." if config.method == "bilevel" else ""
+        raise ValueError(
+            f"--mesh stencil={split} does not apply with {without}, which has no stencil to split.{remedy}"
+        )
     if config.learn_scale and estimator == "decoupled":
         raise ValueError(
             "--learn-scale follows the policy's response to the reward, which --estimator decoupled ignores."

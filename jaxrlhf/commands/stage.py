@@ -47,8 +47,11 @@ class StageConfig(AdapterConfig, RunConfig):
         "main settings": ("data", "steps", "epochs", "batch_size", "learning_rate", "lora_rank"),
         "data": ("format", "skip_bad", "held_out"),
         "optimiser": ("warmup", "weight_decay", "largest_gradient"),
+        "adapters": ("lora_dropout",),
     }
 
+    lora_dropout: float = 0.0
+    """Probability with which adapters drop each feature of their inputs while they are trained."""
     data: str
     """Training data: a .jsonl, .parquet, .csv or .txt file, a folder of them, a name on a hub as
     org/name[@revision][:part], or hh-rlhf:NAME for a published file."""

@@ -70,7 +70,6 @@ WRONG = {
         supervised.Supervised(**TRAIN, lora_alpha=2.0, lora_modules=("q_proj",)),
         "--lora-alpha and --lora-modules do not apply without --lora-rank",
     ),
-    "dropout": (align.Align(**ALIGN, lora_rank=2, lora_dropout=0.1), "--lora-dropout does not apply to align"),
     "all-dropped": (
         supervised.Supervised(**TRAIN, lora_rank=2, lora_dropout=1.0),
         r"--lora-dropout must lie in \[0, 1\), got 1",

@@ -19,6 +19,7 @@ sys.path.append(str(EXPERIMENTS))
 pytest.importorskip("gymnax", reason="needs the extra control")
 
 import off_policy  # noqa: E402
+import off_policy_tables as tables  # noqa: E402
 import off_policy_tasks as tasks  # noqa: E402
 
 SMALL = (
@@ -45,20 +46,21 @@ def curves(**changes):
 
 def test_unequal_budgets_are_refused():
     results = {"oracle": curves(labels=[[0] * 5] * 2), "pebble": curves(), "iterated": curves()}
-    off_policy.check_equal(results)
-    off_policy.check_equal(results | {"pebble, half the labels": curves(labels=[[1, 2, 3, 4, 5]] * 2)})
+    tables.check_equal(results, off_policy.METHODS)
+    half = {"pebble, half the labels": curves(labels=[[1, 2, 3, 4, 5]] * 2)}
+    tables.check_equal(results | half, off_policy.METHODS)
     with pytest.raises(AssertionError, match="iterated bought"):
-        off_policy.check_equal(results | {"iterated": curves(labels=[[2, 4, 6, 8, 9]] * 2)})
+        tables.check_equal(results | {"iterated": curves(labels=[[2, 4, 6, 8, 9]] * 2)}, off_policy.METHODS)
     with pytest.raises(AssertionError, match=r"iterated took .* environment steps"):
-        off_policy.check_equal(results | {"iterated": curves(steps=[[1, 2, 3, 4, 6]] * 2)})
+        tables.check_equal(results | {"iterated": curves(steps=[[1, 2, 3, 4, 6]] * 2)}, off_policy.METHODS)
 
 
 def test_the_table_has_means_and_intervals_over_seeds():
-    lines = off_policy.table({"pebble": curves(), "oracle": curves(labels=[[0] * 5] * 2)})
+    lines = tables.table({"pebble": curves(), "oracle": curves(labels=[[0] * 5] * 2)}, off_policy.METHODS)
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| oracle", "| pebble"]
     # The last of five sessions: -5 and 0, whose interval is 12.706 times 2.5.
     assert "-2.50 ± 31.77 |" in lines[3] and "| 10 | 5 | 0.50 |" in lines[3]
-    nothing = off_policy.table({"pebble": curves(returns=[[np.nan] * 5] * 2)})
+    nothing = tables.table({"pebble": curves(returns=[[np.nan] * 5] * 2)}, off_policy.METHODS)
     assert "no episode ended" in nothing[2]
 
 
