@@ -139,8 +139,7 @@ def measure(config: Config, folder: pathlib.Path, cell: Cell) -> list[dict[str, 
 def table_of(config: Config, found: dict[Cell, list[dict[str, float]]]) -> Table:
     """Returns a row for each way: win rate and KL at the end, and the paired difference from the first way.
 
-    The last column is the utility that beta trades off: all ways have the same beta, under which a reward that is fitted
-    further is also followed further.
+    The last column is the utility at the price that all ways are given.
     """
     seeds, rows, first = range(config.first_seed, config.first_seed + config.seeds), [], None
     for way in config.ways:
