@@ -21,6 +21,6 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_store(here, tmp_path, align
         for folder in (tmp_path / "parted", tmp_path / "bucket"):
             assert (folder / "mine" / name).read_bytes() == expected
     shutil.rmtree(tmp_path / "parted")
-    with pytest.raises(ValueError, match="There is a run in .*add --resume"):
+    with pytest.raises(ValueError, match=r"There is a run in .*add --resume"):
         align.main(align.Align(**settings | stored | {"resume": False}))
     assert not (tmp_path / "parted").exists()
