@@ -1,5 +1,6 @@
 """Comparisons of a policy with its reference by an annotator's labels."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.models import Model
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.evaluation.statistics import NORMAL_95
-from jaxrlhf.lm.generate import Completions, generate
+from jaxrlhf.lm.generate import Completions, Generation, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.pairing import Prompts, Responses
 from jaxrlhf.lm.problem import LanguageFrozen
-from jaxrlhf.lm.transformer.model import decoder
+from jaxrlhf.lm.transformer.model import LanguageModel, decoder
 from jaxrlhf.training.processes import gathered
 from jaxrlhf.training.report import Table
 from jaxrlhf.training.step import put_on_devices
@@ -176,27 +177,28 @@ def _first(count: int, completed: _Completed) -> _Completed:
 def _completer(reference: Model, *, max_new_tokens: int, temperature: float) -> Complete:
     # Log-ratios in half precision would be rounding noise, of about 0.2 nats over a hundred tokens.
     model, bundle = decoder(reference.config, dtype=jnp.float32), reference.bundle
+    generation = Generation(max_new_tokens, bundle.stop_ids, temperature, bundle.pad_id)
+    # The first prompts are completed in the same way whether or not others follow.
+    return functools.partial(_complete, model, generation, BATCH_SIZE)
 
-    @jax.jit
-    def complete(params, reference_params, key, rows: Prompts):
-        completions = generate(
-            model,
-            params,
-            key,
-            *rows,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            stop_ids=bundle.stop_ids,
-            pad_id=bundle.pad_id,
-            # The first prompts are completed in the same way whether or not others follow.
-            drawn_rows=BATCH_SIZE,
-        )
-        reference_log_prob = completion_log_probs(
-            model, reference_params, *rows, completions.tokens, completions.mask, temperature=temperature
-        )
-        return completions, jnp.sum(completions.log_prob, axis=-1) - jnp.sum(reference_log_prob, axis=-1)
 
-    return complete
+# Compiled once for a decoder, its settings and the shapes of the prompts.
+@functools.partial(jax.jit, static_argnames=("model", "generation", "drawn_rows"))
+def _complete(
+    model: LanguageModel,
+    generation: Generation,
+    drawn_rows: int,
+    params: Params,
+    reference_params: Params,
+    key: Key,
+    rows: Prompts,
+) -> tuple[Completions, jax.Array]:
+    completions = generate(model, params, key, *rows, **generation._asdict(), drawn_rows=drawn_rows)
+    tokens, mask, log_prob = completions
+    reference_log_prob = completion_log_probs(
+        model, reference_params, *rows, tokens, mask, temperature=generation.temperature
+    )
+    return completions, jnp.sum(log_prob, axis=-1) - jnp.sum(reference_log_prob, axis=-1)
 
 
 def _label_function(annotator: ComparisonAnnotator) -> LabelFunction:

@@ -15,6 +15,7 @@ from jaxrlhf.annotation.functions import completions_of, unpadded
 from jaxrlhf.annotation.journal_file import Label
 from jaxrlhf.commands.models import Model
 from jaxrlhf.commands.page_annotator import NAME
+from jaxrlhf.commands.sample import complete
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.formats import VARIABLES
@@ -22,7 +23,8 @@ from jaxrlhf.data.records import DataError, Message, Preference, Ranking, Record
 from jaxrlhf.labelling.pairs import Pair, make_pair
 from jaxrlhf.labelling.people import majority
 from jaxrlhf.labelling.queue import Queue
-from jaxrlhf.lm.generate import generate
+from jaxrlhf.lm.generate import Generation
+from jaxrlhf.lm.pairing import Prompts
 from jaxrlhf.lm.transformer.model import decoder
 from jaxrlhf.training.progress import progress
 
@@ -129,33 +131,19 @@ def sample_pairs(path: pathlib.Path, model: Model, records: Sequence[Record], sa
 def _complete(model: Model, prompts: list[np.ndarray], sampling: Sampling) -> list[tuple[str, str]]:
     """Returns two completions of each prompt."""
     length = max(map(len, prompts))
-    params = jax.tree.map(jnp.asarray, model.params)
-
-    @jax.jit
-    def complete(params, key, tokens, mask):
-        return generate(
-            decoder(model.config),
-            params,
-            key,
-            tokens,
-            mask,
-            max_new_tokens=sampling.max_new_tokens,
-            stop_ids=model.bundle.stop_ids,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            pad_id=model.bundle.pad_id,
-        )
-
+    language, params = decoder(model.config), jax.tree.map(jnp.asarray, model.params)
+    bundle = model.bundle
+    generation = Generation(sampling.max_new_tokens, bundle.stop_ids, sampling.temperature, bundle.pad_id)
     texts = []
     starts = range(0, len(prompts), BATCH_SIZE)
     with progress("sampling", len(starts), "completions") as advance:
         for start in starts:
             batch = prompts[start : start + BATCH_SIZE]
             # All batches have one shape: the last is filled up with its first prompt.
-            filled = padded_prompts(batch + batch[:1] * (BATCH_SIZE - len(batch)), length)
+            filled = Prompts(*padded_prompts(batch + batch[:1] * (BATCH_SIZE - len(batch)), length))
             sides = []
             for key in jax.random.split(jax.random.fold_in(jax.random.key(sampling.seed), start)):
-                completions = complete(params, key, *filled)
+                completions = complete(language, params, key, filled, generation, sampling.top_p)
                 rows = unpadded(completions.tokens, completions.mask)[: len(batch)]
                 sides.append(completions_of(model.bundle.tokenizer, [row.tolist() for row in batch], rows))
             texts += zip(*sides, strict=True)

@@ -1,6 +1,7 @@
 """Samples completions from a policy: `jaxrlhf sample`."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.annotation.functions import completions_of, unpadded
+from jaxrlhf.base.types import Key, Params
 from jaxrlhf.commands.best_of import open_chooser, reward_scorer
 from jaxrlhf.commands.compilation import CompilationConfig
 from jaxrlhf.commands.flags import check_flags
@@ -19,9 +21,9 @@ from jaxrlhf.commands.options import Groups
 from jaxrlhf.data.batches import padded_prompts
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.records import Message
-from jaxrlhf.lm.generate import Completions, generate
+from jaxrlhf.lm.generate import Completions, Generation, generate
 from jaxrlhf.lm.pairing import Prompts
-from jaxrlhf.lm.transformer.model import decoder
+from jaxrlhf.lm.transformer.model import LanguageModel, decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,21 +136,18 @@ def generate_rows(
     """Returns the prompts `[P]` as rows, and a completion of each."""
     length = max(len(prompt) for prompt in prompts)
     rows = Prompts(*map(jnp.asarray, padded_prompts(list(prompts), length)))
-    complete = jax.jit(
-        lambda params, key, tokens, mask: generate(
-            decoder(model.config),
-            params,
-            key,
-            tokens,
-            mask,
-            max_new_tokens=max_new_tokens,
-            stop_ids=model.bundle.stop_ids,
-            temperature=temperature,
-            top_p=top_p,
-            pad_id=model.bundle.pad_id,
-        )
-    )
-    return rows, complete(jax.tree.map(jnp.asarray, model.params), jax.random.key(seed), *rows)
+    generation = Generation(max_new_tokens, model.bundle.stop_ids, temperature, model.bundle.pad_id)
+    params = jax.tree.map(jnp.asarray, model.params)
+    return rows, complete(decoder(model.config), params, jax.random.key(seed), rows, generation, top_p)
+
+
+# Compiled once for a decoder, its settings and the shapes of the prompts.
+@functools.partial(jax.jit, static_argnames=("model", "generation", "top_p"))
+def complete(
+    model: LanguageModel, params: Params, key: Key, prompts: Prompts, generation: Generation, top_p: float
+) -> Completions:
+    """Returns a completion of each prompt."""
+    return generate(model, params, key, *prompts, **generation._asdict(), top_p=top_p)
 
 
 def completion_texts(model: Model, prompts: Prompts, completions: Completions) -> list[str]:

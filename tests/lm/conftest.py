@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.lm.transformer.model import DecoderConfig, decoder
+from jaxrlhf.lm.transformer import trunk
+from jaxrlhf.lm.transformer.model import DecoderConfig, decoder, functions_of
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
 
@@ -30,6 +31,18 @@ def lively():
     Those of `init` are nearly uniform, which hides mistakes.
     """
     return lambda model, seed=0, scale=0.3: draw(model, seed, scale)
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """`limit(name, value)` sets a limit of `trunk`, for decoders that are made after it."""
+
+    def set_limit(name, value):
+        monkeypatch.setattr(trunk, name, value)
+        functions_of.cache_clear()
+
+    yield set_limit
+    functions_of.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.lm.hugging_face.weights import load_decoder
-from jaxrlhf.lm.transformer import layers, trunk
+from jaxrlhf.lm.transformer import layers
 from jaxrlhf.lm.transformer import model as model_module
 from jaxrlhf.lm.transformer.block import LINEAR_MAPS
 from jaxrlhf.lm.transformer.model import DecoderConfig, decoder, pad_left
@@ -188,14 +188,15 @@ WINDOWS = {"window": 4, "windowed_layers": (0, 2), "window_rope_base": 100.0}
 @pytest.mark.parametrize(
     "windows", [{}, WINDOWS, {"window": 3, "windowed_layers": (0, 1, 2)}], ids=["none", "some", "all"]
 )
-def test_scanned_layers_equal_unrolled_ones(tiny_config, monkeypatch, windows):
+def test_scanned_layers_equal_unrolled_ones(tiny_config, limit, windows):
     config = dataclasses.replace(tiny_config, layers=3, **windows)
-    model = decoder(config)
-    params = model.init(jax.random.key(0))
+    params = decoder(config).init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(2), (3, 9), 0, 23)
     mask = jnp.arange(9)[None] >= jnp.array([[0], [2], [5]])
 
     def everything():
+        model = decoder(config)
+
         def loss(params):
             return jnp.sum(jnp.sin(model.hidden(params, tokens, mask)) * mask[..., None])
 
@@ -210,7 +211,7 @@ def test_scanned_layers_equal_unrolled_ones(tiny_config, monkeypatch, windows):
         return jax.jit(lambda params: (jax.grad(loss)(params), steps(params)))(params)
 
     unrolled = everything()
-    monkeypatch.setattr(trunk, "MAX_UNROLLED_LAYERS", 1)
+    limit("MAX_UNROLLED_LAYERS", 1)
     chex.assert_trees_all_close(everything(), unrolled, atol=2e-5)
 
 
@@ -236,7 +237,7 @@ def test_attention_in_blocks_equals_that_of_the_whole_square(columns, x64):
     assert sum(widths) == columns and len(widths) == (1 if columns < 32 else 2 if columns < 512 else 4)
 
 
-def test_recomputed_scores_change_no_gradient(tiny, tiny_config, monkeypatch):
+def test_recomputed_scores_change_no_gradient(tiny, tiny_config, limit):
     _, params = tiny
     tokens, mask = jax.random.randint(jax.random.key(2), (3, 9), 0, 23), jnp.ones((3, 9), bool)
 
@@ -246,15 +247,15 @@ def test_recomputed_scores_change_no_gradient(tiny, tiny_config, monkeypatch):
 
     saved = program()
     expected, recomputes = saved(params), "remat" in str(jax.make_jaxpr(saved)(params))
-    monkeypatch.setattr(trunk, "MAX_SAVED_SCORE_BYTES", 0)
+    limit("MAX_SAVED_SCORE_BYTES", 0)
     assert not recomputes and "remat" in str(jax.make_jaxpr(program())(params))
     chex.assert_trees_all_close(program()(params), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("unrolled", [1, 8])
 @pytest.mark.parametrize("remat", ["layer", "products"])
-def test_rematerialisation_changes_no_gradient(tiny, tiny_config, monkeypatch, remat, unrolled):
-    monkeypatch.setattr(trunk, "MAX_UNROLLED_LAYERS", unrolled)
+def test_rematerialisation_changes_no_gradient(tiny, tiny_config, limit, remat, unrolled):
+    limit("MAX_UNROLLED_LAYERS", unrolled)
     _, params = tiny
     tokens, mask = jax.random.randint(jax.random.key(2), (3, 9), 0, 23), jnp.ones((3, 9), bool)
 

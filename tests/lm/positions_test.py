@@ -13,7 +13,6 @@ from jaxrlhf.lm.hugging_face.families import config_from
 from jaxrlhf.lm.hugging_face.files import WeightsError
 from jaxrlhf.lm.hugging_face.settings import settings_from
 from jaxrlhf.lm.log_probs import completion_log_probs
-from jaxrlhf.lm.transformer import trunk
 from jaxrlhf.lm.transformer.config import DecoderConfig, LongScaling, YarnScaling
 from jaxrlhf.lm.transformer.model import decoder
 
@@ -41,8 +40,8 @@ MIXED = DecoderConfig(
 
 
 @pytest.mark.parametrize("unrolled", [8, 1])
-def test_the_sampler_agrees_with_whole_rows(lively, monkeypatch, unrolled):
-    monkeypatch.setattr(trunk, "MAX_UNROLLED_LAYERS", unrolled)
+def test_the_sampler_agrees_with_whole_rows(lively, limit, unrolled):
+    limit("MAX_UNROLLED_LAYERS", unrolled)
     model = decoder(MIXED)
     params = lively(model, scale=0.5)
     prompts = jax.random.randint(jax.random.key(1), (3, 5), 1, 23)

@@ -17,7 +17,6 @@ from jaxrlhf.lm.microbatch import completions_together
 from jaxrlhf.lm.pairing import Prompts, Responses
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model, score_responses
-from jaxrlhf.lm.transformer import trunk
 from jaxrlhf.lm.transformer.model import decoder
 
 COUNT, LENGTH = 4, 5
@@ -46,29 +45,26 @@ def models(config, **options):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "scan", "windows"])
-def test_log_probabilities_and_gradients_are_those_of_a_row_for_each_completion(
-    tiny_config, lively, monkeypatch, layout
-):
+def test_log_probabilities_and_gradients_are_those_of_a_row_for_each_completion(tiny_config, lively, limit, layout):
     if layout == "windows":
         tiny_config = dataclasses.replace(tiny_config, windowed_layers=(1,), window=3)
-    model = decoder(tiny_config)
-    params, (tokens, mask) = lively(model), completions()
+    params, (tokens, mask) = lively(decoder(tiny_config)), completions()
     weights = jnp.cos(jnp.arange(tokens.size, dtype=jnp.float32)).reshape(-1, LENGTH)
 
     def value(params, rows):
-        log_prob = completion_log_probs(model, params, *rows, temperature=0.8).reshape(-1, LENGTH)
+        log_prob = completion_log_probs(decoder(tiny_config), params, *rows, temperature=0.8).reshape(-1, LENGTH)
         return jnp.sum(weights * log_prob), log_prob
 
     # The one computation always unrolled, the other as the layout says.
     expected = jax.jit(jax.value_and_grad(value, has_aux=True))(params, by_row(tokens, mask))
-    monkeypatch.setattr(trunk, "MAX_UNROLLED_LAYERS", 1 if layout == "scan" else 8)
+    limit("MAX_UNROLLED_LAYERS", 1 if layout == "scan" else 8)
     found = jax.jit(jax.value_and_grad(value, has_aux=True))(params, (*PROMPTS, tokens, mask))
     assert np.std(found[0][1]) > 0.5, "the comparison would be vacuous"
     chex.assert_trees_all_close(found, expected, atol=3e-5)
 
 
-def test_a_scan_on_a_cpu_saves_no_activations_of_the_mlp(tiny_config, monkeypatch):
-    monkeypatch.setattr(trunk, "MAX_UNROLLED_LAYERS", 1)
+def test_a_scan_on_a_cpu_saves_no_activations_of_the_mlp(tiny_config, limit):
+    limit("MAX_UNROLLED_LAYERS", 1)
     tokens = jnp.ones((3, 7), jnp.int32)
 
     def saved(**options):
@@ -111,10 +107,8 @@ def test_rewards_are_those_of_a_row_for_each_response(tiny_config, lively, pooli
 
 @pytest.mark.parametrize("unrolled", [1, 8])
 @pytest.mark.parametrize("prompts", [1, 3])
-def test_completions_sampled_together_are_those_of_repeated_prompts(
-    tiny_config, lively, monkeypatch, unrolled, prompts
-):
-    monkeypatch.setattr(trunk, "MAX_UNROLLED_LAYERS", unrolled)
+def test_completions_sampled_together_are_those_of_repeated_prompts(tiny_config, lively, limit, unrolled, prompts):
+    limit("MAX_UNROLLED_LAYERS", unrolled)
     shared, alone = models(tiny_config)
     params, key = lively(shared), jax.random.key(3)
     rows, settings = [leaf[:prompts] for leaf in PROMPTS], {"max_new_tokens": 6, "stop_ids": (3,)}

@@ -95,7 +95,8 @@ def decoder(
 ) -> LanguageModel:
     """Returns the pure functions of a decoder.
 
-    The parameters are a nested dict: `embedding [V, D]`, `layers` (each array with the layers as its first axis),
+    The same arguments give the same functions, and each is traced once for the shapes that it is given. The parameters are
+    a nested dict: `embedding [V, D]`, `layers` (each array with the layers as its first axis),
     `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which only
     `logits` reads: the other functions accept parameters without it. Parameters with adapters (`lora.attach`) are accepted
     too. Norms, attention weights and logits are float32 at least. Up to `trunk.MAX_UNROLLED_LAYERS` layers are unrolled;
@@ -122,7 +123,13 @@ def decoder(
         raise ValueError(f"A decoder's attention is one of {', '.join(get_args(Attention))}, not {attention!r}.")
     if remat is not None and remat not in REMAT:
         raise ValueError(f"A decoder's remat is one of {', '.join(REMAT)}, or None, not {remat!r}.")
+    return functions_of(config, None if dtype is None else jnp.dtype(dtype), remat, attention)
 
+
+# A run asks for the same decoder several times, and tracing one takes long.
+@functools.cache
+def functions_of(config: DecoderConfig, dtype: Any, remat: str | None, attention: Attention) -> LanguageModel:
+    """Returns the functions of `decoder`, which has checked the arguments."""
     plain, _ = _structure(config, frozenset())
 
     def trunk(params) -> tuple[Trunk, Any]:
@@ -135,7 +142,7 @@ def decoder(
                 f"These are not the parameters of a decoder of {config.layers} layers: they have "
                 f"{len(jax.tree.leaves(params))} arrays instead of {plain.num_leaves}, other names, or other layers."
             )
-        stream = jnp.result_type(*jax.tree.leaves(params)) if dtype is None else jnp.dtype(dtype)
+        stream = jnp.result_type(*jax.tree.leaves(params)) if dtype is None else dtype
         return nnx.merge(structure, params), stream
 
     def forward(params, tokens, mask, keep=None):
@@ -159,13 +166,16 @@ def decoder(
         masks = prompt_mask.astype(bool), mask.astype(bool)
         return module.forward_completions(prompts, masks[0], completions, masks[1], stream, remat=remat)
 
+    # Inlined: without a boundary in the programs that they are part of.
+    traced_once = functools.partial(jax.jit, inline=True)
     # cuDNN's kernel takes whole rows.
-    shared_prompts = SharedPrompts(hidden_completions, repeated) if attention == "xla" else None
+    shared_prompts = SharedPrompts(traced_once(hidden_completions), repeated) if attention == "xla" else None
     sizes = config.vocabulary_size, config.context_length
     init, logits = functools.partial(_init, config), functools.partial(_logits, config)
-    routing = functools.partial(_routing, forward)
+    routing = traced_once(functools.partial(_routing, forward))
     mixture = {} if config.experts is None else {"routing": routing, "experts": config.experts}
-    return LanguageModel(init, hidden, logits, prefill, decode, *sizes, shared_prompts, **mixture)
+    with_cache = traced_once(prefill, static_argnums=3), traced_once(decode)
+    return LanguageModel(init, traced_once(hidden), logits, *with_cache, *sizes, shared_prompts, **mixture)
 
 
 def _init(config: DecoderConfig, key: jax.Array) -> Any:
@@ -198,8 +208,7 @@ def _adapted(params: Any) -> frozenset[str]:
     return frozenset(adapters) | {DROPOUT for leaf in adapters.values() if "dropout_key" in leaf}
 
 
-# Building a module takes long, even abstractly, and a run asks for the same decoder several times. Precision is no part of
-# a structure.
+# Building a module takes long, even abstractly. Precision is no part of a structure.
 @functools.cache
 def _structure(config: DecoderConfig, adapted: frozenset[str]) -> tuple[Any, Any]:
     """Returns the structure of a decoder's parameters, with adapters on those maps, and its module without them."""
