@@ -60,6 +60,8 @@ class Config:
     seeds: int = 5
     first_seed: int = 0
     """First seed of the stories."""
+    starts: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Which of the five betas (or targets) each method is started at on the stories, counted from the smallest."""
     steps: int = 64
     """Outer steps of a run on the stories, of 8 prompts with 4 pairs; each pair costs one label."""
     story_weight: float = 1.0
@@ -128,6 +130,8 @@ def check(config: Config) -> None:
                 raise ValueError(f"--{field} knows {', '.join(sorted(names))}, got {name!r}.")
     if not config.kl_price > 0:
         raise ValueError(f"--kl-price must be positive, got {config.kl_price:g}.")
+    if not config.starts or not set(config.starts) <= set(range(len(one_run_exact.BETAS))):
+        raise ValueError(f"--starts are numbers from 0 to {len(one_run_exact.BETAS) - 1}, got {config.starts}.")
     for name in ("seeds", "steps", "exact_steps"):
         if getattr(config, name) < 2:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 2, got {getattr(config, name)}.")
@@ -161,7 +165,7 @@ def story_results(config: Config) -> Iterator[Result]:
     settings = FrontierConfig(policy=config.policy, steps=config.steps)
     setup, first_reward = setup_of(settings, stories, "whole")
     seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
-    budget = one_run_stories.Budget(seeds, config.steps, settings.batch, repeats=8)
+    budget = one_run_stories.Budget(seeds, config.steps, settings.batch, repeats=8, starts=config.starts)
     pool = reference_pool(stories, 64, seed=1_000)
     golds: dict[str, Gold] = {"words": stories.score}
     if "model" in config.golds:
@@ -215,7 +219,7 @@ def tables_of(results: list[Result]) -> list[Table]:
         if first.best_in_class is not None:
             reachable = (first.best_in_class - first.reference) / (first.optimum - first.reference)
             known = f"; best in the reward's class {reachable:.3f}"
-        betas = [f"beta {beta:g}" for beta in one_run_exact.BETAS]
+        betas = [f"beta {beta:g}" for beta in first.starts]
         title = f"{problem}: share of the best utility ({first.labels:,} labels a run{known})"
         tables.append(Table(title, ("method", *betas, "worst", "best", "mean"), rows))
     return tables

@@ -49,12 +49,14 @@ class Budget(NamedTuple):
         steps: outer steps.
         batch: prompts a step.
         repeats: responses to each opening, in a run's evaluation.
+        starts: which of a method's betas, or targets, it is started at.
     """
 
     seeds: tuple[int, ...]
     steps: int
     batch: int
     repeats: int
+    starts: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 class Outcome(NamedTuple):
@@ -145,7 +147,7 @@ class Part(NamedTuple):
 
 def share_of(setup: Setup, budget: Budget) -> Part:
     """Returns setup and budget for one start of a sweep on the labels of one run, steps rounded up."""
-    steps = max(2, -(-budget.steps // len(BETAS)))
+    steps = max(2, -(-budget.steps // len(budget.starts)))
     hold = max(1, round(setup.hold * steps / budget.steps))
     shorter = setup._replace(steps=steps, hold=hold, buffer=steps * setup.batch)
     return Part(shorter, budget._replace(steps=steps))
@@ -221,7 +223,8 @@ def run_method(
         golds: gold rewards by name.
         baselines: gold rewards `[O, N]` of responses of the reference, by the gold's name.
     """
-    starts = {CONTROLLER: TARGETS, "online IPO": IPO_BETAS}.get(name, BETAS)
+    known = {CONTROLLER: TARGETS, "online IPO": IPO_BETAS}.get(name, BETAS)
+    starts = tuple(known[index] for index in budget.starts)
     runner = compile_runs(name, stories, setup, price, first_reward, budget, rate_factor)
     for label, gold in golds.items():
         began = time.monotonic()
