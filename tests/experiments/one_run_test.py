@@ -81,6 +81,8 @@ def test_the_best_of_a_class_is_the_optimum_where_it_holds_the_win_rates():
         ({"families": ("square",)}, "--families knows"),
         ({"kl_price": 0.0}, "--kl-price must be positive"),
         ({"exact_steps": 1}, "--exact-steps must be at least 2"),
+        ({"starts": (1, 5)}, "--starts are numbers from 0 to 4, got (1, 5)"),
+        ({"starts": ()}, "--starts are numbers"),
     ],
 )
 def test_what_cannot_be_run_is_refused(tmp_path, capsys, options, message):
@@ -107,6 +109,7 @@ def test_a_part_has_its_share_of_the_steps():
     setup = stories.Setup(*[None] * 8, 512, 8, 8, hold=6)._replace(steps=64)
     part = stories.share_of(setup, stories.Budget((0,), 64, 8, 1))
     assert (part.budget.steps, part.setup.steps, part.setup.hold, part.setup.buffer) == (13, 13, 1, 104)
+    assert stories.share_of(setup, stories.Budget((0,), 64, 8, 1, starts=(1, 2, 3))).budget.steps == 22
 
 
 @pytest.mark.slow
