@@ -8,6 +8,7 @@ gives no label. A score is None where it does not apply, in mixtures of several 
 TRL's trainers, which take `completions` by name and ignore further arguments, are called so (`score_function`).
 """
 
+import difflib
 import importlib
 import inspect
 import os
@@ -48,7 +49,10 @@ def load_function(name: str) -> Callable:
         raise ValueError(f"There is no module {module_name} here or among the installed ones.") from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"The module {module_name} has no function {function_name}.")
+        known = [each for each in dir(module) if callable(getattr(module, each))]
+        near = difflib.get_close_matches(function_name, known, 1)
+        meant = f"; the nearest that it has is {near[0]}." if near else "."
+        raise ValueError(f"The module {module_name} has no function {function_name}{meant}")
     return function
 
 

@@ -33,7 +33,7 @@ WRONG = {
     ),
     "no-function": (
         lambda short: aligning(score="annotators:scores"),
-        "The module annotators has no function scores",
+        "The module annotators has no function scores; the nearest that it has is score.",
     ),
     "no-module": (
         lambda short: aligning(score="missing:score"),
