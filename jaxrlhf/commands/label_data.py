@@ -140,7 +140,7 @@ def _complete(model: Model, prompts: list[np.ndarray], sampling: Sampling) -> li
         for start in starts:
             batch = prompts[start : start + BATCH_SIZE]
             # All batches have one shape: the last is filled up with its first prompt.
-            filled = Prompts(*padded_prompts(batch + batch[:1] * (BATCH_SIZE - len(batch)), length))
+            filled = Prompts(*map(jnp.asarray, padded_prompts(batch + batch[:1] * (BATCH_SIZE - len(batch)), length)))
             sides = []
             for key in jax.random.split(jax.random.fold_in(jax.random.key(sampling.seed), start)):
                 completions = complete(language, params, key, filled, generation, sampling.top_p)
