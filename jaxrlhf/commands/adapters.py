@@ -1,9 +1,10 @@
-"""LoRA adapters on the command line: rank, alpha and modules."""
+"""LoRA adapters on the command line: rank, alpha and modules, and the data type of the weights under them."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxrlhf.base.types import Params
 from jaxrlhf.commands.flags import refuse_unused
@@ -27,6 +28,19 @@ class AdapterConfig:
     lora_modules: tuple[str, ...] = ()
     """Modules with adapters, by the ends of their names in the checkpoint, such as q_proj k_proj v_proj; by default every
     linear map in the layers."""
+
+
+def dtype_of(name: str, rank: int) -> Any:
+    """Returns the data type named by --dtype.
+
+    Raises:
+        ValueError: bfloat16 without adapters.
+    """
+    if name != "float32" and not rank:
+        raise ValueError(
+            f"Weights in {name} cannot be trained whole, as small steps round to nothing; give --lora-rank."
+        )
+    return jnp.dtype(name)
 
 
 class Adapters(NamedTuple):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jaxrlhf.base.algorithm import Algorithm
 from jaxrlhf.base.types import Params
+from jaxrlhf.commands.adapters import dtype_of
 from jaxrlhf.commands.align_config import Align, check_config, measures_mistakes
 from jaxrlhf.commands.align_inputs import (
     PromptSplits,
@@ -37,7 +38,7 @@ from jaxrlhf.commands.mixture import Units, measure_units, mixture_tables, score
 from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_adapter
 from jaxrlhf.commands.page_annotator import STORE, with_board, with_forecasts
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
-from jaxrlhf.commands.stage import dtype_of, try_saving
+from jaxrlhf.commands.stage import try_saving
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.memory import plan_bilevel

@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxrlhf.algorithms.methods import METHODS
 from jaxrlhf.annotation.label_cache import cached_annotator
+from jaxrlhf.commands.adapters import dtype_of
 from jaxrlhf.commands.align_config import Align, measures_mistakes
 from jaxrlhf.commands.annotators import LABELS, ComparisonAnnotator, judge_settings, open_annotator, people_of
 from jaxrlhf.commands.data import open_records, skipped_lines
 from jaxrlhf.commands.existing import Existing
 from jaxrlhf.commands.methods import method_of
 from jaxrlhf.commands.models import Model, check_tokens, open_model, reward_on
-from jaxrlhf.commands.stage import dtype_of
 from jaxrlhf.data.tokenization import describe_rows, tokenize_prompts
 from jaxrlhf.training.processes import broadcast_array, is_first_process
 from jaxrlhf.training.run_folder import RunFolder

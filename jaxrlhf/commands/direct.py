@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrlhf.algorithms.direct_preference import PairLoss, dpo, ipo, simpo
 from jaxrlhf.base.types import Params
-from jaxrlhf.commands.adapters import configured_adapters
+from jaxrlhf.commands.adapters import configured_adapters, dtype_of
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows
 from jaxrlhf.commands.experts import expert_load, with_load
@@ -20,7 +20,7 @@ from jaxrlhf.commands.models import open_model
 from jaxrlhf.commands.options import Groups
 from jaxrlhf.commands.pairs import PairConfig, PairInputs, read_pairs
 from jaxrlhf.commands.running import finish
-from jaxrlhf.commands.stage import Stage, StageResult, dtype_of, number_of_steps, save_models, train
+from jaxrlhf.commands.stage import Stage, StageResult, number_of_steps, save_models, train
 from jaxrlhf.commands.supervised import GreedySamples
 from jaxrlhf.commands.trainable import Trainable, trainable_policy
 from jaxrlhf.data.batches import Pairs, padded_pairs

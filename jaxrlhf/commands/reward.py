@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrlhf import preferences
 from jaxrlhf.base.types import Params
-from jaxrlhf.commands.adapters import configured_adapters
+from jaxrlhf.commands.adapters import configured_adapters, dtype_of
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows
 from jaxrlhf.commands.experts import expert_load, with_load
@@ -30,7 +30,6 @@ from jaxrlhf.commands.running import finish
 from jaxrlhf.commands.stage import (
     Stage,
     StageResult,
-    dtype_of,
     number_of_steps,
     save_models,
     train,

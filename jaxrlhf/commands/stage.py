@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -177,19 +176,6 @@ def number_of_steps(config: StageConfig, rows: int) -> int:
         refuse_unused(config, ["epochs"], "with --steps")
         return steps
     return max(1, math.ceil(epochs * rows / batch_size))
-
-
-def dtype_of(name: str, rank: int) -> Any:
-    """Returns the data type named by --dtype.
-
-    Raises:
-        ValueError: bfloat16 without adapters.
-    """
-    if name != "float32" and not rank:
-        raise ValueError(
-            f"Weights in {name} cannot be trained whole, as small steps round to nothing; give --lora-rank."
-        )
-    return jnp.dtype(name)
 
 
 def train(config: StageConfig, stage: Stage) -> StageResult:

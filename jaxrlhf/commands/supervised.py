@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.base.types import Params
-from jaxrlhf.commands.adapters import configured_adapters
+from jaxrlhf.commands.adapters import configured_adapters, dtype_of
 from jaxrlhf.commands.curves import draw_history
 from jaxrlhf.commands.data import data_notes, data_rows, open_records, splits_of
 from jaxrlhf.commands.experts import expert_load, with_load
@@ -24,7 +24,6 @@ from jaxrlhf.commands.stage import (
     Stage,
     StageConfig,
     StageResult,
-    dtype_of,
     number_of_steps,
     save_models,
     train,
