@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import difflib
 import errno
 import importlib
 import importlib.util
@@ -136,6 +137,10 @@ def main() -> None:
     if arguments and arguments[0] in COMMANDS:
         run_command(arguments[0], arguments[1:])
         return
+    near = difflib.get_close_matches(arguments[0], COMMANDS, 1) if arguments else []
+    if near:
+        print(f"jaxrlhf: There is no command {arguments[0]}; the nearest is {near[0]}.", file=sys.stderr)
+        raise SystemExit(2)
     # Lists the commands, or refuses what is none.
     _replace_missing_letters()
     kinds = [

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.annotation.functions import load_function
 from jaxrlhf.commands import align, evaluate, reward, sample, supervised
-from jaxrlhf.commands.main import COMMANDS, run
+from jaxrlhf.commands.main import COMMANDS, main, run
 from jaxrlhf.data.records import DataError
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -133,6 +133,14 @@ def test_the_command_is_installed_and_lists_its_commands():
     shown = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
     for name in ("sft", "reward", "align", "evaluate", "sample", "export"):
         assert name in shown
+
+
+def test_a_misspelled_command_is_answered_with_the_nearest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", "algin", "--policy", "base"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "jaxrlhf: There is no command algin; the nearest is align.\n"
 
 
 def test_functions_are_found_by_name_only():
