@@ -249,5 +249,6 @@ def _numbers(values: Any, count: int, name: str) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} did not give a list of numbers ({error}).") from None
     if numbers.shape != (count,):
-        raise ValueError(f"{name} gave {numbers.shape} numbers for {count} texts; give one for each.")
+        given = f"{len(numbers)} numbers" if numbers.ndim == 1 else f"an array of the shape {numbers.shape}"
+        raise ValueError(f"{name} gave {given} for {count} texts; give one number for each.")
     return numbers

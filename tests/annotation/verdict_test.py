@@ -183,7 +183,8 @@ def test_neither_letter_is_favoured(reply, label):
 def test_long_replies_are_read_quickly(reply):
     began = time.process_time()
     read_verdict(reply)
-    assert time.process_time() - began < 2
+    # About 1 s on a slow processor; time quadratic in the length would be minutes.
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ WRONG = {
     ),
     "too-few": (
         lambda short: aligning(score="annotators:too_few", **short),
-        r"annotators:too_few gave \(1,\) numbers for 6[0-9] texts",
+        r"annotators:too_few gave 1 numbers for 6[0-9] texts; give one number for each",
     ),
     "out-of-range": (
         lambda short: aligning(annotator="annotators:out_of_range", **short),
