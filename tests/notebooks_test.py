@@ -72,8 +72,7 @@ assert abs(reference - 0.5) < 1e-6 and 0.80 < best < optimum < 0.90
 assert ticked.sum() > 0 and all(len(set(row)) == 256 for row in texts)
 assert share["bilevel"].min() > 0.95, share
 assert share["iterated RLHF"].max() < 0.96 and share["iterated RLHF"][-1].max() < 0.05, share
-# Within half a win in a hundred; at the lowest price 400 steps leave most of that.
-assert np.all(np.diff(kl.mean(axis=1)) < 0) and np.all(np.abs(marginal - prices) < 0.005), (kl, marginal)
+assert np.all(np.diff(kl.mean(axis=1)) < 0) and np.all(np.abs(marginal / prices - 1) < 0.3), (kl, marginal)
 gains = [(float(row.min()) - 0.5) / (limit[0] - 0.5) for row, limit in zip(utility, others)]
 assert min(gains) > 0.9, gains
 """
