@@ -15,7 +15,7 @@ ROOT = pathlib.Path(jaxrlhf.__file__).parent
 ORDER = [
     "_deprecated",
     "base", "bilevel", "preferences", "evaluation", "algorithms", "exact", "mdp", "control", "data", "lm", "annotation",
-    "labelling", "known", "training", "commands",
+    "labelling", "known", "training", "commands", "__main__",
 ]  # fmt: skip
 DOORS = {"objectives": "preferences", "bandit": "exact"}
 NEVER = {("mdp", "lm"), ("lm", "mdp"), ("control", "lm"), ("lm", "control")}

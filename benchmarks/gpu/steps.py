@@ -30,7 +30,7 @@ from jaxrlhf.lm.transformer.trunk import MAX_UNROLLED_LAYERS
 REMAT: dict[Workload, tuple[str, ...]] = {
     "supervised": ("products", "layer"),
     "reward": ("products", "layer"),
-    "bilevel": ("layer",),
+    "bilevel": ("products", "layer"),
 }
 """Rematerialisation policies, tried in order until the step fits."""
 

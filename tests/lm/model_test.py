@@ -138,6 +138,36 @@ def test_bfloat16_parameters_give_float32_logits_near_the_exact_ones(tiny):
     assert 0 < float(jnp.sqrt(jnp.mean(error**2))) < 0.03 * float(jnp.std(exact))
 
 
+def test_products_of_a_gradient_in_half_precision_read_half_precision(tiny_config, lively):
+    model = decoder(tiny_config, dtype=jnp.bfloat16)
+    params = lively(model)
+    tokens, mask = jax.random.randint(jax.random.key(6), (3, 9), 0, 23), jnp.ones((3, 9), bool)
+
+    def loss(params, model):
+        log_probs = jax.nn.log_softmax(model.logits(params, model.hidden(params, tokens, mask)))
+        return -jnp.mean(jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1))
+
+    program = jax.make_jaxpr(jax.value_and_grad(functools.partial(loss, model=model)))(params)
+    products = [equation for equation in equations(program.jaxpr) if equation.primitive.name == "dot_general"]
+    assert len(products) > 30
+    assert {value.aval.dtype for product in products for value in product.invars} == {jnp.dtype(jnp.bfloat16)}
+    found, exact = (
+        jax.jit(jax.grad(functools.partial(loss, model=model)))(params) for model in (model, decoder(tiny_config))
+    )
+    for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert float(jnp.linalg.norm(leaf - expected)) < 0.05 * float(jnp.linalg.norm(expected))
+
+
+def equations(program):
+    """Yields the equations of a program and of those inside it."""
+    for equation in program.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 def test_an_empty_row_has_finite_gradients(tiny):
     model, params = tiny
     tokens = jnp.zeros((2, 5), jnp.int32)

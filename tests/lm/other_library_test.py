@@ -16,8 +16,8 @@ from jaxrlhf.lm.language import alphabet_gold, alphabet_language
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.problem import LanguageFrozen, language_problem
 from jaxrlhf.lm.reward import reward_model
-from jaxrlhf.lm.transformer.layers import positions_of
 from jaxrlhf.lm.transformer.model import LanguageModel, without_cache
+from jaxrlhf.lm.transformer.positions import positions_of
 from jaxrlhf.objectives import add, likelihood, utility
 from jaxrlhf.preferences import gold_annotator
 

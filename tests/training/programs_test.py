@@ -2,10 +2,12 @@
 
 import importlib
 import pathlib
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxrlhf.training.sharding import make_mesh
@@ -13,6 +15,7 @@ from jaxrlhf.training.sharding import make_mesh
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 programs = importlib.import_module("benchmarks.programs")
 plan = importlib.import_module("benchmarks.plan")
+gpu_steps = importlib.import_module("benchmarks.gpu.steps")
 sys.path.pop(0)
 
 ONE = jnp.ones((4, 8)), jnp.ones((8, 8))
@@ -119,3 +122,10 @@ def test_an_update_is_planned_for_a_tpu_that_is_not_here():
     pytest.importorskip("libtpu", reason="pip install '.[plan]'")
     row = plan.plan(plan.Config(model="llama-1b", layers=2, topology="v5e:2x4", max_prompt=64, max_new_tokens=64))
     assert row.method == "compiled" and row.fits and row.flops > 1e12 and row.collectives["all-gather"] > 0
+
+
+@pytest.mark.slow
+def test_the_flops_that_the_benchmark_counts_are_those_of_the_programs():
+    listed = re.findall(r": ([\d.]+)", gpu_steps.check_flops())
+    assert len(listed) == 6
+    np.testing.assert_allclose([float(ratio) for ratio in listed], 1.0, atol=2e-3)

@@ -12,8 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.lm.transformer.config import DecoderConfig
 from jaxrlhf.lm.transformer.experts import MixtureOfExperts
-from jaxrlhf.lm.transformer.layers import rotate, split_rows
+from jaxrlhf.lm.transformer.layers import split_rows
 from jaxrlhf.lm.transformer.modules import ACTIVATIONS, DROPOUT, KEPT, Linear, Norm
+from jaxrlhf.lm.transformer.positions import rotate
 
 LINEAR_MAPS = ("query_key_value", "attention_output", "gate_up", "mlp_output")
 """Names of a block's linear maps."""

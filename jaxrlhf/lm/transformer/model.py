@@ -18,7 +18,7 @@ from flax import nnx
 from jaxrlhf.lm.transformer.block import LINEAR_MAPS
 from jaxrlhf.lm.transformer.cache import repeated
 from jaxrlhf.lm.transformer.config import DecoderConfig, Experts
-from jaxrlhf.lm.transformer.layers import capped, wide
+from jaxrlhf.lm.transformer.layers import capped, wide_einsum
 from jaxrlhf.lm.transformer.modules import DROPOUT
 from jaxrlhf.lm.transformer.trunk import REMAT, Attention, Trunk
 
@@ -100,7 +100,9 @@ def decoder(
     `final_norm`, `positions` where they are learned and, unless the embeddings are tied, `output_head [D, V]`, which only
     `logits` reads: the other functions accept parameters without it. Parameters with adapters (`lora.attach`) are accepted
     too. Norms, attention weights and logits are float32 at least. Up to `trunk.MAX_UNROLLED_LAYERS` layers are unrolled;
-    more are one scan, so that compile time does not grow in proportion.
+    more are one scan, so that compile time does not grow in proportion; on a GPU decoding unrolls more
+    (`trunk.MAX_UNROLLED_DECODING`). In half precision the products of the backward pass are in half precision too, as with
+    automatic mixed precision: cotangents of logits and attention are rounded to it.
 
     Args:
         config: the decoder's configuration.
@@ -190,8 +192,7 @@ def _init(config: DecoderConfig, key: jax.Array) -> Any:
 
 def _logits(config: DecoderConfig, params: Any, hidden: jax.Array) -> jax.Array:
     weights = params["embedding"].T if config.tied_embeddings else params["output_head"]
-    product = jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=wide(hidden.dtype))
-    return capped(product, config.logit_cap)
+    return capped(wide_einsum("...d,dv->...v", hidden, weights.astype(hidden.dtype)), config.logit_cap)
 
 
 def _routing(forward: Callable, params: Any, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

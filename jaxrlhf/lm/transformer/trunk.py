@@ -19,18 +19,20 @@ from jaxrlhf.lm.transformer.layers import (
     attend_causally,
     attend_completions,
     attend_fused,
-    frequencies,
-    positions_of,
-    rotary,
     split_rows,
 )
 from jaxrlhf.lm.transformer.modules import Norm, normal
+from jaxrlhf.lm.transformer.positions import frequencies, positions_of, rotary
 
 MAX_SAVED_SCORE_BYTES = 2**26
 """Bytes of attention scores, of all layers together, up to which they are saved for the backward pass, not recomputed."""
 
 MAX_UNROLLED_LAYERS = 8
 """Layers up to which the program unrolls them; more are one scan."""
+
+MAX_UNROLLED_DECODING = {"gpu": 64}
+"""Layers up to which decoding alone unrolls them, by backend. On a GPU a scan copies each layer's weights and cache at
+every token, which takes as long again as the step; unrolled, the weights of layers are copied once a sample."""
 
 REMAT = {
     "layer": None,
@@ -82,9 +84,13 @@ class Trunk(nnx.Module):
         x = x.astype(dtype)
         return split_rows(x + self.positions[...][positions].astype(dtype) if config.rope_base is None else x)
 
-    def unstacked_layers(self) -> list[Any] | None:
-        """Returns the parameters of each layer, sliced from the stack; None where layers are one scan."""
-        if self.config.layers > MAX_UNROLLED_LAYERS:
+    def unstacked_layers(self, limit: int = 0) -> list[Any] | None:
+        """Returns the parameters of each layer, sliced from the stack; None where layers are one scan.
+
+        Args:
+            limit: of layers; at least `MAX_UNROLLED_LAYERS`.
+        """
+        if self.config.layers > max(limit, MAX_UNROLLED_LAYERS):
             return None
         params = nnx.state(self.layers)
         return [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(self.config.layers)]
@@ -267,8 +273,10 @@ class Trunk(nnx.Module):
             padding[axis] = (0, room)
             return jnp.pad(leaf, padding)
 
+        layers = self.unstacked_layers(MAX_UNROLLED_DECODING.get(jax.default_backend(), 0))
+        if layers is not None and not isinstance(kept, list):
+            kept = [jax.tree.map(lambda leaf, index=index: leaf[index], kept) for index in range(len(layers))]
         keys, values = zip(*kept, strict=True) if isinstance(kept, list) else kept
-        layers = self.unstacked_layers()
         if layers is not None and len(tokens) == 1:
             keys, values = jax.tree.map(lambda leaf: leaf[0], (keys, values))
         cache = Cache(
