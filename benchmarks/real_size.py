@@ -231,8 +231,9 @@ def sampling(config: Config, loaded: LoadedPolicy, tokens: np.ndarray) -> Task:
     prompts = tokens[:, : config.prompt_length]
 
     def greedy(sample: Callable[[float], np.ndarray]) -> Callable[[], Any]:
-        shortfalls = iter([greedy_shortfall(loaded, prompts, sample(0.0))])
-        return lambda: next(shortfalls, None) or sample(1.0)[:0]
+        # What the first call returns; the others are timed, and return nothing.
+        shortfalls = [greedy_shortfall(loaded, prompts, sample(0.0))]
+        return lambda: shortfalls.pop() if shortfalls else sample(1.0)[:0]
 
     def ours():
         sample = our_sampler(loaded, prompts, config.new_tokens)

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -46,7 +47,12 @@ def load_function(name: str) -> Callable:
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
-        raise ValueError(f"There is no module {module_name} here or among the installed ones.") from None
+        here = [path.stem for path in pathlib.Path().glob("*.py")]
+        near = difflib.get_close_matches(module_name, here, 1)
+        meant = f"; the nearest here is {near[0]}." if near else "."
+        raise ValueError(
+            f"There is no module {module_name} in {os.getcwd()} or among the installed ones{meant}"
+        ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         known = [each for each in dir(module) if callable(getattr(module, each))]

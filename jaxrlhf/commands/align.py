@@ -39,6 +39,7 @@ from jaxrlhf.commands.models import Model, open_model, save_model, save_trained_
 from jaxrlhf.commands.page_annotator import STORE, with_board, with_forecasts
 from jaxrlhf.commands.running import LoopResult, LoopSettings, open_checkpointer, open_folder, rehearse, run_loop
 from jaxrlhf.commands.stage import try_saving
+from jaxrlhf.commands.worries import worries
 from jaxrlhf.data.pipelines import prompt_batches
 from jaxrlhf.lm.hugging_face.families import Kind
 from jaxrlhf.lm.memory import plan_bilevel
@@ -140,6 +141,7 @@ def main(config: Align) -> pathlib.Path:
     save(run, result, save_model)
     if is_first_process():
         last = [*scale_notes(config, result.state), *method_notes(recorder.rows), *run.annotator.notes()]
+        last += worries(recorder.rows) if config.method == "bilevel" else []
         for note in last:
             Console().print(note, markup=False, highlight=False)
         notes = [*run.prompts.notes, comparisons["aligned"].labels_note(), *last, *result.notes]

@@ -16,7 +16,7 @@ from jaxrlhf.base.types import Key, Params
 from jaxrlhf.commands.annotators import ComparisonAnnotator
 from jaxrlhf.commands.models import Model
 from jaxrlhf.data.batches import padded_prompts
-from jaxrlhf.evaluation.statistics import NORMAL_95
+from jaxrlhf.evaluation.statistics import clustered_interval
 from jaxrlhf.lm.generate import Completions, Generation, generate
 from jaxrlhf.lm.log_probs import completion_log_probs
 from jaxrlhf.lm.pairing import Prompts, Responses
@@ -53,13 +53,19 @@ class Comparison(NamedTuple):
     samples: list[tuple[str, tuple[str, str]]]
 
     def summary(self) -> dict[str, float]:
-        """Returns means, the half-widths of their 95% intervals, and the numbers of ties and of pairs without a label."""
-        columns = {"win_rate": self.wins[np.isfinite(self.wins)], "kl": self.log_ratio, "length": self.lengths[:, 0]}
+        """Returns means, the half-widths of their 95% intervals, and the numbers of ties and of pairs without a label.
+
+        Completions of one prompt depend on each other: intervals are over prompts (`clustered_interval`).
+        """
+        prompts, labelled = [prompt for prompt, _ in self.samples], np.isfinite(self.wins)
+        columns = {"win_rate": self.wins, "kl": self.log_ratio, "length": self.lengths[:, 0]}
         summary = {}
         for name, values in columns.items():
-            summary[name] = float(values.mean()) if len(values) else float("nan")
-            half = NORMAL_95 * float(values.std()) / len(values) ** 0.5 if len(values) else float("nan")
-            summary[f"{name}_half_interval"] = half
+            rows = np.flatnonzero(labelled) if name == "win_rate" else np.arange(len(values))
+            mean, half = math.nan, math.nan
+            if len(rows):
+                mean, half = clustered_interval(values[rows], [prompts[row] for row in rows])
+            summary[name], summary[f"{name}_half_interval"] = mean, half
         return summary | {"ties": float(np.sum(self.wins == 0.5)), "unlabelled": float(np.sum(np.isnan(self.wins)))}
 
     def labels_note(self) -> str:
@@ -257,5 +263,7 @@ def comparison_table(comparisons: dict[str, Comparison], *, labels: dict[str, in
         length = f"{summary['length']:.1f} ± {summary['length_half_interval']:.1f}"
         rows.append((name, *cells, length, labels.get(name)))
     columns = ("policy", "win rate against the reference", "KL (nats)", "tokens per completion", "labels used")
-    count = len(next(iter(comparisons.values())).wins)
-    return Table(f"On {count} completions of held-out prompts", columns, rows)
+    samples = next(iter(comparisons.values())).samples
+    count = len({prompt for prompt, _ in samples})
+    prompts, over = ("one held-out prompt", "for it") if count == 1 else (f"{count} held-out prompts", "over prompts")
+    return Table(f"On {len(samples)} completions of {prompts}; ± is half a 95% interval {over}", columns, rows)

@@ -5,7 +5,8 @@ otherwise.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +63,30 @@ def paired_gain(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]
 def normal_interval(values: np.ndarray) -> tuple[float, float]:
     """Returns the mean of `[N]` and the half-width of its normal interval, `1.96 sd / sqrt(N)`."""
     return float(values.mean()), NORMAL_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def clustered_interval(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
+    """Returns the mean of `[N]` and the half-width of its interval where values of one cluster depend on each other.
+
+    `t sqrt(G / (G - 1) sum over clusters g of (sum of the residuals in g)^2) / N` for G clusters, with the t of
+    `student_interval` for G - 1 degrees of freedom (Liang and Zeger 1986, for a mean). With a single cluster the values are
+    taken as independent, and the interval holds for that cluster alone.
+
+    Args:
+        values: `[N]`.
+        clusters: `[N]`, what each value belongs to, such as its prompt.
+    """
+    values = np.asarray(values, np.float64)
+    _, members = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    if len(values) != len(members):
+        raise ValueError(f"Each value needs its cluster: there are {len(values)} values and {len(members)} clusters.")
+    count = int(members.max(initial=-1)) + 1
+    if count < 2:
+        return student_interval(values)
+    sums = np.bincount(members, weights=values - values.mean())
+    # That of G independent values with the same sum of squares.
+    _, half_width = student_interval(sums * count / len(values))
+    return float(values.mean()), half_width
 
 
 def correlation(scores: np.ndarray, lengths: np.ndarray) -> Correlation:

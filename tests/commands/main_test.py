@@ -37,7 +37,11 @@ WRONG = {
     ),
     "no-module": (
         lambda short: aligning(score="missing:score"),
-        "There is no module missing here or among the installed ones",
+        r"There is no module missing in /.* or among the installed ones\.",
+    ),
+    "near-module": (
+        lambda short: aligning(score="anotators:score"),
+        r"There is no module anotators in .*; the nearest here is annotators\.",
     ),
     "too-few": (
         lambda short: aligning(score="annotators:too_few", **short),

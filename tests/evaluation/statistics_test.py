@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxrlhf.evaluation.statistics import correlation, paired_gain, student_interval, wilson
+from jaxrlhf.evaluation.statistics import clustered_interval, correlation, paired_gain, student_interval, wilson
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -50,6 +50,32 @@ ERRORS = {
     "no seed": (lambda: student_interval([]), "at least one"),
     "unpaired": (lambda: paired_gain(ROW, ROW[:2]), "vectors of one length"),
 }
+
+
+def test_values_of_one_cluster_count_as_dependent():
+    source = np.random.default_rng(3)
+    values = source.normal(size=12)
+    alone, half_width = student_interval(values)
+    np.testing.assert_allclose(clustered_interval(values, range(12)), (alone, half_width), rtol=1e-12)
+    # Repeated values say nothing new, in any order.
+    order = source.permutation(36)
+    repeated = np.repeat(values, 3)[order], np.repeat(np.arange(12), 3)[order]
+    np.testing.assert_allclose(clustered_interval(*repeated), (alone, half_width), rtol=1e-12)
+    assert student_interval(repeated[0])[1] < 0.6 * half_width
+    # Of one cluster there is no other: its values are as they are.
+    assert clustered_interval(values, ["a"] * 12) == student_interval(values)
+    with pytest.raises(ValueError, match="there are 12 values and 3 clusters"):
+        clustered_interval(values, ["a", "b", "c"])
+
+
+def test_the_interval_over_clusters_of_different_sizes_covers_as_often_as_it_says():
+    source, covered = np.random.default_rng(4), 0
+    clusters = np.repeat(np.arange(20), [2, 3, 4, 5] * 5)
+    for _ in range(2000):
+        values = source.normal(size=20)[clusters] + 0.5 * source.normal(size=len(clusters))
+        mean, half_width = clustered_interval(values, clusters)
+        covered += abs(mean) <= half_width
+    assert 0.93 < covered / 2000 < 0.965
 
 
 @pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS)

@@ -39,10 +39,10 @@ MIXED = DecoderConfig(
 )
 
 
-@pytest.mark.parametrize(("unrolled", "decoding"), [(8, {}), (1, {}), (1, {"cpu": 8})])
+@pytest.mark.parametrize(("unrolled", "decoding"), [(8, {}), (1, {}), (1, {"cpu": (8, 2**30, 8)})])
 def test_the_sampler_agrees_with_whole_rows(lively, limit, unrolled, decoding):
     limit("MAX_UNROLLED_LAYERS", unrolled)
-    limit("MAX_UNROLLED_DECODING", decoding)
+    limit("UNROLLED_DECODING", decoding)
     model = decoder(MIXED)
     params = lively(model, scale=0.5)
     prompts = jax.random.randint(jax.random.key(1), (3, 5), 1, 23)

@@ -105,13 +105,13 @@ def test_rewards_are_those_of_a_row_for_each_response(tiny_config, lively, pooli
         np.testing.assert_allclose(scores(shared, microbatches), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("unrolled", "decoding"), [(1, {}), (8, {}), (1, {"cpu": 8})])
+@pytest.mark.parametrize(("unrolled", "decoding"), [(1, {}), (8, {}), (1, {"cpu": (8, 2**30, 8)})])
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_completions_sampled_together_are_those_of_repeated_prompts(
     tiny_config, lively, limit, unrolled, decoding, prompts
 ):
     limit("MAX_UNROLLED_LAYERS", unrolled)
-    limit("MAX_UNROLLED_DECODING", decoding)
+    limit("UNROLLED_DECODING", decoding)
     shared, alone = models(tiny_config)
     params, key = lively(shared), jax.random.key(3)
     rows, settings = [leaf[:prompts] for leaf in PROMPTS], {"max_new_tokens": 6, "stop_ids": (3,)}

@@ -71,14 +71,14 @@ def test_shards_and_a_single_file_load_alike(make_llama, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_reads_what_we_save(tiny_config, lively, tmp_path, tied):
-    transformers = pytest.importorskip("transformers")
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     config = dataclasses.replace(tiny_config, tied_embeddings=tied, rope_base=700.0, norm_epsilon=1e-3)
     params = lively(decoder(config))
     save_decoder(tmp_path, config, params, special=SpecialIds(bos=1, eos=(2, 5), pad=0))
     llama, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert llama.dtype == pytest.importorskip("torch").float32
+    assert llama.dtype == torch.float32
     assert llama.generation_config.eos_token_id == [2, 5]
     expected = policy_logits(config, params)
     np.testing.assert_allclose(torch_logits(llama), expected, atol=1e-4)

@@ -4,6 +4,7 @@ Shapes: N rows, T columns, P prompt columns, C cache columns, D width, L layers,
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrlhf.lm.memory import tree_bytes
 from jaxrlhf.lm.transformer.block import KEPT, Block
 from jaxrlhf.lm.transformer.cache import Cache, append
 from jaxrlhf.lm.transformer.config import DecoderConfig
@@ -30,9 +32,11 @@ MAX_SAVED_SCORE_BYTES = 2**26
 MAX_UNROLLED_LAYERS = 8
 """Layers up to which the program unrolls them; more are one scan."""
 
-MAX_UNROLLED_DECODING = {"gpu": 64}
-"""Layers up to which decoding alone unrolls them, by backend. On a GPU a scan copies each layer's weights and cache at
-every token, which takes as long again as the step; unrolled, the weights of layers are copied once a sample."""
+UNROLLED_DECODING = {"gpu": (64, 2**34, 2**20), "cpu": (32, 2**31, 1)}
+"""Layers, bytes of their weights, and rows up to which decoding alone unrolls layers, by backend. A scan copies each
+layer's weights, and on a GPU its cache, at every token; unrolled, weights are copied once a sample and the program takes
+longer to compile. On a CPU that pays where the weights are most of what a token reads, for a single row."""
+
 
 REMAT = {
     "layer": None,
@@ -84,15 +88,18 @@ class Trunk(nnx.Module):
         x = x.astype(dtype)
         return split_rows(x + self.positions[...][positions].astype(dtype) if config.rope_base is None else x)
 
-    def unstacked_layers(self, limit: int = 0) -> list[Any] | None:
+    def unstacked_layers(self, *, decoded_rows: int | None = None) -> list[Any] | None:
         """Returns the parameters of each layer, sliced from the stack; None where layers are one scan.
 
         Args:
-            limit: of layers; at least `MAX_UNROLLED_LAYERS`.
+            decoded_rows: for decoding that many rows, more layers are unrolled (`UNROLLED_DECODING`).
         """
-        if self.config.layers > max(limit, MAX_UNROLLED_LAYERS):
-            return None
         params = nnx.state(self.layers)
+        sizes = self.config.layers, tree_bytes(params), decoded_rows
+        limits = UNROLLED_DECODING.get(jax.default_backend(), (0, 0, 0))
+        decodes = decoded_rows is not None and all(map(operator.le, sizes, limits))
+        if self.config.layers > MAX_UNROLLED_LAYERS and not decodes:
+            return None
         return [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(self.config.layers)]
 
     def apply_layers(
@@ -273,7 +280,7 @@ class Trunk(nnx.Module):
             padding[axis] = (0, room)
             return jnp.pad(leaf, padding)
 
-        layers = self.unstacked_layers(MAX_UNROLLED_DECODING.get(jax.default_backend(), 0))
+        layers = self.unstacked_layers(decoded_rows=len(tokens))
         if layers is not None and not isinstance(kept, list):
             kept = [jax.tree.map(lambda leaf, index=index: leaf[index], kept) for index in range(len(layers))]
         keys, values = zip(*kept, strict=True) if isinstance(kept, list) else kept
