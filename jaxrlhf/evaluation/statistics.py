@@ -69,8 +69,8 @@ def clustered_interval(values: np.ndarray, clusters: Sequence[Any]) -> tuple[flo
     """Returns the mean of `[N]` and the half-width of its interval where values of one cluster depend on each other.
 
     `t sqrt(G / (G - 1) sum over clusters g of (sum of the residuals in g)^2) / N` for G clusters, with the t of
-    `student_interval` for G - 1 degrees of freedom (Liang and Zeger 1986, for a mean). With a single cluster the values are
-    taken as independent, and the interval holds for that cluster alone.
+    `student_interval` for G - 1 degrees of freedom (Liang and Zeger 1986, for a mean). With a single cluster the values
+    are taken as independent, and the interval holds for that cluster alone.
 
     Args:
         values: `[N]`.

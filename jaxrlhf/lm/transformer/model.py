@@ -101,8 +101,8 @@ def decoder(
     `logits` reads: the other functions accept parameters without it. Parameters with adapters (`lora.attach`) are accepted
     too. Norms, attention weights and logits are float32 at least. Up to `trunk.MAX_UNROLLED_LAYERS` layers are unrolled;
     more are one scan, so that compile time does not grow in proportion; decoding on a GPU, or of a single row on a CPU,
-    unrolls more (`trunk.UNROLLED_DECODING`). In half precision the products of the backward pass are in half precision too,
-    as with automatic mixed precision: cotangents of logits and attention are rounded to it.
+    unrolls more (`trunk.UNROLLED_DECODING`). In half precision the products of the backward pass are in half precision
+    too, as with automatic mixed precision: cotangents of logits and attention are rounded to it.
 
     Args:
         config: the decoder's configuration.
