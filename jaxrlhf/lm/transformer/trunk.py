@@ -4,7 +4,6 @@ Shapes: N rows, T columns, P prompt columns, C cache columns, D width, L layers,
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -95,9 +94,11 @@ class Trunk(nnx.Module):
             decoded_rows: for decoding that many rows, more layers are unrolled (`UNROLLED_DECODING`).
         """
         params = nnx.state(self.layers)
-        sizes = self.config.layers, tree_bytes(params), decoded_rows
-        limits = UNROLLED_DECODING.get(jax.default_backend(), (0, 0, 0))
-        decodes = decoded_rows is not None and all(map(operator.le, sizes, limits))
+        limits = UNROLLED_DECODING.get(jax.default_backend())
+        decodes = False
+        if limits is not None and decoded_rows is not None:
+            sizes = self.config.layers, tree_bytes(params), decoded_rows
+            decodes = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         if self.config.layers > MAX_UNROLLED_LAYERS and not decodes:
             return None
         return [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(self.config.layers)]
