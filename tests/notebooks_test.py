@@ -109,11 +109,16 @@ assert reloaded_texts == texts_after and kl_target(STEPS) == TARGET_KL
 ALIGNED = """
 assert 0.72 < low < labels.mean() < 0.92 and abs(controlled.rate - labels.mean()) < 0.03
 assert 3.0 < token_log_ratios.sum(axis=1).mean() < 5.5 and gain > happiness_before.std()
-assert max(row["kl"] for row in evaluations) > TARGET_KL
-assert 0 < lengths_before.mean() - lengths_after.mean() < 20
+assert TARGET_KL < max(row["kl"] for row in evaluations) < TARGET_KL + 2
+assert np.argmax([row["learned reward"] for row in evaluations]) == len(evaluations) - 1
+assert lengths_after.mean() < lengths_before.mean()
+assert np.sum(lengths_after == MAX_NEW_TOKENS) < np.sum(lengths_before == MAX_NEW_TOKENS)
 assert min(frequency_after[word] - 2 * frequency_before[word] for word in ("play", "friends", "loved")) > 0
 assert len(frequency_after) < len(frequency_before)
 assert evaluation.accuracy > 0.8 and evaluation.calibration_error < 0.1
+assert abs(slope * (learned_after.mean() - learned_before.mean()) - gain) < 1
+behind = best_by_happiness.gold - best_by_reward.gold
+assert behind[-1] == max(behind) > 1
 assert best_by_happiness.gold[-1] - pool.mean() > 1.3 * gain and max(best_by_reward.gold) - pool.mean() > gain
 """
 

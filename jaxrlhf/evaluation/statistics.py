@@ -77,13 +77,13 @@ def clustered_interval(values: np.ndarray, clusters: Sequence[Any]) -> tuple[flo
         clusters: `[N]`, what each value belongs to, such as its prompt.
     """
     values = np.asarray(values, np.float64)
-    _, members = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
-    if len(values) != len(members):
-        raise ValueError(f"Each value needs its cluster: there are {len(values)} values and {len(members)} clusters.")
-    count = int(members.max(initial=-1)) + 1
+    if len(values) != len(clusters):
+        raise ValueError(f"Each value needs its cluster: there are {len(values)} values and {len(clusters)} clusters.")
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    count = len(numbers)
     if count < 2:
         return student_interval(values)
-    sums = np.bincount(members, weights=values - values.mean())
+    sums = np.bincount([numbers[cluster] for cluster in clusters], weights=values - values.mean())
     # That of G independent values with the same sum of squares.
     _, half_width = student_interval(sums * count / len(values))
     return float(values.mean()), half_width

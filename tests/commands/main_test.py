@@ -147,6 +147,12 @@ def test_a_misspelled_command_is_answered_with_the_nearest(monkeypatch, capsys):
     assert capsys.readouterr().err == "jaxrlhf: There is no command algin; the nearest is align.\n"
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "jaxrlhf", "algin"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (found.returncode, found.stderr) == (2, "jaxrlhf: There is no command algin; the nearest is align.\n")
+
+
 def test_functions_are_found_by_name_only():
     assert load_function("math:sqrt")(4) == 2
     for name in ("math", "math:", ":sqrt", ""):

@@ -54,6 +54,27 @@ def test_the_sampler_agrees_with_whole_rows(lively, limit, unrolled, decoding):
     np.testing.assert_allclose(completions.log_prob, log_prob, atol=2e-5)
 
 
+def test_decoding_unrolls_layers_within_the_limits_of_its_backend(limit):
+    config = DecoderConfig(23, 16, 10, 4, 2, 6, 20, context_length=64)
+    params = jax.eval_shape(decoder(config).init, jax.random.key(0))
+
+    def unrolled(rows):
+        tokens = jax.ShapeDtypeStruct((rows, 3), jnp.int32)
+        prefill = functools.partial(decoder(config).prefill, cache_length=8)
+        _, cache = jax.eval_shape(lambda params, tokens: prefill(params, tokens, tokens > 0), params, tokens)
+        assert isinstance(cache.keys, tuple) == (cache.layers is not None)
+        return cache.layers is not None
+
+    # Ten layers are a scan in all else. By default a single row is unrolled on a CPU.
+    assert unrolled(1) and not unrolled(2)
+    weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(params["layers"]))
+    for limits, expected in (((10, weights, 1), True), ((9, weights, 1), False), ((10, weights - 1, 1), False)):
+        limit("UNROLLED_DECODING", {"cpu": limits})
+        assert unrolled(1) == expected
+    limit("UNROLLED_DECODING", {"gpu": (64, 2**34, 2**20)})
+    assert not unrolled(1)
+
+
 def test_layers_without_positions_depend_on_the_order_through_the_mask_alone(lively):
     without = dataclasses.replace(MIXED, unrotated_layers=(0, 1, 2), windowed_layers=(), window=None)
     tokens, swapped = jnp.array([[3, 4, 5, 6]]), jnp.array([[4, 3, 5, 6]])
